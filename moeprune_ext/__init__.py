@@ -1,6 +1,16 @@
-"""moeprune_ext: prune Mixture-of-Experts language models without gradients."""
+"""moeprune_ext: prune Mixture-of-Experts language models without gradients.
+
+model + text --calibrate--> RoutingStats --score_experts--> ExpertScores --uniform_plan | evolve--> PruningPlan
+--export--> checkpoint --load--> model. One step, one module; every product is a file.
+"""
 
 from moeprune_ext import reference
+from moeprune_ext.calibrate import RoutingStats, calibrate
+from moeprune_ext.criteria import ExpertScores, score_experts
+from moeprune_ext.evaluator import CandidateEvaluator, CandidateScore
+from moeprune_ext.evolve import SearchResult, evolve
+from moeprune_ext.export import export, load
+from moeprune_ext.moe import applied, prune_
 from moeprune_ext.ops import (
     RouterSpec,
     build_info,
@@ -9,16 +19,31 @@ from moeprune_ext.ops import (
     overlap_from_hidden,
     routing_moments_,
 )
+from moeprune_ext.plan import PruningPlan, uniform_plan
 
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "CandidateEvaluator",
+    "CandidateScore",
+    "ExpertScores",
+    "PruningPlan",
     "RouterSpec",
+    "RoutingStats",
+    "SearchResult",
     "__version__",
+    "applied",
     "build_info",
+    "calibrate",
+    "evolve",
+    "export",
+    "load",
     "masked_router",
     "overlap",
     "overlap_from_hidden",
+    "prune_",
     "reference",
     "routing_moments_",
+    "score_experts",
+    "uniform_plan",
 ]

@@ -1,0 +1,130 @@
+"""The demo's text: the running interpreter's standard library, and generated arithmetic.
+
+Three domains, each a stream of documents: `code` (modules of the standard library), `prose` (their docstrings) and
+`arithmetic` (lines such as `37+48=85`). No text is shipped: code and prose are read from the interpreter that runs,
+arithmetic is computed. What a split may hold is decided by a hash of the module's name or of the problem, so training,
+calibration and evaluation stay disjoint on every machine and Python version:
+
+- modules: 80 % `train`, 10 % `calibration`, 10 % `evaluation`;
+- problems: 90 % `train`, 10 % `held_out`, by hash of the operands' pair (commuted spellings share one fate). Calibration
+  uses training problems, evaluation the held-out ones.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import random
+import sysconfig
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+DOMAINS = ("code", "prose", "arithmetic")
+OPERATIONS = ("+", "-", "*")
+SHOTS = 6  # solved examples before a problem, in training documents' own format
+STOP = "\n"  # ends an answer
+
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
+
+
+def _percentile(text: str) -> int:
+    """A number in [0, 100) that depends on `text` alone, whatever the machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
+
+
+def module_split(name: str) -> str:
+    """`train`, `calibration` or `evaluation`, for a module's path relative to the standard library."""
+    place = _percentile(name)
+    return "train" if place < 80 else "calibration" if place < 90 else "evaluation"
+
+
+@cache
+def _modules(split: str) -> tuple[tuple[str, str], ...]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _SKIPPED_FOLDERS.isdisjoint(relative.parts) and module_split(relative.as_posix()) == split:
+            try:
+                found.append((relative.as_posix(), path.read_text(encoding="utf-8")))
+            except (OSError, UnicodeDecodeError):
+                continue
+    if not found:
+        raise ValueError(
+            f"no standard-library sources under {root}; the demo reads its text from there, so it needs a Python "
+            "installation that ships the .py files"
+        )
+    return tuple(found)
+
+
+def code_documents(split: str) -> list[str]:
+    """The modules of a split, whole."""
+    return [text for _, text in _modules(split)]
+
+
+def prose_documents(split: str) -> list[str]:
+    """The docstrings of a split's modules, one document a module, longest-lived prose that every Python has."""
+    documents = []
+    for _, text in _modules(split):
+        try:
+            tree = ast.parse(text)
+        except (SyntaxError, ValueError):
+            continue
+        parts = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                docstring = ast.get_docstring(node)
+                if docstring and len(docstring) > 40:
+                    parts.append(inspect.cleandoc(docstring))
+        if parts:
+            documents.append("\n\n".join(parts) + "\n")
+    return documents
+
+
+def solve(a: int, operation: str, b: int) -> int:
+    return a + b if operation == "+" else a - b if operation == "-" else a * b
+
+
+def problem_split(a: int, operation: str, b: int) -> str:
+    """`train` or `held_out`; `a*b` and `b*a`, `a+b` and `b+a` go together."""
+    low, high = (b, a) if operation == "-" else sorted((a, b))
+    return "held_out" if _percentile(f"{operation}{low},{high}") < 10 else "train"
+
+
+def problems(split: str, operation: str) -> list[tuple[int, str, int]]:
+    """Every two-digit problem of one operation: 0 <= b <= a <= 99 for + and -, a <= 99 and b <= 9 for *."""
+    pairs = [(a, b) for a in range(100) for b in range(10 if operation == "*" else a + 1)]
+    return [(a, operation, b) for a, b in pairs if problem_split(a, operation, b) == split]
+
+
+def few_shot_prompt(problem: tuple[int, str, int], rng: random.Random) -> str:
+    """`SHOTS` solved training problems of all operations, then the problem up to its equals sign."""
+    a, operation, b = problem
+    lines = [arithmetic_line(rng) for _ in range(SHOTS)]
+    return "".join(lines) + f"{a}{operation}{b}="
+
+
+def arithmetic_line(rng: random.Random, largest: int = 99) -> str:
+    """One solved training problem with its newline."""
+    while True:
+        operation = rng.choice(OPERATIONS)
+        a = rng.randint(0, largest)
+        b = rng.randint(0, 9) if operation == "*" else rng.randint(0, a)
+        if problem_split(a, operation, b) == "train":
+            return f"{a}{operation}{b}={solve(a, operation, b)}{STOP}"
+
+
+def arithmetic_document(rng: random.Random, lines: int = 40, largest: int = 99) -> str:
+    return "".join(arithmetic_line(rng, largest) for _ in range(lines))
+
+
+def documents(domain: str, split: str, rng: random.Random) -> Iterator[str]:
+    """An endless stream of one domain's documents in random order."""
+    if domain == "arithmetic":
+        while True:
+            yield arithmetic_document(rng)
+    pool = code_documents(split) if domain == "code" else prose_documents(split)
+    while True:
+        yield from rng.sample(pool, len(pool))

@@ -1,0 +1,169 @@
+"""Which experts each layer keeps: the pruning order inside a layer, the budget across layers, and the plan as a file.
+
+Every allocation method (uniform, EvoESAP, GRAPE) decides how many experts each layer loses; a criterion's scores decide
+which. Because the order is fixed, kept sets are nested and a layer's mask is one integer. Source: EvoESAP, arXiv 2603.06003.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moeprune_ext.criteria import ExpertScores
+from moeprune_ext.files import read_json, write_text
+
+FORMAT = "moeprune.plan/1"
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The experts that survive.
+
+    kept: {decoder layer: ascending expert ids}. num_experts: {decoder layer: experts before pruning}. model: fingerprint
+    of the model the plan was made for, None when unknown. criterion: name of the scores behind the order, for the record.
+    """
+
+    kept: dict[int, list[int]]
+    num_experts: dict[int, int]
+    model: str | None = None
+    criterion: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.kept:
+            raise ValueError("a plan needs at least one layer")
+        if set(self.kept) != set(self.num_experts):
+            raise ValueError("a plan's `kept` and `num_experts` must name the same layers")
+        for layer, ids in self.kept.items():
+            count = self.num_experts[layer]
+            if not ids or sorted(set(ids)) != list(ids) or ids[0] < 0 or ids[-1] >= count:
+                raise ValueError(
+                    f"layer {layer}: kept ids must be ascending, distinct and in [0, {count}), got {ids}"
+                )
+
+    @property
+    def pruned_counts(self) -> dict[int, int]:
+        return {layer: self.num_experts[layer] - len(ids) for layer, ids in self.kept.items()}
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every layer keeps equally many experts, so that a stock configuration can describe the result."""
+        return len({len(ids) for ids in self.kept.values()}) == 1
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the routed experts that the plan removes."""
+        return sum(self.pruned_counts.values()) / sum(self.num_experts.values())
+
+    @classmethod
+    def from_pruned_counts(
+        cls, scores: ExpertScores | Mapping[int, Tensor], pruned: Mapping[int, int]
+    ) -> PruningPlan:
+        """The plan that removes the `pruned[layer]` lowest-scoring experts of each layer (layers not named lose none).
+
+        Ties: the higher expert id goes first. With a plain mapping only the counts are checked against the number of
+        experts; the evaluator checks the plan against its model. Raises ValueError for a count that cannot be.
+        """
+        scores = ExpertScores.wrap(scores)
+        if unknown := sorted(set(pruned) - set(scores)):
+            raise ValueError(
+                f"there are no scores for layers {unknown}; the scored layers are {sorted(scores)}"
+            )
+        kept = {}
+        for layer, values in scores.items():
+            count, shape = int(pruned.get(layer, 0)), scores.shapes[layer]
+            if not 0 <= count <= shape.capacity:
+                raise ValueError(
+                    f"layer {layer}: cannot prune {count} of {shape.num_experts} experts; the router needs "
+                    f"{shape.min_kept}, so 0 to {shape.capacity} can go"
+                )
+            if count % shape.n_group:
+                below = count // shape.n_group * shape.n_group
+                raise ValueError(
+                    f"layer {layer}: cannot prune {count} experts from {shape.n_group} groups that must stay equal; "
+                    f"prune {below} or {below + shape.n_group}"
+                )
+            gone = set(pruning_order(values, shape.n_group)[:count])
+            kept[layer] = [expert for expert in range(shape.num_experts) if expert not in gone]
+        num_experts = {layer: shape.num_experts for layer, shape in scores.shapes.items()}
+        return cls(kept, num_experts, scores.model, scores.criterion)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON, beside the target and then renamed."""
+        content = {
+            "format": FORMAT,
+            "model": self.model,
+            "criterion": self.criterion,
+            "sparsity": round(self.sparsity, 6),
+            "num_experts": {str(layer): n for layer, n in self.num_experts.items()},
+            "kept": {str(layer): ids for layer, ids in self.kept.items()},
+        }
+        write_text(path, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
+        """Reads a plan; raises ValueError for a file that is not one."""
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a pruning plan (a JSON file with format {FORMAT!r})")
+        try:
+            kept = {int(layer): [int(e) for e in ids] for layer, ids in content["kept"].items()}
+            num_experts = {int(layer): int(n) for layer, n in content["num_experts"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is a damaged pruning plan: {error}") from None
+        return cls(kept, num_experts, content.get("model"), content.get("criterion"))
+
+
+def pruning_order(values: Tensor, n_group: int = 1) -> list[int]:
+    """Expert ids, first to be pruned first: the lowest score, ties the higher id.
+
+    With groups: one ranking per group, interleaved rank by rank, so every prefix of a multiple of n_group takes equally
+    many from each group (our choice).
+    """
+    count = len(values)
+    size = count // n_group
+    numbers = values.tolist()
+    rankings = [
+        sorted(range(g * size, (g + 1) * size), key=lambda expert: (numbers[expert], -expert))
+        for g in range(n_group)
+    ]
+    return [ranking[place] for place in range(size) for ranking in rankings]
+
+
+def pruning_budget(scores: ExpertScores, sparsity: float) -> dict[int, int]:
+    """Experts to prune per layer in the uniform plan: round_half_up(sparsity * E / n_group) * n_group (our choice).
+
+    The sum over layers is the budget every allocation method spends. Raises ValueError for a sparsity outside [0, 1) or
+    one that leaves a router too few experts.
+    """
+    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise ValueError(
+            f"sparsity is the share of experts to remove, at least 0 and below 1; got {sparsity}"
+        )
+    counts = {}
+    for layer, shape in scores.shapes.items():
+        # The tiny addition keeps products such as 0.15 * 10 = 1.4999999999999998 on the side they were meant.
+        count = math.floor(sparsity * shape.num_experts / shape.n_group + 0.5 + 1e-9) * shape.n_group
+        if count > shape.capacity:
+            highest = shape.capacity / shape.num_experts
+            raise ValueError(
+                f"sparsity {sparsity} leaves layer {layer} with {shape.num_experts - count} of {shape.num_experts} experts, "
+                f"but its router needs {shape.min_kept} (top_k {shape.top_k}); use a sparsity of at most {highest:.4g}"
+            )
+        counts[layer] = count
+    return counts
+
+
+def uniform_plan(
+    scores: ExpertScores | Mapping[int, Tensor], sparsity: float, *, top_k: int = 1, n_group: int = 1
+) -> PruningPlan:
+    """The plan that removes the same share of every layer's experts, lowest scores first.
+
+    top_k and n_group describe the router when `scores` is a plain {layer: [E]} mapping; ExpertScores know their own.
+    """
+    scores = ExpertScores.wrap(scores, top_k=top_k, n_group=n_group)
+    return PruningPlan.from_pruned_counts(scores, pruning_budget(scores, sparsity))
