@@ -1,0 +1,348 @@
+// The Python module moeprune_ext._C: reads torch tensors through their Python attributes, checks what would
+// otherwise be a crash, picks the kernel by device and instruction set. Meaning and friendly messages are the
+// business of moeprune_ext/ops.py, the only caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "masked_router.h"
+#include "overlap.h"
+#include "routing_moments.h"
+#if defined(MOEPRUNE_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
+namespace py = pybind11;
+using namespace moeprune;
+
+namespace {
+
+// ---- instruction sets
+
+enum class Isa { portable, avx2, avx512 };
+const char* const kIsaNames[] = {"portable", "avx2", "avx512"};
+
+bool supported(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == Isa::avx2) return avx2;
+  if (isa == Isa::avx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+  return isa == Isa::portable;
+}
+
+Isa isa_named(const std::string& name) {
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512})
+    if (name == kIsaNames[static_cast<int>(isa)]) {
+      if (supported(isa)) return isa;
+      throw std::invalid_argument("this processor cannot run instruction set '" + name + "'");
+    }
+  throw std::invalid_argument("unknown instruction set '" + name + "'; expected portable, avx2 or avx512");
+}
+
+Isa initial_isa() {
+  if (const char* wanted = std::getenv("MOEPRUNE_ISA"); wanted && *wanted) return isa_named(wanted);
+  return supported(Isa::avx512) ? Isa::avx512 : supported(Isa::avx2) ? Isa::avx2 : Isa::portable;
+}
+
+std::atomic<Isa>& current_isa() {
+  static std::atomic<Isa> isa{initial_isa()};
+  return isa;
+}
+
+// The same function of each instruction set, called with the GIL released.
+template <class Args>
+struct CpuKernel {
+  using Function = void (*)(const Args&);
+  Function portable, avx2, avx512;
+
+  void operator()(const Args& args) const {
+    py::gil_scoped_release release;
+    const Isa isa = current_isa();
+    (isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : portable)(args);
+  }
+};
+
+#if defined(__x86_64__)
+#define MOEPRUNE_CPU_KERNEL(name) {portable::name, avx2::name, avx512::name}
+#else
+#define MOEPRUNE_CPU_KERNEL(name) {portable::name, nullptr, nullptr}
+#endif
+const CpuKernel<OverlapArgs> overlap_cpu MOEPRUNE_CPU_KERNEL(overlap);
+const CpuKernel<LogSumExpArgs> log_sum_exp_cpu MOEPRUNE_CPU_KERNEL(log_sum_exp);
+const CpuKernel<MaskedRouterArgs> masked_router_cpu MOEPRUNE_CPU_KERNEL(masked_router);
+const CpuKernel<RoutingMomentsArgs> routing_moments_cpu MOEPRUNE_CPU_KERNEL(routing_moments);
+
+// ---- tensors
+
+DType dtype_of(const py::handle& tensor) {
+  const std::string name = py::str(tensor.attr("dtype"));
+  if (name == "torch.float32") return DType::float32;
+  if (name == "torch.bfloat16") return DType::bfloat16;
+  if (name == "torch.float16") return DType::float16;
+  if (name == "torch.float64") return DType::float64;
+  if (name == "torch.int32") return DType::int32;
+  if (name == "torch.int64") return DType::int64;
+  if (name == "torch.bool") return DType::boolean;
+  throw std::invalid_argument("the compiled core does not know dtype " + name);
+}
+
+TensorView view(const py::handle& tensor) {
+  TensorView result;
+  if (tensor.is_none()) return result;
+  const auto shape = tensor.attr("shape").cast<std::vector<std::int64_t>>();
+  const auto stride = tensor.attr("stride")().cast<std::vector<std::int64_t>>();
+  if (shape.size() > 3) throw std::invalid_argument("the compiled core takes tensors of up to 3 dimensions");
+  result.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<std::uintptr_t>());
+  result.dtype = dtype_of(tensor);
+  result.dim = static_cast<int>(shape.size());
+  for (std::size_t i = 0; i < shape.size(); ++i) {
+    result.shape[i] = shape[i];
+    result.stride[i] = stride[i];
+  }
+  const py::object device = tensor.attr("device");
+  const auto type = device.attr("type").cast<std::string>();
+  if (type == "cuda") {
+    result.device = device.attr("index").cast<int>();
+  } else if (type != "cpu") {
+    throw std::invalid_argument("the compiled core works on CPU and CUDA tensors, got device " + type);
+  }
+  return result;
+}
+
+// Collects an operation's tensors and refuses what the kernels could not survive.
+class Unpacker {
+ public:
+  explicit Unpacker(const char* operation) : operation_(operation) {}
+
+  TensorView strided(const py::handle& tensor, const char* name, std::vector<DType> dtypes,
+                     std::vector<std::int64_t> shape) {
+    const TensorView result = view(tensor);
+    if (!result.given()) return result;
+    bool dtype_fits = false;
+    for (DType dtype : dtypes) dtype_fits = dtype_fits || dtype == result.dtype;
+    if (!dtype_fits) fail(name, "has the wrong dtype");
+    if (result.dim != static_cast<int>(shape.size())) fail(name, "has the wrong number of dimensions");
+    for (std::size_t i = 0; i < shape.size(); ++i)
+      if (shape[i] >= 0 && result.shape[i] != shape[i]) fail(name, "has the wrong shape");
+    if (first_) {
+      device = result.device;
+      first_ = false;
+    } else if (result.device != device) {
+      fail(name, "is on another device than the first tensor");
+    }
+    return result;
+  }
+
+  template <class T>
+  T* contiguous(const py::handle& tensor, const char* name, DType dtype, std::vector<std::int64_t> shape) {
+    const TensorView result = strided(tensor, name, {dtype}, std::move(shape));
+    if (result.given() && !tensor.attr("is_contiguous")().cast<bool>()) fail(name, "is not contiguous");
+    return static_cast<T*>(result.data);
+  }
+
+  int device = -1;
+
+ private:
+  [[noreturn]] void fail(const char* name, const char* what) const {
+    throw std::invalid_argument(std::string(operation_) + ": " + name + " " + what);
+  }
+
+  const char* operation_;
+  bool first_ = true;
+};
+
+const std::vector<DType> kFloats = {DType::float32, DType::bfloat16, DType::float16};
+
+// ---- CUDA
+
+#if defined(MOEPRUNE_CUDA)
+// Makes the tensors' device current for the scope and finds torch's current stream on it.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    stream = reinterpret_cast<void*>(py::module_::import("torch.cuda")
+                                         .attr("current_stream")(device)
+                                         .attr("cuda_stream")
+                                         .cast<std::uintptr_t>());
+    check(cudaGetDevice(&before_));
+    check(cudaSetDevice(device));
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  void* stream;
+
+ private:
+  static void check(cudaError_t status) {
+    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+  }
+  int before_ = 0;
+};
+#endif
+
+template <class Args>
+void launch(Args& args, int device, const CpuKernel<Args>& cpu,
+            [[maybe_unused]] typename CpuKernel<Args>::Function cuda) {
+  if (device < 0) return cpu(args);
+#if defined(MOEPRUNE_CUDA)
+  const OnDevice guard(device);
+  args.stream = guard.stream;
+  py::gil_scoped_release release;
+  cuda(args);
+#else
+  throw std::invalid_argument("this build of moeprune_ext has no CUDA kernels");
+#endif
+}
+
+#if defined(MOEPRUNE_CUDA)
+#define MOEPRUNE_CUDA_KERNEL(name) name##_cuda
+#else
+#define MOEPRUNE_CUDA_KERNEL(name) nullptr
+#endif
+
+// ---- operations
+
+void overlap(const py::object& p, const py::object& q, const py::object& p_lse, const py::object& weight,
+             const py::object& labels, const py::object& uniform, const std::vector<py::object>& out,
+             int threads) {
+  Unpacker unpack("overlap");
+  OverlapArgs args{};
+  args.p = unpack.strided(p, "p_logits", kFloats, {-1, -1});
+  const std::int64_t rows = args.p.shape[0];
+  args.q = unpack.strided(q, "q_logits", kFloats, {-1, rows, args.p.shape[1]});
+  args.p_lse = unpack.contiguous<double>(p_lse, "p_lse", DType::float64, {rows});
+  args.weight = unpack.contiguous<double>(weight, "weight", DType::float64, {rows});
+  args.labels = unpack.contiguous<std::int64_t>(labels, "labels", DType::int64, {rows});
+  args.uniform = unpack.contiguous<double>(uniform, "uniform", DType::float64, {rows});
+  if (out.size() != kMetrics) throw std::invalid_argument("overlap: one output or None per metric");
+  for (int metric = 0; metric < kMetrics; ++metric)
+    args.out[metric] = unpack.contiguous<float>(out[metric], "out", DType::float32, {args.q.shape[0], rows});
+  if (rows == 0 || args.q.shape[0] == 0) return;
+  if ((args.out[kNll] && !args.labels) || (args.out[kAccept] && !args.uniform))
+    throw std::invalid_argument("overlap: nll needs labels and accept needs uniform");
+  args.threads = threads;
+  launch(args, unpack.device, overlap_cpu, MOEPRUNE_CUDA_KERNEL(overlap));
+}
+
+void log_sum_exp(const py::object& logits, const py::object& lse, int threads) {
+  Unpacker unpack("log_sum_exp");
+  LogSumExpArgs args{};
+  args.logits = unpack.strided(logits, "logits", kFloats, {-1, -1});
+  args.lse = unpack.contiguous<double>(lse, "lse", DType::float64, {args.logits.shape[0]});
+  if (args.logits.shape[0] == 0) return;
+  args.threads = threads;
+  launch(args, unpack.device, log_sum_exp_cpu, MOEPRUNE_CUDA_KERNEL(log_sum_exp));
+}
+
+void masked_router(const py::object& logits, const py::object& lists, const py::object& stops,
+                   const py::object& slots, const py::object& assigned, int top_k, int score,
+                   bool renormalize, float eps, float scale, const py::object& bias, int n_group,
+                   int topk_group, bool group_top2_sum, const py::object& ids, const py::object& weights,
+                   int weights_dtype, int threads) {
+  Unpacker unpack("masked_router");
+  MaskedRouterArgs args{};
+  args.logits = unpack.strided(logits, "logits", kFloats, {-1, -1});
+  const std::int64_t rows = args.logits.shape[0], n_experts = args.logits.shape[1];
+  if (n_experts > kMaxExperts) throw std::invalid_argument("masked_router: too many experts");
+  args.lists = unpack.contiguous<std::int32_t>(lists, "lists", DType::int32, {-1, n_experts});
+  const TensorView stops_view = unpack.strided(stops, "stops", {DType::int32}, {-1, -1});
+  args.n_walks = stops_view.shape[0];
+  args.n_stops = stops_view.shape[1];
+  args.stops = unpack.contiguous<std::int32_t>(stops, "stops", DType::int32, {args.n_walks, args.n_stops});
+  args.slots = unpack.contiguous<std::int32_t>(slots, "slots", DType::int32, {args.n_walks, args.n_stops});
+  args.assigned = unpack.contiguous<std::int64_t>(assigned, "assigned", DType::int64, {rows});
+  args.top_k = top_k;
+  args.score = static_cast<Score>(score);
+  args.renormalize = renormalize;
+  args.eps = eps;
+  args.scale = scale;
+  args.bias = unpack.contiguous<float>(bias, "correction_bias", DType::float32, {n_experts});
+  args.n_group = n_group;
+  args.topk_group = topk_group;
+  args.group_top2_sum = group_top2_sum;
+  args.weights_dtype = static_cast<DType>(weights_dtype);
+  args.ids = unpack.contiguous<std::int64_t>(ids, "ids", DType::int64, {-1, rows, top_k});
+  args.weights = unpack.contiguous<float>(weights, "weights", DType::float32, {-1, rows, top_k});
+  if (rows == 0 || args.n_walks == 0 || args.n_stops == 0) return;
+  args.threads = threads;
+  launch(args, unpack.device, masked_router_cpu, MOEPRUNE_CUDA_KERNEL(masked_router));
+}
+
+void routing_moments(const py::object& moments, const py::object& max_norm, const py::object& ids,
+                     const py::object& gates, const py::object& outputs, const py::object& norms,
+                     const py::object& valid, const py::object& workspace, int threads) {
+  Unpacker unpack("routing_moments_");
+  const std::vector<DType> any_float = {DType::float32, DType::bfloat16, DType::float16, DType::float64};
+  RoutingMomentsArgs args{};
+  args.ids = unpack.strided(ids, "expert_ids", {DType::int32, DType::int64}, {-1});
+  const std::int64_t pairs = args.ids.shape[0];
+  args.max_norm = unpack.contiguous<float>(max_norm, "max_norm", DType::float32, {-1});
+  args.n_experts = view(max_norm).shape[0];
+  args.moments = unpack.contiguous<double>(moments, "moments", DType::float64, {args.n_experts, 3, 3});
+  args.gates = unpack.strided(gates, "gates", any_float, {pairs});
+  args.outputs = unpack.strided(outputs, "outputs", kFloats, {pairs, -1});
+  args.norms = unpack.strided(norms, "norms", any_float, {pairs});
+  args.valid = unpack.strided(valid, "valid", {DType::boolean}, {pairs});
+  args.workspace = unpack.contiguous<double>(workspace, "workspace", DType::float64, {-1});
+  args.workspace_size = view(workspace).shape[0];
+  if (pairs == 0) return;
+  if (args.workspace_size < 1 || outputs.is_none() == norms.is_none())
+    throw std::invalid_argument("routing_moments_: needs a workspace, and either outputs or norms");
+  args.threads = threads;
+  launch(args, unpack.device, routing_moments_cpu, MOEPRUNE_CUDA_KERNEL(routing_moments));
+}
+
+py::dict build_info() {
+  py::dict info;
+  py::list archs, isas;
+  info["version"] = MOEPRUNE_VERSION;
+  info["cuda_runtime"] = py::none();
+  info["cuda_available"] = false;
+#if defined(MOEPRUNE_CUDA)
+  info["cuda"] = true;
+  archs = py::str(MOEPRUNE_CUDA_ARCHS).attr("split")(",");
+  info["cuda_runtime"] =
+      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  int devices = 0;
+  info["cuda_available"] = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+#else
+  info["cuda"] = false;
+#endif
+  info["cuda_archs"] = archs;
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512})
+    if (supported(isa)) isas.append(kIsaNames[static_cast<int>(isa)]);
+  info["cpu_isa"] = kIsaNames[static_cast<int>(current_isa().load())];
+  info["cpu_isas"] = isas;
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["compiler"] = MOEPRUNE_COMPILER;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled core of moeprune_ext; use it through moeprune_ext.ops";
+  current_isa();  // an unusable MOEPRUNE_ISA fails the import, not the first call
+  m.attr("MAX_EXPERTS") = kMaxExperts;
+  m.def("build_info", &build_info);
+  m.def("set_isa", [](const std::string& name) { current_isa() = isa_named(name); });
+  m.def("overlap", &overlap);
+  m.def("log_sum_exp", &log_sum_exp);
+  m.def("masked_router", &masked_router);
+  m.def("routing_moments", &routing_moments);
+}

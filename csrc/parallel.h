@@ -1,0 +1,24 @@
+// A parallel loop over independent items, on the OpenMP pool that torch uses too. Per instruction set for the
+// reason given in simd.h; without OpenMP it is the plain loop.
+#pragma once
+
+#include <cstdint>
+
+namespace moeprune::MOEPRUNE_ISA {
+
+// body(first, last) on consecutive ranges of at most `grain` items; which thread takes a range is not
+// determined.
+template <class Body>
+void parallel_ranges(std::int64_t items, std::int64_t grain, [[maybe_unused]] int threads, const Body& body) {
+  if (items == 0) return;
+  const std::int64_t ranges = (items + grain - 1) / grain;
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && ranges > 1)
+#endif
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    const std::int64_t first = range * grain;
+    body(first, first + grain < items ? first + grain : items);
+  }
+}
+
+}  // namespace moeprune::MOEPRUNE_ISA

@@ -1,0 +1,117 @@
+// routing_moments on the CPU, compiled once per instruction set.
+//
+// The work is reading `outputs` once; the nine sums per pair are nothing beside it. Pairs are taken in tiles:
+// the threads first share the rows of a tile and leave one norm each, then share the *experts* and add the
+// tile's pairs in order. So every sum has one owner and one order, which makes the result independent of the
+// number of threads without atomics or per-thread tables. The threads wait for each other twice a tile, so
+// tiles are as large as the workspace allows.
+//
+// A norm is the square root of a sum of squares in float32 partial sums per 2,048 elements, float64 across
+// them. Where that sum overflows or underflows float32 (elements beyond 1e18 or all below 1e-17), the row is
+// read again in float64.
+#include "routing_moments.h"
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace moeprune::MOEPRUNE_ISA {
+namespace {
+
+constexpr int kRows = 16;  // rows that a thread takes at a time
+
+double square_sum(const FloatRow& row, float* buffer) {
+  double total = 0;
+  for (std::int64_t start = 0; start < row.size; start += kBlock) {
+    const int n = block_size(row, start);
+    const float* x = read_block(row, start, n, 0.0f, buffer);
+    Vec partial[4] = {};
+    for (int i = 0; i < n; i += kStep)
+      for (int u = 0; u < 4; ++u) {
+        const Vec v = load(x + i + u * kLanes);
+        partial[u] += v * v;
+      }
+    total += sum((partial[0] + partial[1]) + (partial[2] + partial[3]));
+  }
+  return total;
+}
+
+double square_sum_in_double(const FloatRow& row, float* buffer) {
+  double total = 0;
+  for (std::int64_t start = 0; start < row.size; start += kBlock) {
+    const int n = block_size(row, start);
+    const float* x = read_block(row, start, n, 0.0f, buffer);
+    for (int i = 0; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  }
+  return total;
+}
+
+double norm(const FloatRow& row) {
+  alignas(64) float buffer[kBlock];
+  double squares = square_sum(row, buffer);
+  if (!(squares > 1e-26 && squares < 1e37)) squares = square_sum_in_double(row, buffer);
+  return __builtin_sqrt(squares);
+}
+
+double float_at(const TensorView& vector, std::int64_t i) {
+  const std::int64_t at = i * vector.stride[0];
+  switch (vector.dtype) {
+    case DType::float64:
+      return static_cast<const double*>(vector.data)[at];
+    case DType::float32:
+      return static_cast<double>(static_cast<const float*>(vector.data)[at]);
+    case DType::bfloat16:
+      return static_cast<double>(bfloat16_to_float(static_cast<const std::uint16_t*>(vector.data)[at]));
+    default:
+      return static_cast<double>(float16_to_float(static_cast<const std::uint16_t*>(vector.data)[at]));
+  }
+}
+
+std::int64_t id_at(const TensorView& ids, std::int64_t i) {
+  const std::int64_t at = i * ids.stride[0];
+  return ids.dtype == DType::int64 ? static_cast<const std::int64_t*>(ids.data)[at]
+                                   : static_cast<const std::int32_t*>(ids.data)[at];
+}
+
+bool valid_at(const TensorView& valid, std::int64_t i) {
+  return !valid.given() || static_cast<const bool*>(valid.data)[i * valid.stride[0]];
+}
+
+void add_pair(const RoutingMomentsArgs& args, std::int64_t expert, double gate, double f) {
+  const double gate_power[3] = {1, gate, gate * gate};
+  const double norm_power[3] = {1, f, f * f};
+  double* moments = args.moments + expert * 9;
+  for (int a = 0; a < 3; ++a)
+    for (int b = 0; b < 3; ++b) moments[3 * a + b] += gate_power[a] * norm_power[b];
+  float& highest = args.max_norm[expert];
+  const float f32 = static_cast<float>(f);
+  if (highest == highest && !(f32 <= highest)) highest = f32;  // NaN enters and stays
+}
+
+}  // namespace
+
+void routing_moments(const RoutingMomentsArgs& args) {
+  const std::int64_t n_pairs = args.ids.shape[0];
+  double* norms = args.workspace;
+  const std::int64_t tile_size = args.workspace_size;
+  for (std::int64_t tile = 0; tile < n_pairs; tile += tile_size) {
+    const std::int64_t n = n_pairs - tile < tile_size ? n_pairs - tile : tile_size;
+    parallel_ranges(n, kRows, args.threads, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t i = first; i < last; ++i) {
+        if (!valid_at(args.valid, tile + i)) continue;
+        norms[i] = args.norms.given() ? float_at(args.norms, tile + i)
+                                      : norm(row_of(args.outputs, (tile + i) * args.outputs.stride[0]));
+      }
+    });
+    const std::int64_t share = (args.n_experts + args.threads - 1) / args.threads;
+    parallel_ranges(args.n_experts, share, args.threads, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t i = 0; i < n; ++i) {
+        if (!valid_at(args.valid, tile + i)) continue;
+        const std::int64_t expert = id_at(args.ids, tile + i);
+        if (expert >= first && expert < last)
+          add_pair(args, expert, float_at(args.gates, tile + i), norms[i]);
+      }
+    });
+  }
+}
+
+}  // namespace moeprune::MOEPRUNE_ISA
