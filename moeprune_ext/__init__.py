@@ -7,6 +7,7 @@ model + text --calibrate--> RoutingStats --score_experts--> ExpertScores --unifo
 from moeprune_ext import reference
 from moeprune_ext.calibrate import RoutingStats, calibrate
 from moeprune_ext.criteria import ExpertScores, score_experts
+from moeprune_ext.evaluate import accuracy, load_task, perplexity
 from moeprune_ext.evaluator import CandidateEvaluator, CandidateScore
 from moeprune_ext.evolve import SearchResult, evolve
 from moeprune_ext.export import export, load
@@ -32,15 +33,18 @@ __all__ = [
     "RoutingStats",
     "SearchResult",
     "__version__",
+    "accuracy",
     "applied",
     "build_info",
     "calibrate",
     "evolve",
     "export",
     "load",
+    "load_task",
     "masked_router",
     "overlap",
     "overlap_from_hidden",
+    "perplexity",
     "prune_",
     "reference",
     "routing_moments_",

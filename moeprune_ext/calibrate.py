@@ -26,9 +26,7 @@ from moeprune_ext.moe import ExpertsFunction, LayerShape, find_moe_layers, inter
 from moeprune_ext.ops import routing_moments_
 
 FORMAT = "moeprune.stats/1"
-PAIRS_AT_ONCE = (
-    65_536  # routed pairs whose outputs [pairs, H] are alive at a time: 0.5 GB at H = 4096 in bfloat16
-)
+PAIRS_AT_ONCE = 65_536  # routed pairs whose outputs [pairs, H] are alive at a time: 0.5 GB at H = 4096 in bfloat16
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,7 @@ class RoutingStats:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 if about.get("format") != FORMAT:
-                    raise ValueError(
-                        f"{path} holds no routing statistics (safetensors with format {FORMAT!r})"
-                    )
+                    raise ValueError(f"{path} holds no routing statistics (safetensors with format {FORMAT!r})")
                 shapes = {int(k): LayerShape(**v) for k, v in json.loads(about["shapes"]).items()}
                 moments = {layer: file.get_tensor(f"moments.{layer}") for layer in shapes}
                 max_norm = {layer: file.get_tensor(f"max_norm.{layer}") for layer in shapes}
@@ -104,9 +100,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fals
     attended = torch.empty(0, dtype=torch.bool)
 
     def observe(index: int) -> Callable[[ExpertsFunction, Tensor, Tensor, Tensor], Tensor]:
-        def function(
-            original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor
-        ) -> Tensor:
+        def function(original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
             tokens, top_k = expert_ids.shape
             if tokens != attended.numel():
                 raise ValueError(

@@ -97,17 +97,13 @@ class ExpertScores(Mapping[int, Tensor]):
         if isinstance(scores, ExpertScores):
             return scores
         if not isinstance(scores, Mapping):
-            raise ValueError(
-                f"scores must be a mapping {{layer: one score per expert}}, got {type(scores).__name__}"
-            )
+            raise ValueError(f"scores must be a mapping {{layer: one score per expert}}, got {type(scores).__name__}")
         values = {int(layer): torch.as_tensor(v, dtype=torch.float64) for layer, v in sorted(scores.items())}
         if shapes is None:
             shapes = {}
             for layer, v in values.items():
                 if v.ndim != 1 or len(v) % n_group:
-                    raise ValueError(
-                        f"layer {layer}: {tuple(v.shape)} scores do not fit {n_group} equal groups"
-                    )
+                    raise ValueError(f"layer {layer}: {tuple(v.shape)} scores do not fit {n_group} equal groups")
                 per_group = -(-top_k // n_group)
                 shapes[layer] = LayerShape(len(v), top_k, n_group, min_kept=n_group * per_group)
         elif missing := sorted(set(values) ^ set(shapes)):

@@ -75,9 +75,7 @@ def _as_batch(item: Any, number: int, vocab_size: int | None) -> TokenBatch:
         parts = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
     ids = parts.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(
-            f"batch {number}: input_ids must be an integer tensor [batch, sequence], got {_describe(ids)}"
-        )
+        raise ValueError(f"batch {number}: input_ids must be an integer tensor [batch, sequence], got {_describe(ids)}")
     masks = []
     for name in ("attention_mask", "labels_mask"):
         mask = parts.get(name)
@@ -168,19 +166,13 @@ def load_batches(
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path} is not a readable text file: {error}") from None
     wanted = sequences - sum(len(batch.input_ids) for batch in batches)
-    rows = [
-        (tokens[:sequence_length], prompt)
-        for tokens, prompt in rows
-        if prompt < min(len(tokens), sequence_length)
-    ]
+    rows = [(tokens[:sequence_length], prompt) for tokens, prompt in rows if prompt < min(len(tokens), sequence_length)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     for start in range(0, min(len(rows), max(wanted, 0)), batch_size):
         batches.append(_pad(rows[start : min(start + batch_size, wanted)], pad))
     wanted -= len(rows)
     if texts and wanted > 0:
-        batches += pack(
-            tokenizer, texts, sequence_length=sequence_length, sequences=wanted, batch_size=batch_size
-        )
+        batches += pack(tokenizer, texts, sequence_length=sequence_length, sequences=wanted, batch_size=batch_size)
     if not batches:
         raise ValueError(f"the data files hold no usable sequence: {', '.join(map(str, paths))}")
     return batches
@@ -232,9 +224,7 @@ def _record(record: dict[str, Any], place: str, tokenizer: Any) -> tuple[str, tu
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         rest = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
         return "", (prompt_ids + rest, len(prompt_ids))
-    raise ValueError(
-        f'{place} needs "text", "prompt" and "response", or "messages"; it has: {", ".join(record)}'
-    )
+    raise ValueError(f'{place} needs "text", "prompt" and "response", or "messages"; it has: {", ".join(record)}')
 
 
 def _pad(rows: Sequence[tuple[list[int], int]], pad_id: int) -> TokenBatch:

@@ -155,10 +155,7 @@ class CandidateEvaluator:
         counts = [predicted if name == "nll" else self.positions for name in metrics]
         return [
             CandidateScore(
-                **{
-                    name: (sums[i, m] / counts[m]).item() if counts[m] else math.nan
-                    for m, name in enumerate(metrics)
-                },
+                **{name: (sums[i, m] / counts[m]).item() if counts[m] else math.nan for m, name in enumerate(metrics)},
                 positions=self.positions,
                 nan_rows=int(nan_rows[i]),
             )

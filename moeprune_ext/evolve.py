@@ -26,7 +26,7 @@ from tqdm import tqdm
 from moeprune_ext.criteria import ExpertScores
 from moeprune_ext.evaluator import METRICS, CandidateEvaluator, CandidateScore
 from moeprune_ext.files import read_json, write_text
-from moeprune_ext.plan import PruningPlan, pruning_budget, pruning_order
+from moeprune_ext.plan import PruningPlan, pruning_order, uniform_counts
 
 DEFAULT_PATTERNS = (
     "uniform",
@@ -87,14 +87,11 @@ def evolve(
     to another search, naming what differs.
     """
     scores = ExpertScores.wrap(scores, shapes=evaluator.shapes, model=evaluator.fingerprint)
-    _check_settings(
-        evaluator, scores, fitness, population, generations, elites, max_delta, max_steps, max_attempts
-    )
+    _check_settings(evaluator, scores, fitness, population, generations, elites, max_delta, max_steps, max_attempts)
     unit = scores.n_group
     layers = list(scores)
     capacities = [scores.shapes[layer].capacity // unit for layer in layers]
-    uniform = pruning_budget(scores, sparsity)
-    budget = sum(uniform.values()) // unit
+    budget = sum(uniform_counts(scores, sparsity).values()) // unit
     patterns = list(dict.fromkeys(init_patterns))
     if unknown := [name for name in patterns if name not in DEFAULT_PATTERNS]:
         raise ValueError(f"unknown initial patterns {unknown}; choose from {', '.join(DEFAULT_PATTERNS)}")
@@ -164,9 +161,7 @@ def evolve(
     bar.close()
     best = survivors[0]
     if math.isnan(cache[best]):
-        raise ValueError(
-            "every candidate gave NaN logits; use a dtype with more range, such as bfloat16 or float32"
-        )
+        raise ValueError("every candidate gave NaN logits; use a dtype with more range, such as bfloat16 or float32")
     plan = plan_of(best)
     if journal is not None:
         plan.save(journal.folder / "plan.json")
@@ -279,9 +274,7 @@ class _Journal:
             before = before if isinstance(before, dict) else {}
             differing = [name for name in settings if before.get(name) != settings[name]]
             if differing:
-                changes = "; ".join(
-                    f"{name}: {before.get(name)!r} there, {settings[name]!r} now" for name in differing
-                )
+                changes = "; ".join(f"{name}: {before.get(name)!r} there, {settings[name]!r} now" for name in differing)
                 raise ValueError(
                     f"{folder} belongs to another search ({changes}); use another directory or the same settings"
                 )

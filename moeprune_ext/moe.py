@@ -106,9 +106,7 @@ def find_moe_layers(model: nn.Module) -> dict[int, MoeLayer]:
 
 def _is_experts(module: nn.Module) -> bool:
     count = getattr(module, "num_experts", None)
-    return isinstance(count, int) and any(
-        p.ndim == 3 and p.shape[0] == count for p in module.parameters(recurse=False)
-    )
+    return isinstance(count, int) and any(p.ndim == 3 and p.shape[0] == count for p in module.parameters(recurse=False))
 
 
 def _find_router(block: nn.Module, experts: nn.Module, name: str) -> tuple[str, nn.Module]:
@@ -245,9 +243,7 @@ def masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
     modules = [*layer.router.modules(), layer.block]
     kept_ids = torch.tensor(kept, device=before[0].device)
 
-    def to_stored_ids(
-        original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor
-    ) -> Tensor:
+    def to_stored_ids(original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         return original(hidden, kept_ids.to(expert_ids.device)[expert_ids], weights)
 
     try:

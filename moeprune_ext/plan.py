@@ -41,9 +41,7 @@ class PruningPlan:
         for layer, ids in self.kept.items():
             count = self.num_experts[layer]
             if not ids or sorted(set(ids)) != list(ids) or ids[0] < 0 or ids[-1] >= count:
-                raise ValueError(
-                    f"layer {layer}: kept ids must be ascending, distinct and in [0, {count}), got {ids}"
-                )
+                raise ValueError(f"layer {layer}: kept ids must be ascending, distinct and in [0, {count}), got {ids}")
 
     @property
     def pruned_counts(self) -> dict[int, int]:
@@ -60,9 +58,7 @@ class PruningPlan:
         return sum(self.pruned_counts.values()) / sum(self.num_experts.values())
 
     @classmethod
-    def from_pruned_counts(
-        cls, scores: ExpertScores | Mapping[int, Tensor], pruned: Mapping[int, int]
-    ) -> PruningPlan:
+    def from_pruned_counts(cls, scores: ExpertScores | Mapping[int, Tensor], pruned: Mapping[int, int]) -> PruningPlan:
         """The plan that removes the `pruned[layer]` lowest-scoring experts of each layer (layers not named lose none).
 
         Ties: the higher expert id goes first. With a plain mapping only the counts are checked against the number of
@@ -70,9 +66,7 @@ class PruningPlan:
         """
         scores = ExpertScores.wrap(scores)
         if unknown := sorted(set(pruned) - set(scores)):
-            raise ValueError(
-                f"there are no scores for layers {unknown}; the scored layers are {sorted(scores)}"
-            )
+            raise ValueError(f"there are no scores for layers {unknown}; the scored layers are {sorted(scores)}")
         kept = {}
         for layer, values in scores.items():
             count, shape = int(pruned.get(layer, 0)), scores.shapes[layer]
@@ -128,33 +122,31 @@ def pruning_order(values: Tensor, n_group: int = 1) -> list[int]:
     size = count // n_group
     numbers = values.tolist()
     rankings = [
-        sorted(range(g * size, (g + 1) * size), key=lambda expert: (numbers[expert], -expert))
-        for g in range(n_group)
+        sorted(range(g * size, (g + 1) * size), key=lambda expert: (numbers[expert], -expert)) for g in range(n_group)
     ]
     return [ranking[place] for place in range(size) for ranking in rankings]
 
 
-def pruning_budget(scores: ExpertScores, sparsity: float) -> dict[int, int]:
-    """Experts to prune per layer in the uniform plan: round_half_up(sparsity * E / n_group) * n_group (our choice).
+def uniform_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:
+    """{layer: experts to prune} at one sparsity: round_half_up(sparsity * E / n_group) * n_group (our choice).
 
-    The sum over layers is the budget every allocation method spends. Raises ValueError for a sparsity outside [0, 1) or
-    one that leaves a router too few experts.
+    The sum is the budget that every allocation method spends. Raises ValueError for a sparsity outside [0, 1) or a sum
+    that no allocation can spend; a single layer may still be asked for more than it can give.
     """
     if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise ValueError(
-            f"sparsity is the share of experts to remove, at least 0 and below 1; got {sparsity}"
-        )
-    counts = {}
-    for layer, shape in scores.shapes.items():
+        raise ValueError(f"sparsity is the share of experts to remove, at least 0 and below 1; got {sparsity}")
+    counts = {
         # The tiny addition keeps products such as 0.15 * 10 = 1.4999999999999998 on the side they were meant.
-        count = math.floor(sparsity * shape.num_experts / shape.n_group + 0.5 + 1e-9) * shape.n_group
-        if count > shape.capacity:
-            highest = shape.capacity / shape.num_experts
-            raise ValueError(
-                f"sparsity {sparsity} leaves layer {layer} with {shape.num_experts - count} of {shape.num_experts} experts, "
-                f"but its router needs {shape.min_kept} (top_k {shape.top_k}); use a sparsity of at most {highest:.4g}"
-            )
-        counts[layer] = count
+        layer: math.floor(sparsity * shape.num_experts / shape.n_group + 0.5 + 1e-9) * shape.n_group
+        for layer, shape in scores.shapes.items()
+    }
+    capacity, experts = (sum(getattr(s, name) for s in scores.shapes.values()) for name in ("capacity", "num_experts"))
+    if sum(counts.values()) > capacity:
+        raise ValueError(
+            f"sparsity {sparsity} asks for {sum(counts.values())} of {experts} experts, but at most {capacity} can go: the "
+            f"routers select {scores.top_k} per token and need as many left; use a sparsity of at most "
+            f"{math.floor(capacity / experts * 1e4) / 1e4:g}"
+        )
     return counts
 
 
@@ -166,4 +158,4 @@ def uniform_plan(
     top_k and n_group describe the router when `scores` is a plain {layer: [E]} mapping; ExpertScores know their own.
     """
     scores = ExpertScores.wrap(scores, top_k=top_k, n_group=n_group)
-    return PruningPlan.from_pruned_counts(scores, pruning_budget(scores, sparsity))
+    return PruningPlan.from_pruned_counts(scores, uniform_counts(scores, sparsity))

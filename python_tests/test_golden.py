@@ -53,9 +53,7 @@ def test_statistics_match_the_released_observer(golden):
         }
         for name, ours in pairs.items():
             theirs = expected[f"layer{layer}.{name}"].double()
-            torch.testing.assert_close(
-                ours, theirs, rtol=1e-5, atol=0, msg=lambda m, n=name: f"layer {layer} {n}: {m}"
-            )
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0, msg=lambda m, n=name: f"layer {layer} {n}: {m}")
     assert stats.tokens == int(expected["layer0.total_tokens"])
 
 
@@ -66,6 +64,4 @@ def test_pruned_counts_of_the_released_patterns(golden):
     for entry in json.loads((folder / "esap_golden.json").read_text())["results"]:
         if entry["pattern"] != "random":
             weights = pattern_weights(entry["pattern"], 4, None)
-            assert list(allocate(weights, [12] * 4, 32)) == list(entry["pruned_per_layer"].values()), entry[
-                "pattern"
-            ]
+            assert list(allocate(weights, [12] * 4, 32)) == list(entry["pruned_per_layer"].values()), entry["pattern"]

@@ -1,0 +1,183 @@
+"""Every family the papers prune: mask, prune, export, reload, and the same numbers each way."""
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny_models import CONFIGS, VOCABULARY, random_tokens, tiny_model
+from transformers import AutoModelForCausalLM
+
+import moeprune_ext as mp
+from moeprune_ext.moe import find_moe_layers, model_fingerprint
+
+FAMILIES = sorted(CONFIGS)
+
+
+def uneven_counts(shapes):
+    """0, 2, 4, 0, ... experts pruned: multiples of every group size, different between layers."""
+    return {layer: (0, 2, 4)[i % 3] for i, layer in enumerate(shapes)}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    model = tiny_model(request.param)
+    stats = mp.calibrate(model, [random_tokens()])
+    return request.param, model, stats
+
+
+@pytest.fixture(scope="module")
+def plans(family):
+    _, _, stats = family
+    scores = mp.score_experts(stats, "reap")
+    return {
+        "uniform": mp.uniform_plan(scores, 0.5),
+        "uneven": mp.PruningPlan.from_pruned_counts(scores, uneven_counts(scores)),
+    }
+
+
+def logits_of(model, tokens):
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
+
+
+def test_statistics_are_what_the_layer_computes(family):
+    """The moments rebuild the experts' own output: sum over pairs of g * f is the layer's result."""
+    name, model, stats = family
+    tokens = random_tokens()
+    seen = {}
+    hooks = [
+        layer.experts.register_forward_hook(
+            lambda _, inputs, output, i=index: seen.__setitem__(i, (*inputs[:3], output.clone()))
+        )
+        for index, layer in find_moe_layers(model).items()
+    ]
+    logits_of(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    for index, layer in find_moe_layers(model).items():
+        hidden, ids, gates, _ = seen[index]
+        expected = torch.zeros_like(stats.moments[index])
+        for token in range(len(hidden)):
+            for k in range(ids.shape[1]):
+                one = torch.ones(1, 1)
+                with torch.no_grad():
+                    output = layer.experts(hidden[token : token + 1], ids[token : token + 1, k : k + 1], one)
+                g, f = gates[token, k].double(), output.double().norm()
+                powers = torch.stack([g**a * f**b for a in range(3) for b in range(3)])
+                expected[ids[token, k]] += powers.view(3, 3)
+        torch.testing.assert_close(stats.moments[index], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_calibration_leaves_the_model_as_it_was(family):
+    _, model, _ = family
+    tokens = random_tokens(seed=5)
+    before = logits_of(model, tokens)
+    mp.calibrate(model, [tokens])
+    assert torch.equal(logits_of(model, tokens), before)
+
+
+def test_masked_model_computes_what_the_pruned_model_computes(family, plans):
+    _, model, _ = family
+    tokens = random_tokens(seed=2)
+    full = logits_of(model, tokens)
+    for plan in plans.values():
+        pruned = copy.deepcopy(model)
+        mp.prune_(pruned, plan)
+        with mp.applied(model, plan):
+            masked = logits_of(model, tokens)
+        torch.testing.assert_close(masked, logits_of(pruned, tokens), rtol=0, atol=1e-5)
+        assert not torch.allclose(masked, full, atol=1e-3)
+        assert torch.equal(logits_of(model, tokens), full), "the mask must come off"
+        kept = {index: layer.shape.num_experts for index, layer in find_moe_layers(pruned).items()}
+        assert kept == {index: len(ids) for index, ids in plan.kept.items()}
+
+
+@pytest.mark.parametrize("kind", ["uniform", "uneven"])
+def test_score_equals_exported_checkpoint(family, plans, kind, tmp_path):
+    name, model, _ = family
+    plan = plans[kind]
+    model.save_pretrained(tmp_path / "full")
+    out = mp.export(tmp_path / "full", plan, tmp_path / "pruned")
+    if kind == "uniform":
+        reloaded = AutoModelForCausalLM.from_pretrained(out)  # a stock checkpoint, no help from us
+    else:
+        reloaded = mp.load(out)
+    tokens = random_tokens(seed=3)
+    evaluator = mp.CandidateEvaluator(model, [tokens])
+    score = evaluator.evaluate([plan], ("esap", "kl_pq", "nll"))[0]
+    p, q = logits_of(model, tokens).flatten(0, 1), logits_of(reloaded, tokens).flatten(0, 1)
+    direct = mp.reference.overlap(p.double(), q.double(), metrics=("esap", "kl_pq"))
+    assert score.esap == pytest.approx(float(direct["esap"].mean()), abs=1e-5)
+    assert score.kl_pq == pytest.approx(float(direct["kl_pq"].mean()), abs=1e-5)
+    nll = torch.nn.functional.cross_entropy(logits_of(reloaded, tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert score.nll == pytest.approx(float(nll), abs=1e-5)
+
+
+def test_reloaded_uneven_model_can_be_calibrated_scored_searched_and_exported_again(family, plans, tmp_path):
+    name, model, _ = family
+    model.save_pretrained(tmp_path / "full")
+    mp.export(tmp_path / "full", plans["uneven"], tmp_path / "once")
+    reloaded = mp.load(tmp_path / "once")
+    assert type(reloaded) is type(model)
+    stats = mp.calibrate(reloaded, [random_tokens()])
+    assert {layer: len(t) for layer, t in stats.moments.items()} == {i: len(k) for i, k in plans["uneven"].kept.items()}
+    scores = mp.score_experts(stats, "man")
+    evaluator = mp.CandidateEvaluator(reloaded, [random_tokens(seed=4)])
+    again = mp.evolve(evaluator, scores, 0.25, population=4, generations=2, elites=1).plan
+    mp.export(tmp_path / "once", again, tmp_path / "twice")
+    twice = mp.load(tmp_path / "twice")
+    score = evaluator.evaluate([again])[0].esap
+    tokens = random_tokens(seed=4)
+    p, q = logits_of(reloaded, tokens).flatten(0, 1), logits_of(twice, tokens).flatten(0, 1)
+    assert score == pytest.approx(float(mp.reference.overlap(p.double(), q.double())["esap"].mean()), abs=1e-5)
+
+
+def test_bfloat16_score_agrees_with_bfloat16_checkpoint(family, plans, tmp_path):
+    family[1].save_pretrained(tmp_path / "full")
+    model = mp.load(tmp_path / "full", dtype=torch.bfloat16)  # not .bfloat16(), which rounds rotary tables too
+    tokens = random_tokens(seed=3)
+    evaluator = mp.CandidateEvaluator(model, [tokens])
+    for kind, plan in plans.items():
+        mp.export(tmp_path / "full", plan, tmp_path / kind)
+        reloaded = mp.load(tmp_path / kind, dtype=torch.bfloat16)
+        p, q = logits_of(model, tokens).flatten(0, 1), logits_of(reloaded, tokens).flatten(0, 1)
+        direct = float(mp.reference.overlap(p.double(), q.double())["esap"].mean())
+        assert evaluator.evaluate([plan])[0].esap == pytest.approx(direct, abs=1e-3)
+
+
+def test_fingerprint_survives_dtypes_and_tells_models_apart(family, tmp_path):
+    name, model, _ = family
+    fingerprint = model_fingerprint(model)
+    assert model_fingerprint(copy.deepcopy(model).bfloat16()) == fingerprint
+    assert model_fingerprint(copy.deepcopy(model).half()) == fingerprint
+    assert model_fingerprint(tiny_model(name, seed=1)) != fingerprint
+
+
+def test_export_reads_sharded_checkpoints(tmp_path):
+    model = tiny_model("olmoe")
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.25)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    tokens = random_tokens(seed=2)
+    logits = [logits_of(mp.load(mp.export(tmp_path / s, plan, tmp_path / f"out-{s}")), tokens) for s in ("one", "many")]
+    assert torch.equal(*logits)
+    index = json.loads((tmp_path / "out-many" / "model.safetensors.index.json").read_text())
+    assert {f.name for f in (tmp_path / "out-many").glob("*.safetensors")} == set(index["weight_map"].values())
+
+
+def test_teacher_scores_itself_perfectly(family):
+    _, model, stats = family
+    scores = mp.score_experts(stats, "frequency")
+    nothing = mp.PruningPlan.from_pruned_counts(scores, {})
+    score = mp.CandidateEvaluator(model, [random_tokens()]).evaluate([nothing], ("esap", "kl_pq", "top1_agree"))[0]
+    assert score.esap == pytest.approx(1, abs=1e-6)
+    assert score.kl_pq == pytest.approx(0, abs=1e-6)
+    assert score.top1_agree == 1
+
+
+def test_vocabulary_is_checked():
+    model = tiny_model("olmoe")
+    with pytest.raises(ValueError, match="vocabulary"):
+        mp.calibrate(model, [torch.full((1, 4), VOCABULARY)])
