@@ -27,9 +27,7 @@ std::uint64_t key_of(float score, std::int32_t expert) {
   return static_cast<std::uint64_t>(bits) << 32 | ~static_cast<std::uint32_t>(expert);
 }
 
-std::int32_t expert_of(std::uint64_t key) {
-  return static_cast<std::int32_t>(~static_cast<std::uint32_t>(key));
-}
+std::int32_t expert_of(std::uint64_t key) { return static_cast<std::int32_t>(~static_cast<std::uint32_t>(key)); }
 
 // Round to nearest even, as torch does.
 float rounded(float value, DType dtype) {
@@ -93,8 +91,7 @@ void prepare_row(const MaskedRouterArgs& args, std::int64_t n, Scratch& s) {
     }
   }
   if (key_depends_on_mask(args)) return;
-  for (int e = 0; e < n_experts; ++e)
-    s.key[e] = key_of(args.bias ? s.score[e] + args.bias[e] : s.logit[e], e);
+  for (int e = 0; e < n_experts; ++e) s.key[e] = key_of(args.bias ? s.score[e] + args.bias[e] : s.logit[e], e);
 }
 
 // The softmax's terms at each place, relative to the maximum of the places up to it.
@@ -202,8 +199,7 @@ void walk(const MaskedRouterArgs& args, std::int64_t row, std::int64_t w, Scratc
   Denominator denominator;
   int candidates = n;
   if (softmax) prepare_softmax(list, n, s);
-  if (args.n_group > 1 ||
-      key_depends_on_mask(args)) {  // one stop: the whole denominator is needed first, or all keys
+  if (args.n_group > 1 || key_depends_on_mask(args)) {  // one stop: the whole denominator is needed first, or all keys
     if (softmax)
       for (int i = 0; i < n; ++i) denominator.add(s.score[i], s.running_max[i]);
     const float inverse = static_cast<float>(1.0 / denominator.sum);
@@ -245,7 +241,10 @@ void walk(const MaskedRouterArgs& args, std::int64_t row, std::int64_t w, Scratc
 void masked_router(const MaskedRouterArgs& args) {
   const std::int64_t n_rows = args.logits.shape[0];
   if (args.n_walks == 0 || args.n_stops == 0) return;
-  parallel_ranges(n_rows, kRows, args.threads, [&](std::int64_t first, std::int64_t last) {
+  const std::int64_t walks = args.assigned ? 1 : args.n_walks;
+  const double per_walk = static_cast<double>(4 * args.logits.shape[1] + 4 * args.n_stops * args.top_k);
+  const int threads = useful_threads(static_cast<double>(n_rows * walks) * per_walk, args.threads);
+  parallel_ranges(n_rows, kRows, threads, [&](std::int64_t first, std::int64_t last) {
     Scratch s;
     for (std::int64_t row = first; row < last; ++row) {
       prepare_row(args, row, s);

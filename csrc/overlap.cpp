@@ -101,8 +101,7 @@ MOEPRUNE_INLINE Vec kl_terms(Vec prob_a, Vec log_a, Vec log_b) {
   return log_a == -kInf ? Vec{} : terms;
 }
 
-void add_block(const float* p, const float* q, int n, LogProbability log_p, LogProbability log_q,
-               Divergences& sums) {
+void add_block(const float* p, const float* q, int n, LogProbability log_p, LogProbability log_q, Divergences& sums) {
   Vec esap[2] = {}, kl_pq[2] = {}, kl_qp[2] = {};
   for (int i = 0; i < n; i += 2 * kLanes)
     for (int u = 0; u < 2; ++u) {
@@ -157,8 +156,8 @@ struct Buffers {
   alignas(64) float q[kBlock];
 };
 
-void compare_rows(const OverlapArgs& args, const FloatRow& p, RowSummary p_summary, std::int64_t c,
-                  std::int64_t t, Buffers& buffers) {
+void compare_rows(const OverlapArgs& args, const FloatRow& p, RowSummary p_summary, std::int64_t c, std::int64_t t,
+                  Buffers& buffers) {
   const std::int64_t n_rows = args.p.shape[0];
   const FloatRow q = row_of(args.q, c * args.q.stride[0] + t * args.q.stride[1]);
   const RowSummary q_summary = summarize(q, true, buffers.q);
@@ -202,11 +201,13 @@ void compare_rows(const OverlapArgs& args, const FloatRow& p, RowSummary p_summa
 
 void overlap(const OverlapArgs& args) {
   const std::int64_t n_candidates = args.q.shape[0], n_rows = args.p.shape[0];
+  const double elements = static_cast<double>(n_candidates * n_rows) * static_cast<double>(args.p.shape[1]);
+  const int threads = useful_threads(elements, args.threads);
   // A task is a row of p with a block of candidates: all of them where there are rows enough to go round.
-  const bool enough_rows = n_rows >= 4 * args.threads;
-  const std::int64_t per_task = enough_rows ? n_candidates : 1 + (n_candidates - 1) / args.threads;
+  const bool enough_rows = n_rows >= 4 * threads;
+  const std::int64_t per_task = enough_rows ? n_candidates : 1 + (n_candidates - 1) / threads;
   const std::int64_t blocks = per_task > 0 ? (n_candidates + per_task - 1) / per_task : 0;
-  parallel_ranges(n_rows * blocks, 1, args.threads, [&](std::int64_t task, std::int64_t) {
+  parallel_ranges(n_rows * blocks, 1, threads, [&](std::int64_t task, std::int64_t) {
     const std::int64_t t = task / blocks, first = task % blocks * per_task;
     const std::int64_t last = first + per_task < n_candidates ? first + per_task : n_candidates;
     if (args.weight && args.weight[t] == 0) {
@@ -227,7 +228,8 @@ void overlap(const OverlapArgs& args) {
 }
 
 void log_sum_exp(const LogSumExpArgs& args) {
-  parallel_ranges(args.logits.shape[0], 1, args.threads, [&](std::int64_t r, std::int64_t) {
+  const double elements = static_cast<double>(args.logits.shape[0] * args.logits.shape[1]);
+  parallel_ranges(args.logits.shape[0], 1, useful_threads(elements, args.threads), [&](std::int64_t r, std::int64_t) {
     alignas(64) float buffer[kBlock];
     args.lse[r] = summarize(row_of(args.logits, r * args.logits.stride[0]), true, buffer).lse;
   });

@@ -6,6 +6,12 @@
 
 namespace moeprune::MOEPRUNE_ISA {
 
+// How many of the threads are worth waking for work that takes one thread about this long.
+inline int useful_threads(double nanoseconds, int threads) {
+  const double shares = nanoseconds / 50'000;
+  return shares >= threads ? threads : shares < 1 ? 1 : static_cast<int>(shares);
+}
+
 // body(first, last) on consecutive ranges of at most `grain` items; which thread takes a range is not
 // determined.
 template <class Body>

@@ -91,24 +91,28 @@ void add_pair(const RoutingMomentsArgs& args, std::int64_t expert, double gate, 
 
 void routing_moments(const RoutingMomentsArgs& args) {
   const std::int64_t n_pairs = args.ids.shape[0];
-  double* norms = args.workspace;
-  const std::int64_t tile_size = args.workspace_size;
+  const bool norms_given = args.norms.given();
+  const std::int64_t tile_size = norms_given ? n_pairs : args.workspace_size;
   for (std::int64_t tile = 0; tile < n_pairs; tile += tile_size) {
     const std::int64_t n = n_pairs - tile < tile_size ? n_pairs - tile : tile_size;
-    parallel_ranges(n, kRows, args.threads, [&](std::int64_t first, std::int64_t last) {
-      for (std::int64_t i = first; i < last; ++i) {
-        if (!valid_at(args.valid, tile + i)) continue;
-        norms[i] = args.norms.given() ? float_at(args.norms, tile + i)
-                                      : norm(row_of(args.outputs, (tile + i) * args.outputs.stride[0]));
-      }
-    });
-    const std::int64_t share = (args.n_experts + args.threads - 1) / args.threads;
-    parallel_ranges(args.n_experts, share, args.threads, [&](std::int64_t first, std::int64_t last) {
+    if (!norms_given) {
+      const double nanoseconds = 0.3 * static_cast<double>(n * args.outputs.shape[1]);
+      const int threads = useful_threads(nanoseconds, args.threads);
+      parallel_ranges(n, kRows, threads, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t i = first; i < last; ++i)
+          if (valid_at(args.valid, tile + i))
+            args.workspace[i] = norm(row_of(args.outputs, (tile + i) * args.outputs.stride[0]));
+      });
+    }
+    const int threads = useful_threads(10.0 * static_cast<double>(n), args.threads);
+    const std::int64_t share = (args.n_experts + threads - 1) / threads;
+    parallel_ranges(args.n_experts, share, threads, [&](std::int64_t first, std::int64_t last) {
       for (std::int64_t i = 0; i < n; ++i) {
         if (!valid_at(args.valid, tile + i)) continue;
         const std::int64_t expert = id_at(args.ids, tile + i);
-        if (expert >= first && expert < last)
-          add_pair(args, expert, float_at(args.gates, tile + i), norms[i]);
+        if (expert < first || expert >= last) continue;
+        const double f = norms_given ? float_at(args.norms, tile + i) : args.workspace[i];
+        add_pair(args, expert, float_at(args.gates, tile + i), f);
       }
     });
   }

@@ -17,7 +17,7 @@ struct TensorView {
   std::int64_t stride[3] = {0, 0, 0};  // in elements
   int device = -1;                     // -1: CPU; otherwise the CUDA device's index
 
-  bool given() const { return dim >= 0; }
+  constexpr bool given() const { return dim >= 0; }  // constexpr: CUDA device code calls it too
 };
 
 }  // namespace moeprune
