@@ -1,8 +1,9 @@
 """One pass over calibration text -> RoutingStats, the single table behind every criterion.
 
-The experts module of each layer is called with one routed pair per row and weight 1, which yields the unweighted outputs
-f_e(x_t) in the model's own arithmetic, whatever its experts look like; only routed pairs are computed. Per pair the gate
-weight g (the coefficient the model really applies) and ||f_e(x_t)||_2 go into moments[e, a, b] += g^a ||f||^b.
+The experts module of each layer is called with one routed pair per row and weight 1, which yields the unweighted
+outputs f_e(x_t) in the model's own arithmetic, whatever its experts look like; only routed pairs are computed. Per
+pair the gate weight g (the coefficient the model really applies) and ||f_e(x_t)||_2 go into moments[e, a, b] += g^a
+||f||^b.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fals
     """Runs the model over `batches` once and gathers RoutingStats for every MoE layer.
 
     batches: see data.as_batches; positions with attention_mask = 1 count, label masks are ignored. Memory beside the
-    model's own: a table of 9 float64 per expert, and expert outputs of one block of routed pairs. The model is left as it was.
-    Raises ValueError for a model without MoE layers, or for no data. Source: methods of arXiv 2606.15716 and 2510.13999.
+    model's own: a table of 9 float64 per expert, and expert outputs of one block of routed pairs. The model is left
+    as it was. Raises ValueError for a model without MoE layers, or for no data. Source: methods of arXiv 2606.15716
+    and 2510.13999.
     """
     layers = find_moe_layers(model)
     batches = as_batches(batches, model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
@@ -104,8 +106,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fals
             tokens, top_k = expert_ids.shape
             if tokens != attended.numel():
                 raise ValueError(
-                    f"layer {index}: the experts saw {tokens} rows for {attended.numel()} positions; this model does not "
-                    "hand every position to its experts, so its statistics cannot be masked"
+                    f"layer {index}: the experts saw {tokens} rows for {attended.numel()} positions; this model "
+                    "does not hand every position to its experts, so its statistics cannot be masked"
                 )
             output = torch.empty_like(hidden)
             step = max(1, PAIRS_AT_ONCE // top_k)

@@ -1,4 +1,5 @@
-"""What a checkpoint directory holds: its configuration, MoE layers, shards, and which stored tensors belong to experts."""
+"""What a checkpoint directory holds: its configuration, MoE layers, shards, and which stored tensors belong to
+experts."""
 
 from __future__ import annotations
 
@@ -143,7 +144,8 @@ def _locate(shards: Mapping[Path, Sequence[str]], layers: Mapping[int, MoeLayer]
         stacked = any(place.expert is None and place.router_path is None for place in mine)
         if ids != set(range(layer.shape.num_experts)) and not (stacked and not ids):
             raise ValueError(
-                f"layer {index}: the checkpoint holds {len(ids)} experts, the configuration says {layer.shape.num_experts}"
+                f"layer {index}: the checkpoint holds {len(ids)} experts, but the configuration says "
+                f"{layer.shape.num_experts}"
             )
     return places
 

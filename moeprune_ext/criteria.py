@@ -1,8 +1,8 @@
 """RoutingStats -> a score per expert, higher = keep.
 
-One family (arXiv 2606.15716): S_e(alpha, beta, reduce) = reduce over tokens routed to e of gate^alpha * ||f_e(x)||^beta.
-Every published criterion below is one triple, so it is an index into the table of moments that calibration gathers, and
-scoring by another criterion costs no further pass.
+One family (arXiv 2606.15716): S_e(alpha, beta, reduce) = reduce over tokens routed to e of gate^alpha *
+||f_e(x)||^beta. Every published criterion below is one triple, so it is an index into the table of moments that
+calibration gathers, and scoring by another criterion costs no further pass.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -93,7 +92,8 @@ class ExpertScores(Mapping[int, Tensor]):
         shapes: Mapping[int, LayerShape] | None = None,
         model: str | None = None,
     ) -> ExpertScores:
-        """ExpertScores as they are; a plain {layer: [E]} mapping with the given routers (`shapes`, else top_k, n_group)."""
+        """ExpertScores as they are; a plain {layer: [E]} mapping with the given routers (`shapes`, else top_k,
+        n_group)."""
         if isinstance(scores, ExpertScores):
             return scores
         if not isinstance(scores, Mapping):
@@ -141,8 +141,8 @@ def score_experts(
     """Scores every expert of every layer by a criterion's name or a triple (alpha, beta, "mean" | "sum").
 
     alpha, beta in {0, 1, 2}. "mean" divides by the number of routed tokens; an expert never routed to scores 0.
-    "random" is EEP's baseline, drawn from `seed`. Returns float64 [E] per layer, higher = keep. Raises ValueError for an
-    unknown criterion. Source: arXiv 2606.15716.
+    "random" is EEP's baseline, drawn from `seed`. Returns float64 [E] per layer, higher = keep. Raises ValueError for
+    an unknown criterion. Source: arXiv 2606.15716.
     """
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)

@@ -41,7 +41,8 @@ class TokenBatch:
         return labels
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Keyword arguments of a causal LM's forward; positions count attended tokens, so left padding shifts nothing."""
+        """Keyword arguments of a causal LM's forward; positions count attended tokens, so left padding shifts
+        nothing."""
         inputs = {"input_ids": self.input_ids.to(device)}
         if not bool(self.attention_mask.all()):
             mask = self.attention_mask.to(device)
@@ -53,8 +54,9 @@ class TokenBatch:
 def as_batches(batches: Iterable[Any], vocab_size: int | None = None) -> list[TokenBatch]:
     """Checks and normalises what the public functions accept as `batches`.
 
-    Each item is a TokenBatch, a mapping with `input_ids` [B, S] and optional `attention_mask` and `labels_mask` [B, S],
-    or an `input_ids` tensor. Raises ValueError for no data, no attended token, wrong shapes or ids outside the vocabulary.
+    Each item is a TokenBatch, a mapping with `input_ids` [B, S] and optional `attention_mask` and `labels_mask` [B,
+    S], or an `input_ids` tensor. Raises ValueError for no data, no attended token, wrong shapes or ids outside the
+    vocabulary.
     """
     if isinstance(batches, Tensor | Mapping | TokenBatch):
         batches = [batches]

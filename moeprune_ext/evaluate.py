@@ -98,7 +98,7 @@ def _example(record: Any, place: str, tokenizer: Any) -> Example:
             )
         return Example(prompt, tuple(tokens_of(choice) for choice in choices), answer)
     if record.get("stop") is None:
-        stop = (tokenizer.eos_token_id,)
+        stop: tuple[int, ...] = (tokenizer.eos_token_id,)
         if stop[0] is None:
             raise ValueError(f'{place}: the tokenizer has no end-of-text token; give a "stop"')
     else:

@@ -1,12 +1,12 @@
 """Many candidate plans -> scores, teacher-forced: how close is each masked model to the full one on fixed tokens?
 
 ESAP (EvoESAP, arXiv 2603.06003), with p_t the full model's next-token distribution at scored position t and q_t the
-candidate's: ESAP = mean over t of sum_v min(p_t(v), q_t(v)) = 1 - mean total-variation distance, in [0, 1]. Positions are
-those attended and labelled, unshifted; sums are token-weighted over batches, in float64 and batch order.
+candidate's: ESAP = mean over t of sum_v min(p_t(v), q_t(v)) = 1 - mean total-variation distance, in [0, 1]. Positions
+are those attended and labelled, unshifted; sums are token-weighted over batches, in float64 and batch order.
 
-A candidate is the model with its routers sliced (moe.py), so its score is the exported checkpoint's. ERNIE-4.5 differs from
-the released search on purpose: that masks through the correction bias and so keeps the full softmax's denominator, which
-no sliced checkpoint computes; the two agree when the bias is zero.
+A candidate is the model with its routers sliced (moe.py), so its score is the exported checkpoint's. ERNIE-4.5
+differs from the released search on purpose: that masks through the correction bias and so keeps the full softmax's
+denominator, which no sliced checkpoint computes; the two agree when the bias is zero.
 """
 
 from __future__ import annotations
@@ -45,14 +45,12 @@ class CandidateScore:
     positions: int = 0
     nan_rows: int = 0
 
-    def fitness(self, metric: str) -> float:
-        """The metric as something to maximise: KL and nll change sign, a NaN ranks last."""
-        value = getattr(self, metric)
-        if value is None:
-            raise ValueError(f"the candidate was not scored by {metric!r}")
-        if math.isnan(value):
-            return -math.inf
-        return -value if metric in LOWER_IS_BETTER else value
+
+def to_maximise(metric: str, value: float) -> float:
+    """A metric's value as something to maximise: KL and nll change sign, a NaN ranks last."""
+    if math.isnan(value):
+        return -math.inf
+    return -value if metric in LOWER_IS_BETTER else value
 
 
 class CandidateEvaluator:
@@ -94,7 +92,7 @@ class CandidateEvaluator:
             lse = torch.logsumexp(logits.float(), dim=-1)
             if not bool(torch.isfinite(lse).all()):
                 raise ValueError(
-                    f"the unpruned model's logits are NaN or infinite on batch {number}: check the checkpoint and the dtype"
+                    f"the unpruned model's logits are NaN or infinite on batch {number}: check the weights and dtype"
                 )
             held += logits.nbytes
             self._teacher.append((logits, lse) if held <= memory_budget // 2 else None)

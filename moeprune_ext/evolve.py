@@ -4,8 +4,8 @@ A candidate is a vector n = (n_1..n_L), sum = budget. First generation: one plan
 Then, generation by generation: the elites survive, and each child is a copy of a random elite with a few level-switch
 mutations, each moving some pruned experts from one layer to another. Source and default settings: arXiv 2603.06003.
 
-A generation depends only on (seed, generation number, scores so far), so the state of a search is the list of scores: an
-interrupted run replays its history file and goes on, and ends with the plan the uninterrupted run finds.
+A generation depends only on (seed, generation number, scores so far), so the state of a search is the list of scores:
+an interrupted run replays its history file and goes on, and ends with the plan the uninterrupted run finds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeprune_ext.criteria import ExpertScores
-from moeprune_ext.evaluator import METRICS, CandidateEvaluator, CandidateScore
+from moeprune_ext.evaluator import METRICS, CandidateEvaluator, to_maximise
 from moeprune_ext.files import read_json, write_text
 from moeprune_ext.plan import PruningPlan, pruning_order, uniform_counts
 
@@ -119,8 +119,7 @@ def evolve(
         )
 
     def rank(counts: Counts) -> tuple[float, Counts]:
-        score = CandidateScore(**{fitness: cache[counts]})
-        return -score.fitness(fitness), counts  # best first; equal scores in a fixed order
+        return -to_maximise(fitness, cache[counts]), counts  # best first; equal scores in a fixed order
 
     history: list[dict[str, Any]] = []
     survivors: list[Counts] = []
@@ -174,8 +173,8 @@ def _check_settings(evaluator: CandidateEvaluator, scores: ExpertScores, fitness
         raise ValueError(f"unknown fitness {fitness!r}; choose from {', '.join(METRICS)}")
     if min(sizes) < 1 or elites > population:
         raise ValueError(
-            "population, generations, elites, max_delta, max_steps and max_attempts must be at least 1, and elites at most "
-            f"population; got {sizes}"
+            "population, generations, elites, max_delta, max_steps and max_attempts must be at least 1, and "
+            f"elites at most population; got {sizes}"
         )
     if scores.model is not None and scores.model != evaluator.fingerprint:
         raise ValueError(
@@ -241,7 +240,8 @@ def mutate(
     max_steps: int,
     max_attempts: int,
 ) -> Counts:
-    """A copy of `parent` after min(U, U) level switches: U{1..max_delta} pruned experts move from one layer to another."""
+    """A copy of `parent` after min(U, U) level switches: U{1..max_delta} pruned experts move from one layer to
+    another."""
     child = list(parent)
     wanted, done = min(rng.randint(1, max_steps), rng.randint(1, max_steps)), 0
     for _ in range(max_attempts):

@@ -1,9 +1,10 @@
 """A plan -> a checkpoint, streamed shard by shard, and back.
 
-A uniform plan becomes a stock checkpoint that any loader of the original reads: only the expert count in its configuration
-differs. A non-uniform plan keeps the original configuration and adds the key `moeprune` with the experts each layer keeps;
-`load` builds the original model, resizes each layer's router and experts before the weights arrive, and the result is an
-ordinary model that can be calibrated, scored and searched again. Memory: one shard at a time.
+A uniform plan becomes a stock checkpoint that any loader of the original reads: only the expert count in its
+configuration differs. A non-uniform plan keeps the original configuration and adds the key `moeprune` with the
+experts each layer keeps; `load` builds the original model, resizes each layer's router and experts before the weights
+arrive, and the result is an ordinary model that can be calibrated, scored and searched again. Memory: one shard at a
+time.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ Folder = str | os.PathLike[str]
 def export(source: Folder, plan: PruningPlan, out: Folder) -> Path:
     """Writes the pruned checkpoint of a model directory to a new directory; returns its path.
 
-    source: a Hugging Face directory with safetensors weights, or an earlier export. out: must not exist, or be empty; it
-    appears whole or not at all. Written: weights in the source's shards and names, config.json, tokenizer and other files
-    as they are, pruning_plan.json, and a model card. Raises ValueError, before anything is written, for a directory that
-    is not such a model, a plan for another model, or tensor names that do not fit the architecture.
+    source: a Hugging Face directory with safetensors weights, or an earlier export. out: must not exist, or be empty;
+    it appears whole or not at all. Written: weights in the source's shards and names, config.json, tokenizer and
+    other files as they are, pruning_plan.json, and a model card. Raises ValueError, before anything is written, for a
+    directory that is not such a model, a plan for another model, or tensor names that do not fit the architecture.
     """
     source, out = Path(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -57,7 +58,8 @@ def export(source: Folder, plan: PruningPlan, out: Folder) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        total, weight_map = 0, {}
+        total = 0
+        weight_map: dict[str, str] = {}
         for file, names in shards.items():
             with safe_open(file, framework="pt") as shard:
                 tensors = dict(_pruned(shard, names, places, kept))
@@ -94,8 +96,8 @@ def export(source: Folder, plan: PruningPlan, out: Folder) -> Path:
 def load(folder: Folder, **kwargs: Any) -> PreTrainedModel:
     """Loads any export, uniform or not, and any plain MoE checkpoint; kwargs go to `from_pretrained`.
 
-    Nothing is downloaded and no code from the folder runs unless kwargs say so. Raises ValueError for a directory that is
-    not a model, and when weights are missing or do not fit.
+    Nothing is downloaded and no code from the folder runs unless kwargs say so. Raises ValueError for a directory
+    that is not a model, and when weights are missing or do not fit.
     """
     folder = Path(folder)
     raw = read_config(folder)
@@ -107,14 +109,14 @@ def load(folder: Folder, **kwargs: Any) -> PreTrainedModel:
             raise ValueError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     counts = recorded_counts(raw)
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder, local_files_only=True)
-    base = AutoModelForCausalLM._model_mapping[type(config)]
+    base: Any = AutoModelForCausalLM._model_mapping[type(config)]
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         resize_(self, {layer: range(count) for layer, count in counts.items()})
 
     # The subclass carries the base's name because transformers looks weight conversions up by it.
-    resized = type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+    resized: Any = type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
     kwargs.pop("output_loading_info", None)
     model, report = resized.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
     problems = sorted(report["missing_keys"]) + sorted(str(item) for item in report["mismatched_keys"])

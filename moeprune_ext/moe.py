@@ -61,7 +61,8 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One decoder layer's router and experts; `index` is the decoder layer's number, `name` the path of their parent."""
+    """One decoder layer's router and experts; `index` is the decoder layer's number, `name` the path of their
+    parent."""
 
     index: int
     name: str
@@ -159,7 +160,8 @@ def _has_correction_bias(router: nn.Module) -> bool:
 
 
 def _expert_axis(tensor: Tensor, count: int) -> int | None:
-    """The axis that counts experts: the first of size `count` ([E, H] weights), which may be the last ([1, E] biases)."""
+    """The axis that counts experts: the first of size `count` ([E, H] weights), which may be the last ([1, E]
+    biases)."""
     return next((axis for axis, size in enumerate(tensor.shape) if size == count), None)
 
 
@@ -174,7 +176,8 @@ class PerExpertTensor:
 
 
 def router_tensors(layer: MoeLayer) -> list[PerExpertTensor]:
-    """Every per-expert tensor of the routing decision: the router's own, at any depth, and the parent block's direct ones."""
+    """Every per-expert tensor of the routing decision: the router's own, at any depth, and the parent block's direct
+    ones."""
     owners = [(f"{layer.router_name}.{path}".rstrip("."), m) for path, m in layer.router.named_modules()]
     return _per_expert_tensors([*owners, ("", layer.block)], layer.shape.num_experts)
 
@@ -224,12 +227,12 @@ def intercepted(
         hidden, expert_ids, weights = list(signature.bind(*args, **kwargs).arguments.values())[:3]
         return function(original, hidden, expert_ids, weights)
 
-    experts.forward = forward  # type: ignore[method-assign]
+    experts.forward = forward
     try:
         yield
     finally:
         if shadowed:
-            experts.forward = original  # type: ignore[method-assign]
+            experts.forward = original
         else:
             del experts.forward
 
@@ -259,7 +262,8 @@ def masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def applied(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
-    """The model under a plan's mask: inside it computes what the pruned checkpoint computes; afterwards it is untouched.
+    """The model under a plan's mask: inside it computes what the pruned checkpoint computes; afterwards it is
+    untouched.
 
     Raises ValueError when the plan belongs to another model or keeps too few experts.
     """
@@ -336,8 +340,8 @@ def check_plan(plan: PruningPlan, layers: Mapping[int, MoeLayer], fingerprint: s
             per_group = [sum(1 for e in kept if e // size == g) for g in range(shape.n_group)]
             if len(set(per_group)) != 1:
                 raise ValueError(
-                    f"layer {index}: its router chooses among {shape.n_group} groups, which must keep equally many experts, "
-                    f"but the plan keeps {per_group}"
+                    f"layer {index}: its router chooses among {shape.n_group} groups, which must keep equally many "
+                    f"experts, but the plan keeps {per_group}"
                 )
 
 
@@ -368,8 +372,8 @@ def fingerprint_text(model_type: str, digest: Any) -> str:
 def check_slicing(layers: Mapping[int, MoeLayer]) -> None:
     """Refuses, by name, a router that slicing does not mask correctly.
 
-    One layer of each router class is sliced to a spread of its experts and compared with the definition: its logits must
-    be the full router's at the kept experts, and its choice K distinct kept experts per row.
+    One layer of each router class is sliced to a spread of its experts and compared with the definition: its logits
+    must be the full router's at the kept experts, and its choice K distinct kept experts per row.
     """
     seen: set[type] = set()
     for layer in layers.values():
@@ -404,8 +408,8 @@ def check_slicing(layers: Mapping[int, MoeLayer]) -> None:
         )
         if not (logits_agree and ids_valid):
             raise ValueError(
-                f"{type(layer.router).__name__} (layer {layer.index}) is a router that slicing does not mask correctly; "
-                "this model is not supported yet"
+                f"{type(layer.router).__name__} (layer {layer.index}) is a router that slicing does not mask "
+                "correctly; this model is not supported yet"
             )
 
 

@@ -1,7 +1,8 @@
 """Which experts each layer keeps: the pruning order inside a layer, the budget across layers, and the plan as a file.
 
-Every allocation method (uniform, EvoESAP, GRAPE) decides how many experts each layer loses; a criterion's scores decide
-which. Because the order is fixed, kept sets are nested and a layer's mask is one integer. Source: EvoESAP, arXiv 2603.06003.
+Every allocation method (uniform, EvoESAP, GRAPE) decides how many experts each layer loses; a criterion's scores
+decide which. Because the order is fixed, kept sets are nested and a layer's mask is one integer. Source: EvoESAP,
+arXiv 2603.06003.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ FORMAT = "moeprune.plan/1"
 class PruningPlan:
     """The experts that survive.
 
-    kept: {decoder layer: ascending expert ids}. num_experts: {decoder layer: experts before pruning}. model: fingerprint
-    of the model the plan was made for, None when unknown. criterion: name of the scores behind the order, for the record.
+    kept: {decoder layer: ascending expert ids}. num_experts: {decoder layer: experts before pruning}. model:
+    fingerprint of the model the plan was made for, None when unknown. criterion: name of the scores behind the order,
+    for the record.
     """
 
     kept: dict[int, list[int]]
@@ -143,8 +145,8 @@ def uniform_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:
     capacity, experts = (sum(getattr(s, name) for s in scores.shapes.values()) for name in ("capacity", "num_experts"))
     if sum(counts.values()) > capacity:
         raise ValueError(
-            f"sparsity {sparsity} asks for {sum(counts.values())} of {experts} experts, but at most {capacity} can go: the "
-            f"routers select {scores.top_k} per token and need as many left; use a sparsity of at most "
+            f"sparsity {sparsity} asks for {sum(counts.values())} of {experts} experts, but at most {capacity} can go: "
+            f"the routers select {scores.top_k} per token and need as many left; use a sparsity of at most "
             f"{math.floor(capacity / experts * 1e4) / 1e4:g}"
         )
     return counts

@@ -53,7 +53,9 @@ def test_statistics_match_the_released_observer(golden):
         }
         for name, ours in pairs.items():
             theirs = expected[f"layer{layer}.{name}"].double()
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0, msg=lambda m, n=name: f"layer {layer} {n}: {m}")
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-5, atol=0, msg=lambda m, where=f"layer {layer} {name}": f"{where}: {m}"
+            )
     assert stats.tokens == int(expected["layer0.total_tokens"])
 
 

@@ -99,10 +99,8 @@ def test_score_equals_exported_checkpoint(family, plans, kind, tmp_path):
     plan = plans[kind]
     model.save_pretrained(tmp_path / "full")
     out = mp.export(tmp_path / "full", plan, tmp_path / "pruned")
-    if kind == "uniform":
-        reloaded = AutoModelForCausalLM.from_pretrained(out)  # a stock checkpoint, no help from us
-    else:
-        reloaded = mp.load(out)
+    # a uniform plan gives a stock checkpoint, which loads with no help from us
+    reloaded = AutoModelForCausalLM.from_pretrained(out) if kind == "uniform" else mp.load(out)
     tokens = random_tokens(seed=3)
     evaluator = mp.CandidateEvaluator(model, [tokens])
     score = evaluator.evaluate([plan], ("esap", "kl_pq", "nll"))[0]

@@ -6,8 +6,8 @@ arithmetic is computed. What a split may hold is decided by a hash of the module
 calibration and evaluation stay disjoint on every machine and Python version:
 
 - modules: 80 % `train`, 10 % `calibration`, 10 % `evaluation`;
-- problems: 90 % `train`, 10 % `held_out`, by hash of the operands' pair (commuted spellings share one fate). Calibration
-  uses training problems, evaluation the held-out ones.
+- problems: 90 % `train`, 10 % `held_out`, by hash of the operands' pair (commuted spellings share one fate).
+  Calibration uses training problems, evaluation the held-out ones.
 """
 
 from __future__ import annotations

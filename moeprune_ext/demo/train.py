@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -50,7 +51,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def demo_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
-    return Qwen3MoeConfig(
+    sizes: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         hidden_size=128,
         num_hidden_layers=6,
@@ -69,6 +70,7 @@ def demo_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
+    return Qwen3MoeConfig(**sizes)
 
 
 def training_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[list[int]]:
@@ -140,9 +142,7 @@ def train(out: Path, steps: int, seed: int) -> None:
         optimizer.zero_grad(set_to_none=True)
         running += output.loss.item()
         if (step + 1) % 50 == 0:
-            curve.append(
-                {"step": step + 1, "loss": round(running / 50, 4), "seconds": round(time.time() - started, 1)}
-            )
+            curve.append({"step": step + 1, "loss": round(running / 50, 4), "seconds": round(time.time() - started, 1)})
             print(json.dumps(curve[-1]), flush=True)
             running = 0.0
         if (step + 1) % 500 == 0 or step + 1 == steps:
@@ -157,15 +157,13 @@ def train(out: Path, steps: int, seed: int) -> None:
 def _save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, record: dict) -> None:
     stored = Qwen3MoeForCausalLM(model.config)
     stored.load_state_dict(model.state_dict())
-    stored.to(torch.bfloat16).save_pretrained(out)
+    stored.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=4500, help="batches of 16 x 256 tokens")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,369 @@
+"""The verbs of `moeprune`, one arrow of the pipeline each.
+
+Results go to stdout (JSON with --json), progress to stderr. Exit status: 0, 2 for a bad request (one line, nothing
+written), 1 for a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script."""
+    options = _parser().parse_args(arguments)
+    try:
+        result, text = options.verb(options)
+    except ValueError as error:
+        message = " ".join(str(error).split())
+        print(f"moeprune {options.name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    print(json.dumps(result) if options.json else text)
+
+
+def info(options: argparse.Namespace) -> tuple[Any, str]:
+    from safetensors import safe_open
+
+    from moeprune_ext.checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(options.model)
+    sizes = {"experts": 0, "routers": 0, "everything else": 0}
+    for file, names in checkpoint.shards.items():
+        with safe_open(file, framework="pt") as shard:
+            for name in names:
+                place = checkpoint.places.get(name)
+                part = "everything else" if place is None else "routers" if place.router_path else "experts"
+                sizes[part] += shard.get_tensor(name).nbytes
+    total = sum(sizes.values())
+    layers = [
+        {"layer": index, "router": type(layer.router).__name__, **vars(layer.shape), "can_prune": layer.shape.capacity}
+        for index, layer in checkpoint.layers.items()
+    ]
+    saved = {f"{sparsity:.0%}": int(sizes["experts"] * sparsity) for sparsity in (0.25, 0.5)}
+    result = {
+        "model_type": checkpoint.config["model_type"],
+        "fingerprint": checkpoint.fingerprint,
+        "bytes": sizes,
+        "saved_by_pruning": saved,
+        "layers": layers,
+    }
+    rows = [
+        [str(r["layer"]), r["router"], str(r["num_experts"]), str(r["top_k"]), str(r["n_group"]), str(r["can_prune"])]
+        for r in layers
+    ]
+    lines = [
+        f"{options.model}: {result['model_type']}, {len(layers)} MoE layers, fingerprint {checkpoint.fingerprint}",
+        *(f"  {part:<16}{size / 1e6:>12,.1f} MB {size / total:>7.1%}" for part, size in sizes.items()),
+        *(f"  pruning {share} of the experts saves {size / 1e6:,.1f} MB" for share, size in saved.items()),
+        _table(["layer", "router", "experts", "top-k", "groups", "can prune"], rows),
+    ]
+    return result, "\n".join(lines)
+
+
+def calibrate(options: argparse.Namespace) -> tuple[Any, str]:
+    from moeprune_ext.calibrate import calibrate
+
+    model, tokenizer = _load(options)
+    stats = calibrate(model, _batches(options, tokenizer), progress=True)
+    stats.save(options.out)
+    routed = {layer: table[:, 0, 0] for layer, table in stats.moments.items()}
+    idle = sum(int((counts == 0).sum()) for counts in routed.values())
+    result = {"stats": str(options.out), "tokens": stats.tokens, "layers": len(routed), "experts_never_routed_to": idle}
+    text = f"{options.out}: {stats.tokens:,} tokens, {len(routed)} MoE layers, {idle} experts never routed to"
+    return result, text
+
+
+def score(options: argparse.Namespace) -> tuple[Any, str]:
+    from moeprune_ext.calibrate import RoutingStats
+    from moeprune_ext.criteria import score_experts
+
+    scores = score_experts(RoutingStats.load(options.stats), _criterion(options.criterion), seed=options.seed)
+    if options.out is not None:
+        scores.save(options.out)
+    listed = {str(layer): values.tolist() for layer, values in scores.items()}
+    rows = []
+    for layer, values in scores.items():
+        best, worst = int(values.argmax()), int(values.argmin())
+        rows.append(
+            [str(layer), f"{values.mean():.4g}", f"{best} ({values[best]:.4g})", f"{worst} ({values[worst]:.4g})"]
+        )
+    text = f"{scores.criterion}, higher = keep\n" + _table(["layer", "mean", "best expert", "worst expert"], rows)
+    return {"criterion": scores.criterion, "scores": listed}, text
+
+
+def search(options: argparse.Namespace) -> tuple[Any, str]:
+    from moeprune_ext.calibrate import RoutingStats
+    from moeprune_ext.criteria import score_experts
+    from moeprune_ext.evaluator import CandidateEvaluator
+    from moeprune_ext.evolve import evolve
+    from moeprune_ext.plan import uniform_plan
+
+    scores = score_experts(RoutingStats.load(options.stats), _criterion(options.criterion), seed=options.seed)
+    model, tokenizer = _load(options)
+    evaluator = CandidateEvaluator(
+        model, _batches(options, tokenizer), memory_budget=int(options.memory_budget * 2**30)
+    )
+    found = evolve(
+        evaluator,
+        scores,
+        options.sparsity,
+        fitness=options.fitness,
+        population=options.population,
+        generations=options.generations,
+        elites=options.elites,
+        seed=options.seed,
+        out=options.out,
+        progress=True,
+    )
+    try:
+        uniform = getattr(
+            evaluator.evaluate([uniform_plan(scores, options.sparsity)], (options.fitness,))[0], options.fitness
+        )
+    except ValueError:  # some layer cannot give the uniform share; the search needs no uniform plan
+        uniform = None
+    kept = {str(layer): len(ids) for layer, ids in found.plan.kept.items()}
+    result = {
+        "plan": str(options.out / "plan.json"),
+        "fitness": options.fitness,
+        "score": found.score,
+        "uniform": uniform,
+        "kept_per_layer": kept,
+    }
+    beside = "" if uniform is None else f" (uniform plan: {uniform:.5f})"
+    text = (
+        f"{options.fitness} {found.score:.5f}{beside}\nkept per layer: {' '.join(map(str, kept.values()))}\n"
+        f"plan: {options.out / 'plan.json'}"
+    )
+    return result, text
+
+
+def export(options: argparse.Namespace) -> tuple[Any, str]:
+    from moeprune_ext.export import export
+    from moeprune_ext.plan import PruningPlan
+
+    plan = PruningPlan.load(options.plan)
+    out = export(options.model, plan, options.out)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    result = {"out": str(out), "bytes": size, "sparsity": plan.sparsity, "uniform": plan.is_uniform}
+    loader = "AutoModelForCausalLM.from_pretrained" if plan.is_uniform else "moeprune_ext.load"
+    return result, f"{out}: {plan.sparsity:.1%} of the experts removed, {size / 1e6:,.1f} MB; load it with {loader}"
+
+
+def evaluate(options: argparse.Namespace) -> tuple[Any, str]:
+    from moeprune_ext.evaluate import accuracy, load_task, perplexity
+
+    if not options.task and not options.data:
+        raise ValueError("there is nothing to measure: give --task and/or --data files")
+    model, tokenizer = _load(options)
+    result: dict[str, Any] = {}
+    for path in options.task:
+        task = load_task(path, tokenizer)
+        result[str(path)] = {
+            "accuracy": accuracy(model, task, length_normalized=options.length_normalized),
+            "examples": len(task.examples),
+        }
+    if options.data:
+        result["perplexity"] = perplexity(model, _batches(options, tokenizer))
+    lines = [
+        f"{name}: {value:.4f}"
+        if isinstance(value, float)
+        else f"{name}: {value['accuracy']:.2%} of {value['examples']}"
+        for name, value in result.items()
+    ]
+    return result, "\n".join(lines)
+
+
+def demo(options: argparse.Namespace) -> tuple[Any, str]:
+    from moeprune_ext.demo.run import as_json, format_table, run_demo
+
+    _quiet_transformers()
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    if options.out is not None:
+        if options.out.exists() and any(options.out.iterdir()):
+            raise ValueError(f"{options.out} already exists and is not empty; give a new directory")
+        rows = run_demo(options.out, seed=options.seed, progress=True, say=say)
+        kept = f"\nStatistics, plans and checkpoints are in {options.out}."
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = run_demo(Path(folder), seed=options.seed, progress=True, say=say)
+        kept = ""
+    text = (
+        f"\n{format_table(rows)}\n\n"
+        "ESAP: acceptance of the pruned model as a draft for the full one, on held-out text; ppl: perplexity;\n"
+        "arithmetic: token-exact match on held-out problems; word order: four-way multiple choice; MB: weights on disk."
+        f"{kept}\nNext, on your own model:  moeprune info /path/to/model"
+    )
+    return as_json(rows), text
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]
+    )
+
+
+def _criterion(text: str) -> str | tuple[int, int, str]:
+    """A name, or a triple written alpha,beta,reduce."""
+    if text.count(",") == 2:
+        alpha, beta, reduce = (part.strip() for part in text.split(","))
+        if alpha.isdigit() and beta.isdigit():
+            return int(alpha), int(beta), reduce
+    return text
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoTokenizer
+
+    from moeprune_ext.export import load
+
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = load(options.model, dtype=dtype).to(_device(options.device)).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{options.model} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    return model, tokenizer
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device here")
+    return device
+
+
+def _batches(options: argparse.Namespace, tokenizer: Any) -> Any:
+    from moeprune_ext.data import load_batches
+
+    return load_batches(
+        options.data,
+        tokenizer,
+        sequence_length=options.sequence_length,
+        sequences=options.sequences,
+        batch_size=options.batch_size,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moeprune", description="Prune Mixture-of-Experts language models without gradients."
+    )
+    verbs = parser.add_subparsers(dest="name", metavar="VERB", required=True)
+
+    def add(name: str, verb: Callable[[argparse.Namespace], Any], about: str, example: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=f"example: {example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        made.set_defaults(verb=verb)
+        made.add_argument("--seed", type=int, default=0, help="seed of everything random")
+        made.add_argument("--device", default="auto", help="where a model is run: auto, cpu, cuda, cuda:N")
+        made.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype a model is run in; auto: as stored")
+        made.add_argument("--json", action="store_true", help="print the result as JSON")
+        return made
+
+    def add_data(made: argparse.ArgumentParser, required: bool, sequences: int) -> None:
+        made.add_argument(
+            "--data",
+            type=Path,
+            nargs="+",
+            required=required,
+            default=[],
+            help="text, .jsonl or .safetensors token files",
+        )
+        made.add_argument("--sequence-length", type=int, default=2048, help="tokens per sequence")
+        made.add_argument("--sequences", type=int, default=sequences, help="most sequences to use")
+        made.add_argument("--batch-size", type=int, default=1, help="sequences per forward pass")
+
+    add(
+        "demo", demo, "everything, on the embedded model, in about a minute on two cores", "moeprune demo"
+    ).add_argument("-o", "--out", type=Path, help="keep statistics, plans and checkpoints in this directory")
+
+    made = add(
+        "info", info, "MoE layers, experts, router kind, memory by part, what pruning would save", "moeprune info MODEL"
+    )
+    made.add_argument("model", type=Path, help="model directory")
+
+    example = "moeprune calibrate MODEL --data text.jsonl -o stats.safetensors"
+    made = add("calibrate", calibrate, "one pass over text: routing and activation statistics of every expert", example)
+    made.add_argument("model", type=Path, help="model directory")
+    add_data(made, True, 128)
+    made.add_argument("-o", "--out", type=Path, required=True, help="statistics file to write")
+
+    from moeprune_ext.criteria import CRITERIA, SELECTION_PRINCIPLE
+
+    criteria = f"{', '.join([*CRITERIA, 'random'])}, or alpha,beta,mean|sum. {SELECTION_PRINCIPLE}"
+    example = "moeprune score stats.safetensors --criterion reap -o scores.json"
+    made = add("score", score, "statistics to one score per expert, by any published criterion", example)
+    made.add_argument("stats", type=Path, help="statistics file")
+    made.add_argument("--criterion", default="reap", help=criteria)
+    made.add_argument("-o", "--out", type=Path, help="scores file to write")
+
+    example = "moeprune search MODEL --stats stats.safetensors --sparsity 0.5 --data text.jsonl -o RUN_DIR"
+    made = add(
+        "search", search, "EvoESAP: how many experts each layer should lose; resumes RUN_DIR if it exists", example
+    )
+    made.add_argument("model", type=Path, help="model directory")
+    made.add_argument("--stats", type=Path, required=True, help="statistics file of this model")
+    made.add_argument("--criterion", default="reap", help=criteria)
+    made.add_argument("--sparsity", type=float, default=0.5, help="share of the experts to remove, 0 to below 1")
+    made.add_argument("--fitness", default="esap", help="esap, kl_qp, kl_pq, nll, accept or top1_agree")
+    made.add_argument("--population", type=int, default=32, help="plans per generation")
+    made.add_argument("--generations", type=int, default=50, help="generations")
+    made.add_argument("--elites", type=int, default=4, help="plans that survive a generation")
+    made.add_argument("--memory-budget", type=float, default=1.0, help="GiB for logits of teacher and candidates")
+    add_data(made, True, 64)
+    made.add_argument("-o", "--out", type=Path, required=True, help="directory for plan.json, history and settings")
+
+    made = add(
+        "export", export, "write the pruned checkpoint", "moeprune export MODEL --plan RUN_DIR/plan.json -o OUT_DIR"
+    )
+    made.add_argument("model", type=Path, help="model directory")
+    made.add_argument("--plan", type=Path, required=True, help="plan file")
+    made.add_argument("-o", "--out", type=Path, required=True, help="new directory for the checkpoint")
+
+    made = add("eval", evaluate, "accuracy on task files, perplexity on text", "moeprune eval MODEL --task task.jsonl")
+    made.add_argument("model", type=Path, help="model directory or export")
+    made.add_argument(
+        "--task", type=Path, nargs="+", default=[], help="JSONL of prompt, choices, answer; or prompt, answer"
+    )
+    made.add_argument("--length-normalized", action="store_true", help="compare choices by log-likelihood per token")
+    add_data(made, False, 64)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""`moeprune demo`: the whole flow on the embedded model, ending in one table.
+
+Calibrate on the calibration split, score by REAP, and at 25 % and 50 % sparsity: the uniform plan and EvoESAP's,
+exported to disk, loaded again, and measured on text that neither training nor calibration nor search has seen.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from moeprune_ext.calibrate import calibrate
+from moeprune_ext.criteria import score_experts
+from moeprune_ext.data import TokenBatch, pack
+from moeprune_ext.demo import corpus
+from moeprune_ext.evaluate import Task, accuracy, make_task, perplexity
+from moeprune_ext.evaluator import CandidateEvaluator
+from moeprune_ext.evolve import evolve
+from moeprune_ext.export import export, load
+from moeprune_ext.plan import PruningPlan, uniform_plan
+
+SPARSITIES = (0.25, 0.5)
+SEQUENCE_LENGTH = 256
+CALIBRATION_SEQUENCES, SEARCH_SEQUENCES, HELD_OUT_SEQUENCES = 16, 4, 8  # per domain
+POPULATION, GENERATIONS = 16, 10
+PROBLEMS, QUESTIONS = 300, 120
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One line of the demo's table."""
+
+    model: str
+    esap: float
+    perplexity: dict[str, float]
+    exact_match: float
+    multiple_choice: float
+    experts: int
+    megabytes: float
+
+
+def demo_folder() -> Path:
+    """The embedded checkpoint's directory."""
+    with as_file(files("moeprune_ext.demo") / "model") as folder:
+        return folder
+
+
+def domain_batches(tokenizer: Any, split: str, sequences: int, seed: int = 0) -> dict[str, list[TokenBatch]]:
+    """`sequences` rows of SEQUENCE_LENGTH tokens of each domain, one batch a domain."""
+    batches = {}
+    for domain in corpus.DOMAINS:
+        rng = random.Random(f"{seed}:{split}:{domain}")
+        rows: list[TokenBatch] = []
+        texts = corpus.documents(domain, split, rng)
+        while len(rows) < sequences:  # one row a document, so that no long module fills a whole domain
+            text = next(texts)
+            if len(text) > 8 * SEQUENCE_LENGTH:
+                start = rng.randrange(len(text) - 8 * SEQUENCE_LENGTH)
+                text = text[text.find("\n", start) + 1 :]
+            if len(tokenizer(text[: 16 * SEQUENCE_LENGTH])["input_ids"]) >= SEQUENCE_LENGTH:
+                rows += pack(tokenizer, [text[: 16 * SEQUENCE_LENGTH]], sequence_length=SEQUENCE_LENGTH, sequences=1)
+        batches[domain] = [TokenBatch(*(_stack(rows, name) for name in TokenBatch.__dataclass_fields__))]
+    return batches
+
+
+def _stack(rows: list[TokenBatch], name: str) -> Any:
+    return torch.cat([getattr(row, name) for row in rows])
+
+
+def arithmetic_task(tokenizer: Any, problems: int | None, seed: int = 0) -> Task:
+    """Held-out two-digit problems after corpus.SHOTS solved ones; None: every held-out problem."""
+    rng = random.Random(f"{seed}:arithmetic")
+    pool = [problem for operation in corpus.OPERATIONS for problem in corpus.problems("held_out", operation)]
+    chosen = pool if problems is None else rng.sample(pool, problems)
+    records = [
+        {"prompt": corpus.few_shot_prompt(p, rng), "answer": str(corpus.solve(*p)), "stop": corpus.STOP} for p in chosen
+    ]
+    return make_task("arithmetic", records, tokenizer)
+
+
+def word_order_task(tokenizer: Any, questions: int, seed: int = 0) -> Task:
+    """Which of four word orders is the original? Eight words of held-out code or prose, against three adjacent
+    swaps."""
+    rng = random.Random(f"{seed}:word order")
+    records: list[dict[str, Any]] = []
+    pools = [corpus.code_documents("evaluation"), corpus.prose_documents("evaluation")]
+    pools = [[text for text in pool if len(text) > 1500] for pool in pools]
+    while len(records) < questions:
+        text = rng.choice(pools[len(records) % 2])
+        start = text.find(" ", rng.randrange(200, len(text) - 600))
+        words = text[start : start + 600].split()[:8]
+        if len(words) < 8:
+            continue
+        swaps = [words[:i] + [words[i + 1], words[i]] + words[i + 2 :] for i in rng.sample(range(7), 3)]
+        choices = [" " + " ".join(order) for order in [words, *swaps]]
+        if len(set(choices)) == 4:
+            order = rng.sample(range(4), 4)
+            choices = [choices[i] for i in order]
+            records.append({"prompt": text[start - 200 : start], "choices": choices, "answer": order.index(0)})
+    return make_task("word order", records, tokenizer)
+
+
+def load_demo() -> tuple[PreTrainedModel, Any]:
+    """The embedded model in float32 and its tokenizer."""
+    folder = demo_folder()
+    return load(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def run_demo(
+    out: Path, *, seed: int = 0, progress: bool = False, say: Callable[[str], None] = lambda _: None
+) -> list[DemoRow]:
+    """Runs the flow, writing stats, plans and checkpoints under `out`; returns the table's rows."""
+    started = time.perf_counter()
+
+    def step(text: str) -> None:
+        say(f"[{time.perf_counter() - started:5.1f} s] {text}")
+
+    folder = demo_folder()
+    model, tokenizer = load_demo()
+    step(f"loaded the embedded model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+
+    calibration = domain_batches(tokenizer, "calibration", CALIBRATION_SEQUENCES, seed)
+    stats = calibrate(model, [batch for batches in calibration.values() for batch in batches], progress=progress)
+    stats.save(out / "stats.safetensors")
+    scores = score_experts(stats, "reap")
+    step(f"calibrated on {stats.tokens:,} tokens of code, prose and arithmetic; scored experts by REAP")
+
+    search_data = domain_batches(tokenizer, "calibration", SEARCH_SEQUENCES, seed + 1)
+    searcher = CandidateEvaluator(model, [batch for batches in search_data.values() for batch in batches])
+    held_out = domain_batches(tokenizer, "evaluation", HELD_OUT_SEQUENCES, seed)
+    judge = CandidateEvaluator(model, [batch for batches in held_out.values() for batch in batches])
+    arithmetic = arithmetic_task(tokenizer, PROBLEMS, seed)
+    word_order = word_order_task(tokenizer, QUESTIONS, seed)
+
+    def measure(name: str, candidate: PreTrainedModel, plan: PruningPlan, where: Path) -> DemoRow:
+        return DemoRow(
+            model=name,
+            esap=judge.evaluate([plan])[0].esap or 0.0,
+            perplexity={domain: perplexity(candidate, batches) for domain, batches in held_out.items()},
+            exact_match=accuracy(candidate, arithmetic),
+            multiple_choice=accuracy(candidate, word_order),
+            experts=sum(len(ids) for ids in plan.kept.values()),
+            megabytes=sum(file.stat().st_size for file in where.glob("*.safetensors")) / 1e6,
+        )
+
+    rows = [measure("full", model, PruningPlan.from_pruned_counts(scores, {}), folder)]
+    for sparsity in SPARSITIES:
+        percent = f"{sparsity:.0%}"
+        found = evolve(
+            searcher,
+            scores,
+            sparsity,
+            population=POPULATION,
+            generations=GENERATIONS,
+            seed=seed,
+            out=out / f"search-{percent[:-1]}",
+            progress=progress,
+        )
+        step(f"searched at {percent}: kept per layer {[len(ids) for ids in found.plan.kept.values()]}")
+        for kind, plan in (("uniform", uniform_plan(scores, sparsity)), ("EvoESAP", found.plan)):
+            where = export(folder, plan, out / f"{kind.lower()}-{percent[:-1]}")
+            rows.append(measure(f"{kind} {percent}", load(where, dtype=torch.float32), plan, where))
+    step("exported, loaded again and measured")
+    return rows
+
+
+def format_table(rows: list[DemoRow]) -> str:
+    """The rows as a Markdown table."""
+    domains = corpus.DOMAINS
+    header = ["model", "held-out ESAP", *(f"ppl {d}" for d in domains), "arithmetic", "word order", "experts", "MB"]
+    lines = [
+        [
+            row.model,
+            f"{row.esap:.4f}",
+            *(f"{row.perplexity[d]:.2f}" for d in domains),
+            f"{row.exact_match:.1%}",
+            f"{row.multiple_choice:.1%}",
+            str(row.experts),
+            f"{row.megabytes:.1f}",
+        ]
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+
+    def join(cells: list[str]) -> str:
+        padded = [cells[0].ljust(widths[0])] + [
+            cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
+    return "\n".join([join(header), rule, *map(join, lines)])
+
+
+def as_json(rows: list[DemoRow]) -> list[dict[str, Any]]:
+    return [asdict(row) for row in rows]
