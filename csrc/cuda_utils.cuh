@@ -40,8 +40,8 @@ __device__ inline double double_at(const TensorView& tensor, std::int64_t at) {
   return float_at(tensor, at);
 }
 
-// Combines one value per thread over the block in a fixed tree, hence deterministically; every thread gets the
-// result. combine must be associative and commutative up to rounding.
+// Combines one value per thread over the block in a fixed tree, hence deterministically; every thread gets
+// the result. combine must be associative and commutative up to rounding.
 template <class T, class Combine>
 __device__ T block_reduce(T value, Combine combine) {
   __shared__ T partial[kThreads];

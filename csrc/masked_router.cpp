@@ -27,7 +27,9 @@ std::uint64_t key_of(float score, std::int32_t expert) {
   return static_cast<std::uint64_t>(bits) << 32 | ~static_cast<std::uint32_t>(expert);
 }
 
-std::int32_t expert_of(std::uint64_t key) { return static_cast<std::int32_t>(~static_cast<std::uint32_t>(key)); }
+std::int32_t expert_of(std::uint64_t key) {
+  return static_cast<std::int32_t>(~static_cast<std::uint32_t>(key));
+}
 
 // Round to nearest even, as torch does.
 float rounded(float value, DType dtype) {
@@ -53,7 +55,8 @@ struct Scratch {
                                          // running max
   alignas(64) float running_max[kMaxExperts];
   alignas(64) float place_logit[kMaxExperts];  // by place in the walk
-  alignas(64) float chosen[kMaxExperts];
+  alignas(64) float chosen[kMaxExperts];       // the top-k's weights before scaling
+  std::int64_t chosen_id[kMaxExperts];
   bool allowed[kMaxExperts];             // by group
   std::uint64_t key[kMaxExperts];        // by expert
   std::uint64_t place_key[kMaxExperts];  // by place in the walk
@@ -91,7 +94,8 @@ void prepare_row(const MaskedRouterArgs& args, std::int64_t n, Scratch& s) {
     }
   }
   if (key_depends_on_mask(args)) return;
-  for (int e = 0; e < n_experts; ++e) s.key[e] = key_of(args.bias ? s.score[e] + args.bias[e] : s.logit[e], e);
+  for (int e = 0; e < n_experts; ++e)
+    s.key[e] = key_of(args.bias ? s.score[e] + args.bias[e] : s.logit[e], e);
 }
 
 // The softmax's terms at each place, relative to the maximum of the places up to it.
@@ -119,40 +123,57 @@ struct Denominator {
   }
 };
 
-// Weights and ids of the present top-k, written to their slot.
-void answer(const MaskedRouterArgs& args, const Scratch& s, float* chosen, const Denominator& denominator,
-            std::int64_t row, std::int32_t slot) {
+// What an answer needs of the present top-k. Between two stops of a nested walk the top-k rarely changes, so
+// it is kept until it does.
+struct Chosen {
+  float* weight;  // softmaxes: exp(logit - offset); otherwise the scores
+  std::int64_t* id;
+  float total;
+  float offset;
+  bool stale = true;
+};
+
+void refresh(const MaskedRouterArgs& args, const Scratch& s, float running_max, Chosen& chosen) {
   const int k = args.top_k;
-  const std::int64_t at = (slot * args.logits.shape[0] + row) * k;
-  std::int64_t* ids = args.ids + at;
-  float* weights = args.weights + at;
   const bool over_chosen = args.score == Score::softmax_over_chosen;
   const bool exponentials = over_chosen || is_softmax(args);
   float highest = -kInf;
   for (int j = 0; j < k; ++j) {
     const std::int32_t expert = expert_of(s.best[j]);
-    ids[j] = expert;
-    chosen[j] = exponentials ? s.logit[expert] : s.score[expert];
-    highest = chosen[j] > highest ? chosen[j] : highest;
+    chosen.id[j] = expert;
+    chosen.weight[j] = exponentials ? s.logit[expert] : s.score[expert];
+    highest = chosen.weight[j] > highest ? chosen.weight[j] : highest;
   }
-  if (exponentials) {
-    const float offset = over_chosen ? highest : denominator.highest;
-    for (int j = 0; j < k; j += kLanes) store(chosen + j, exp(load(chosen + j) - offset));
+  chosen.offset = over_chosen ? highest : running_max;
+  if (exponentials)
+    for (int j = 0; j < k; j += kLanes)
+      store(chosen.weight + j, exp(load(chosen.weight + j) - chosen.offset));
+  chosen.total = 0;
+  for (int j = 0; j < k; ++j) chosen.total += chosen.weight[j];
+  chosen.stale = false;
+}
+
+// Weights and ids of the present top-k, written to their slot.
+void answer(const MaskedRouterArgs& args, const Scratch& s, Chosen& chosen, const Denominator& denominator,
+            std::int64_t row, std::int32_t slot) {
+  if (chosen.stale || (is_softmax(args) && chosen.offset != denominator.highest))
+    refresh(args, s, denominator.highest, chosen);
+  float factor = 1.0f, total = chosen.total;
+  if (is_softmax(args)) {
+    factor = static_cast<float>(1.0 / denominator.sum);
+    total *= factor;
+  } else if (args.score == Score::softmax_over_chosen) {
+    factor = 1.0f / total;
+    total = 1.0f;
   }
-  float factor = is_softmax(args) ? static_cast<float>(1.0 / denominator.sum) : 1.0f;
-  if (over_chosen || args.renormalize) {
-    float total = 0;
-    for (int j = 0; j < k; ++j) total += chosen[j];
-    if (over_chosen) {
-      factor = 1.0f / total;
-      total = 1.0f;
-    } else {
-      total *= factor;
-    }
-    if (args.renormalize) factor /= total + args.eps;
-  }
+  if (args.renormalize) factor /= total + args.eps;
   factor *= args.scale;
-  for (int j = 0; j < k; ++j) weights[j] = chosen[j] * factor;
+  const int k = args.top_k;
+  const std::int64_t at = (slot * args.logits.shape[0] + row) * k;
+  std::int64_t* __restrict ids = args.ids + at;
+  float* __restrict weights = args.weights + at;
+  for (int j = 0; j < k; ++j) ids[j] = chosen.id[j];
+  for (int j = 0; j < k; ++j) weights[j] = chosen.weight[j] * factor;
   if (args.weights_dtype != DType::float32)
     for (int j = 0; j < k; ++j) weights[j] = rounded(weights[j], args.weights_dtype);
 }
@@ -199,7 +220,8 @@ void walk(const MaskedRouterArgs& args, std::int64_t row, std::int64_t w, Scratc
   Denominator denominator;
   int candidates = n;
   if (softmax) prepare_softmax(list, n, s);
-  if (args.n_group > 1 || key_depends_on_mask(args)) {  // one stop: the whole denominator is needed first, or all keys
+  if (args.n_group > 1 ||
+      key_depends_on_mask(args)) {  // one stop: the whole denominator is needed first, or all keys
     if (softmax)
       for (int i = 0; i < n; ++i) denominator.add(s.score[i], s.running_max[i]);
     const float inverse = static_cast<float>(1.0 / denominator.sum);
@@ -221,6 +243,7 @@ void walk(const MaskedRouterArgs& args, std::int64_t row, std::int64_t w, Scratc
   const bool carries_sum = softmax && !(args.n_group > 1 || key_depends_on_mask(args));
   const int k = args.top_k;
   std::int64_t stop = 0;
+  Chosen chosen{s.chosen, s.chosen_id, 0, 0};
   for (int j = 0; j < k; ++j) s.best[j] = 0;  // below every key
   for (int i = 0; i < candidates; ++i) {
     if (carries_sum) denominator.add(s.score[i], s.running_max[i]);
@@ -229,10 +252,11 @@ void walk(const MaskedRouterArgs& args, std::int64_t row, std::int64_t w, Scratc
       int j = k - 1;
       for (; j > 0 && s.best[j - 1] < key; --j) s.best[j] = s.best[j - 1];
       s.best[j] = key;
+      chosen.stale = true;
     }
     const bool last = i + 1 == candidates;
     for (; stop < args.n_stops && (stops[stop] == i + 1 || last); ++stop)
-      answer(args, s, s.chosen, denominator, row, slots[stop]);
+      answer(args, s, chosen, denominator, row, slots[stop]);
   }
 }
 

@@ -1,8 +1,8 @@
 // overlap on CUDA: plain, not yet tuned.
 //
-// One block per pair of rows. It walks p (unless its log-sum-exp is given), then q, for the log-sum-exps, then both
-// for the metrics. Threads keep float32 sums of some hundreds of elements each; across threads they are added in
-// float64 in a fixed tree, so results are deterministic.
+// One block per pair of rows. It walks p (unless its log-sum-exp is given), then q, for the log-sum-exps,
+// then both for the metrics. Threads keep float32 sums of some hundreds of elements each; across threads they
+// are added in float64 in a fixed tree, so results are deterministic.
 #include "cuda_utils.cuh"
 #include "overlap.h"
 
@@ -65,7 +65,8 @@ __device__ float kl_term(float prob_a, float log_a, float log_b) {
   return log_b == -INFINITY ? INFINITY : prob_a * (log_a - log_b);
 }
 
-// The first token whose cumulative probability exceeds u; the last possible one where rounding keeps all below u.
+// The first token whose cumulative probability exceeds u; the last possible one where rounding keeps all
+// below u.
 __device__ std::int64_t block_draw(const Row& row, LogProbability log_prob, double u) {
   __shared__ std::int64_t token;
   constexpr int kTile = 8 * kThreads;
@@ -143,8 +144,8 @@ __global__ void overlap_kernel(OverlapArgs args) {
 
 __global__ void log_sum_exp_kernel(LogSumExpArgs args) {
   const std::int64_t r = blockIdx.x;
-  const double lse =
-      block_log_sum_exp(Row{&args.logits, r * args.logits.stride[0], args.logits.stride[1], args.logits.shape[1]});
+  const double lse = block_log_sum_exp(
+      Row{&args.logits, r * args.logits.stride[0], args.logits.stride[1], args.logits.shape[1]});
   if (threadIdx.x == 0) args.lse[r] = lse;
 }
 
@@ -152,15 +153,19 @@ __global__ void log_sum_exp_kernel(LogSumExpArgs args) {
 
 void overlap_cuda(const OverlapArgs& args) {
   const std::int64_t blocks = args.p.shape[0] * args.q.shape[0];
-  if (blocks > 0x7FFFFFFF) throw std::invalid_argument("overlap: more than 2^31 - 1 rows in one call on CUDA");
-  overlap_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(args);
+  if (blocks > 0x7FFFFFFF)
+    throw std::invalid_argument("overlap: more than 2^31 - 1 rows in one call on CUDA");
+  overlap_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(
+      args);
   MOEPRUNE_CUDA_CHECK(cudaGetLastError());
 }
 
 void log_sum_exp_cuda(const LogSumExpArgs& args) {
   const std::int64_t blocks = args.logits.shape[0];
-  if (blocks > 0x7FFFFFFF) throw std::invalid_argument("log_sum_exp: more than 2^31 - 1 rows in one call on CUDA");
-  log_sum_exp_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(args);
+  if (blocks > 0x7FFFFFFF)
+    throw std::invalid_argument("log_sum_exp: more than 2^31 - 1 rows in one call on CUDA");
+  log_sum_exp_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(
+      args);
   MOEPRUNE_CUDA_CHECK(cudaGetLastError());
 }
 

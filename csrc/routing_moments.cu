@@ -1,9 +1,9 @@
 // routing_moments on CUDA: plain and deterministic, not yet tuned.
 //
-// Two kernels per tile of pairs. One warp per row leaves the row's norm in the workspace; then one block per expert
-// goes through the tile's ids, each thread keeping the sums of every 256th pair, and a fixed tree adds the threads'
-// sums to the table. No atomics: every sum has one order. A tile is as many pairs as the workspace holds; tiles
-// follow each other on the stream.
+// Two kernels per tile of pairs. One warp per row leaves the row's norm in the workspace; then one block per
+// expert goes through the tile's ids, each thread keeping the sums of every 256th pair, and a fixed tree adds
+// the threads' sums to the table. No atomics: every sum has one order. A tile is as many pairs as the
+// workspace holds; tiles follow each other on the stream.
 #include "cuda_utils.cuh"
 #include "routing_moments.h"
 
@@ -41,7 +41,8 @@ __global__ void accumulate_kernel(RoutingMomentsArgs args, std::int64_t tile, st
   for (std::int64_t i = threadIdx.x; i < n; i += kThreads) {
     if (!valid_at(args.valid, tile + i) || id_at(args.ids, tile + i) != expert) continue;
     const double gate = double_at(args.gates, (tile + i) * args.gates.stride[0]);
-    const double f = args.norms.given() ? double_at(args.norms, (tile + i) * args.norms.stride[0]) : args.workspace[i];
+    const double f =
+        args.norms.given() ? double_at(args.norms, (tile + i) * args.norms.stride[0]) : args.workspace[i];
     const double gate_power[3] = {1, gate, gate * gate};
     const double norm_power[3] = {1, f, f * f};
     for (int a = 0; a < 3; ++a)
