@@ -204,7 +204,7 @@ def pattern_weights(pattern: str, layers: int, rng: random.Random) -> list[float
         "block-early": [2.0 if i < quarter else 1.0 for i in positions],
         "block-late": [2.0 if i >= layers - quarter else 1.0 for i in positions],
         "alt": [2.0 if i % 2 == 0 else 1.0 for i in positions],
-        "deep-flat": [1 - 0.5 * abs(2 * i / max(1, layers - 1) - 1) for i in positions],
+        "deep-flat": [0.5 + 0.5 * (1 - abs(2 * i / max(1, layers - 1) - 1)) for i in positions],
     }
     return list(shapes[pattern])
 
@@ -218,7 +218,7 @@ def allocate(weights: Sequence[float], capacities: Sequence[int], budget: int) -
     if not 0 <= budget <= sum(capacities):
         raise ValueError(f"cannot prune {budget} experts where at most {sum(capacities)} can go")
     total = sum(weights)
-    shares = [budget * weight / total for weight in weights]
+    shares = [budget * (weight / total) for weight in weights]
     counts = [min(int(share), capacity) for share, capacity in zip(shares, capacities, strict=True)]
     by_fraction = sorted(range(len(counts)), key=lambda i: counts[i] - shares[i])
     takers = [i for i in by_fraction if counts[i] < capacities[i]]

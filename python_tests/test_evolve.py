@@ -1,0 +1,240 @@
+"""EvoESAP: patterns, moves, determinism, resuming after a kill, refusals."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model
+
+import moeprune_ext as mp
+from moeprune_ext.evolve import DEFAULT_PATTERNS, allocate, mutate, pattern_weights
+
+# Experts pruned per layer by the eleven deterministic patterns, 8 layers of 16 experts, top-4, half pruned: what the
+# released code of EvoESAP allocates.
+RELEASED = {
+    "uniform": (8, 8, 8, 8, 8, 8, 8, 8),
+    "up": (2, 4, 6, 8, 9, 11, 12, 12),
+    "down": (12, 12, 11, 9, 8, 6, 4, 2),
+    "mid": (3, 7, 10, 12, 12, 10, 7, 3),
+    "mid-neg": (12, 9, 7, 4, 4, 7, 9, 12),
+    "front-heavy": (12, 12, 12, 9, 7, 5, 4, 3),
+    "back-heavy": (4, 5, 6, 7, 8, 10, 12, 12),
+    "block-early": (12, 12, 7, 7, 7, 7, 6, 6),
+    "block-late": (7, 7, 7, 7, 6, 6, 12, 12),
+    "alt": (11, 5, 11, 5, 11, 5, 11, 5),
+    "deep-flat": (6, 7, 9, 10, 10, 9, 7, 6),
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = tiny_model("olmoe")
+    scores = mp.score_experts(mp.calibrate(model, [random_tokens()]), "reap")
+    return mp.CandidateEvaluator(model, [random_tokens(seed=7)]), scores
+
+
+SETTINGS = dict(sparsity=0.5, population=6, generations=4, elites=2)
+
+
+def test_deterministic_patterns_are_the_released_ones():
+    plans = {name: allocate(pattern_weights(name, 8, random.Random(0)), [12] * 8, 64) for name in RELEASED}
+    assert plans == RELEASED
+    assert set(RELEASED) | {"random"} == set(DEFAULT_PATTERNS)
+
+
+@pytest.mark.parametrize("pattern", DEFAULT_PATTERNS)
+@pytest.mark.parametrize("capacities", [[12] * 8, [12, 0, 4, 12, 7], [3], [60] * 48])
+def test_every_pattern_spends_the_budget_exactly_within_capacity(pattern, capacities):
+    for budget in (0, 1, sum(capacities) // 2, sum(capacities)):
+        counts = allocate(pattern_weights(pattern, len(capacities), random.Random(0)), capacities, budget)
+        assert sum(counts) == budget
+        assert all(0 <= n <= capacity for n, capacity in zip(counts, capacities, strict=True))
+
+
+def test_mutations_keep_the_budget_and_move_at_most_what_they_may():
+    rng = random.Random(0)
+    capacities = [6, 6, 2, 6, 0]
+    parent = (3, 3, 1, 3, 0)
+    children = [mutate(parent, capacities, rng, 4, 3, 32) for _ in range(500)]
+    assert all(sum(c) == sum(parent) for c in children)
+    assert all(0 <= n <= capacity for c in children for n, capacity in zip(c, capacities, strict=True))
+    moved = [sum(abs(a - b) for a, b in zip(c, parent, strict=True)) // 2 for c in children]
+    assert max(moved) <= 12 and len({m for m in moved}) > 3
+    assert mutate((0, 0), [4, 4], rng, 4, 3, 32) == (0, 0)
+
+
+def test_same_seed_same_plan_and_another_seed_another_search(small):
+    evaluator, scores = small
+    first, second = (mp.evolve(evaluator, scores, **SETTINGS, seed=3) for _ in range(2))
+    assert first == second
+    other = mp.evolve(evaluator, scores, **SETTINGS, seed=4)
+    assert other.history != first.history
+
+
+def test_result_is_the_best_plan_scored_and_never_worse_than_uniform(small):
+    evaluator, scores = small
+    result = mp.evolve(evaluator, scores, **SETTINGS)
+    assert evaluator.evaluate([result.plan])[0].esap == result.score
+    assert result.score >= evaluator.evaluate([mp.uniform_plan(scores, 0.5)])[0].esap
+    bests = [record["best"] for record in result.history]
+    assert bests == sorted(bests) and len(bests) == 4
+    assert sum(result.plan.pruned_counts.values()) == 16
+
+
+@pytest.mark.parametrize("fitness", ["kl_qp", "kl_pq", "nll", "accept", "top1_agree"])
+def test_other_fitnesses_go_the_right_way(small, fitness):
+    evaluator, scores = small
+    result = mp.evolve(evaluator, scores, **SETTINGS, fitness=fitness)
+    worst = result.history[0]["mean"]
+    assert result.score <= worst if fitness in ("kl_qp", "kl_pq", "nll") else result.score >= worst
+
+
+def test_default_settings_are_the_published_1404_evaluations():
+    import inspect
+
+    d = {name: p.default for name, p in inspect.signature(mp.evolve).parameters.items()}
+    assert d["population"] + (d["generations"] - 1) * (d["population"] - d["elites"]) == 1404
+
+
+def test_grouped_routers_are_searched_in_whole_groups():
+    model = tiny_model("deepseek_v3")
+    scores = mp.score_experts(mp.calibrate(model, [random_tokens()]), "man")
+    assert scores.n_group == 2
+    result = mp.evolve(mp.CandidateEvaluator(model, [random_tokens()]), scores, **SETTINGS)
+    for ids in result.plan.kept.values():
+        assert sum(e < 4 for e in ids) == sum(e >= 4 for e in ids) >= 2
+
+
+def test_a_plain_mapping_takes_its_routers_from_the_evaluator(small):
+    evaluator, scores = small
+    plain = {layer: values.clone() for layer, values in scores.items()}
+    assert mp.evolve(evaluator, plain, **SETTINGS).plan.kept == mp.evolve(evaluator, scores, **SETTINGS).plan.kept
+
+
+def test_a_finished_search_resumes_to_the_same_plan_without_scoring_and_can_be_extended(small, tmp_path, monkeypatch):
+    evaluator, scores = small
+    first = mp.evolve(evaluator, scores, **SETTINGS, out=tmp_path)
+    assert mp.PruningPlan.load(tmp_path / "plan.json") == first.plan
+    longer = {**SETTINGS, "generations": 6}
+    unbroken = mp.evolve(evaluator, scores, **longer)
+    assert mp.evolve(evaluator, scores, **longer, out=tmp_path).plan == unbroken.plan
+    monkeypatch.setattr(evaluator, "evaluate", lambda *_: pytest.fail("everything was scored already"))
+    assert mp.evolve(evaluator, scores, **longer, out=tmp_path).plan == unbroken.plan
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"sparsity": 0.25}, {"population": 7}, {"fitness": "kl_pq"}])
+def test_resuming_with_other_settings_is_refused_and_says_which(small, tmp_path, change):
+    evaluator, scores = small
+    mp.evolve(evaluator, scores, **{**SETTINGS, "generations": 1}, out=tmp_path)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        mp.evolve(evaluator, scores, **{**SETTINGS, **change}, out=tmp_path)
+
+
+def test_resuming_with_other_data_is_refused(small, tmp_path):
+    evaluator, scores = small
+    mp.evolve(evaluator, scores, **{**SETTINGS, "generations": 1}, out=tmp_path)
+    other = mp.CandidateEvaluator(evaluator.model, [random_tokens(seed=8)])
+    with pytest.raises(ValueError, match="data"):
+        mp.evolve(other, scores, **SETTINGS, out=tmp_path)
+
+
+def test_a_history_cut_off_in_mid_line_is_taken_up(small, tmp_path):
+    evaluator, scores = small
+    whole = mp.evolve(evaluator, scores, **SETTINGS, out=tmp_path)
+    text = (tmp_path / "history.jsonl").read_text()
+    (tmp_path / "history.jsonl").write_text(text[: len(text) * 2 // 3])
+    (tmp_path / "plan.json").unlink()
+    assert mp.evolve(evaluator, scores, **SETTINGS, out=tmp_path).plan == whole.plan
+    assert mp.PruningPlan.load(tmp_path / "plan.json") == whole.plan
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_evolve import *
+model = tiny_model("olmoe")
+scores = mp.score_experts(mp.calibrate(model, [random_tokens()]), "reap")
+evaluator = mp.CandidateEvaluator(model, [random_tokens(seed=7)])
+result = mp.evolve(evaluator, scores, 0.5, population=6, generations=40, elites=2, out={out!r})
+"""
+
+
+def test_a_search_killed_at_any_moment_ends_with_the_same_plan(small, tmp_path):
+    evaluator, scores = small
+    whole = mp.evolve(evaluator, scores, 0.5, population=6, generations=40, elites=2)
+    script = KILLED.format(tests=str(Path(__file__).parent), out=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    history = tmp_path / "history.jsonl"
+    while process.poll() is None and (not history.exists() or history.read_text().count("\n") < 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the search ended before it could be killed"
+    assert not (tmp_path / "plan.json").exists()
+    resumed = mp.evolve(evaluator, scores, 0.5, population=6, generations=40, elites=2, out=tmp_path)
+    assert resumed.plan == whole.plan
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 0.9}, "at most 0.75"),
+        ({"sparsity": 1.0}, "below 1"),
+        ({"elites": 7}, "elites at most population"),
+        ({"population": 0}, "at least 1"),
+        ({"fitness": "bleu"}, "unknown fitness"),
+        ({"init_patterns": ["sideways"]}, "sideways"),
+    ],
+)
+def test_impossible_settings_are_refused_before_any_evaluation(small, tmp_path, settings, message):
+    evaluator, scores = small
+    with pytest.raises(ValueError, match=message):
+        mp.evolve(evaluator, scores, **{**SETTINGS, **settings}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_and_plans_of_another_model_are_refused(small):
+    evaluator, scores = small
+    other = mp.score_experts(mp.calibrate(tiny_model("olmoe", seed=5), [random_tokens()]), "reap")
+    with pytest.raises(ValueError, match="another model"):
+        mp.evolve(evaluator, other, **SETTINGS)
+    with pytest.raises(ValueError, match="another model"):
+        evaluator.evaluate([mp.uniform_plan(other, 0.5)])
+
+
+def test_nan_teacher_is_an_error_and_nan_candidate_ranks_last():
+    model = tiny_model("olmoe")
+    scores = mp.score_experts(mp.calibrate(model, [random_tokens()]), "reap")
+    evaluator = mp.CandidateEvaluator(model, [random_tokens()])
+    real = evaluator._logits
+
+    def poisoned(batch):
+        logits = real(batch)
+        if model.model.layers[0].mlp.gate.num_experts < 8:  # any plan that touches the first layer
+            logits[0, 0] = math.nan
+        return logits
+
+    evaluator._logits = poisoned
+    plans = [mp.PruningPlan.from_pruned_counts(scores, counts) for counts in ({0: 4}, {1: 4})]
+    bad, good = evaluator.evaluate(plans)
+    assert math.isnan(bad.esap) and bad.nan_rows == 1 and 0 < good.esap < 1 and good.nan_rows == 0
+    result = mp.evolve(evaluator, scores, **SETTINGS)
+    assert result.plan.pruned_counts[0] == 0 and math.isfinite(result.score)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        mp.CandidateEvaluator(model, [random_tokens()])
+
+
+def test_history_is_json(small, tmp_path):
+    evaluator, scores = small
+    result = mp.evolve(evaluator, scores, **SETTINGS, out=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert sum(len(line["scores"]) for line in lines) == sum(record["evaluated"] for record in result.history)
