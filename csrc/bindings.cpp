@@ -30,8 +30,7 @@ const char* const kIsaNames[] = {"portable", "avx2", "avx512"};
 bool supported(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == Isa::avx2) return avx2;
   if (isa == Isa::avx512)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -170,10 +169,8 @@ const std::vector<DType> kFloats = {DType::float32, DType::bfloat16, DType::floa
 class OnDevice {
  public:
   explicit OnDevice(int device) {
-    stream = reinterpret_cast<void*>(py::module_::import("torch.cuda")
-                                         .attr("current_stream")(device)
-                                         .attr("cuda_stream")
-                                         .cast<std::uintptr_t>());
+    stream = reinterpret_cast<void*>(
+        py::module_::import("torch.cuda").attr("current_stream")(device).attr("cuda_stream").cast<std::uintptr_t>());
     check(cudaGetDevice(&before_));
     check(cudaSetDevice(device));
   }
@@ -214,8 +211,7 @@ void launch(Args& args, int device, const CpuKernel<Args>& cpu,
 // ---- operations
 
 void overlap(const py::object& p, const py::object& q, const py::object& p_lse, const py::object& weight,
-             const py::object& labels, const py::object& uniform, const std::vector<py::object>& out,
-             int threads) {
+             const py::object& labels, const py::object& uniform, const std::vector<py::object>& out, int threads) {
   Unpacker unpack("overlap");
   OverlapArgs args{};
   args.p = unpack.strided(p, "p_logits", kFloats, {-1, -1});
@@ -245,11 +241,10 @@ void log_sum_exp(const py::object& logits, const py::object& lse, int threads) {
   launch(args, unpack.device, log_sum_exp_cpu, MOEPRUNE_CUDA_KERNEL(log_sum_exp));
 }
 
-void masked_router(const py::object& logits, const py::object& lists, const py::object& stops,
-                   const py::object& slots, const py::object& assigned, int top_k, int score,
-                   bool renormalize, float eps, float scale, const py::object& bias, int n_group,
-                   int topk_group, bool group_top2_sum, const py::object& ids, const py::object& weights,
-                   int weights_dtype, int threads) {
+void masked_router(const py::object& logits, const py::object& lists, const py::object& stops, const py::object& slots,
+                   const py::object& assigned, int top_k, int score, bool renormalize, float eps, float scale,
+                   const py::object& bias, int n_group, int topk_group, bool group_top2_sum, const py::object& ids,
+                   const py::object& weights, int weights_dtype, int threads) {
   Unpacker unpack("masked_router");
   MaskedRouterArgs args{};
   args.logits = unpack.strided(logits, "logits", kFloats, {-1, -1});
@@ -312,8 +307,7 @@ py::dict build_info() {
 #if defined(MOEPRUNE_CUDA)
   info["cuda"] = true;
   archs = py::str(MOEPRUNE_CUDA_ARCHS).attr("split")(",");
-  info["cuda_runtime"] =
-      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  info["cuda_runtime"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   int devices = 0;
   info["cuda_available"] = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
 #else

@@ -27,9 +27,7 @@ std::uint64_t key_of(float score, std::int32_t expert) {
   return static_cast<std::uint64_t>(bits) << 32 | ~static_cast<std::uint32_t>(expert);
 }
 
-std::int32_t expert_of(std::uint64_t key) {
-  return static_cast<std::int32_t>(~static_cast<std::uint32_t>(key));
-}
+std::int32_t expert_of(std::uint64_t key) { return static_cast<std::int32_t>(~static_cast<std::uint32_t>(key)); }
 
 // Round to nearest even, as torch does.
 float rounded(float value, DType dtype) {
@@ -94,8 +92,7 @@ void prepare_row(const MaskedRouterArgs& args, std::int64_t n, Scratch& s) {
     }
   }
   if (key_depends_on_mask(args)) return;
-  for (int e = 0; e < n_experts; ++e)
-    s.key[e] = key_of(args.bias ? s.score[e] + args.bias[e] : s.logit[e], e);
+  for (int e = 0; e < n_experts; ++e) s.key[e] = key_of(args.bias ? s.score[e] + args.bias[e] : s.logit[e], e);
 }
 
 // The softmax's terms at each place, relative to the maximum of the places up to it.
@@ -146,8 +143,7 @@ void refresh(const MaskedRouterArgs& args, const Scratch& s, float running_max, 
   }
   chosen.offset = over_chosen ? highest : running_max;
   if (exponentials)
-    for (int j = 0; j < k; j += kLanes)
-      store(chosen.weight + j, exp(load(chosen.weight + j) - chosen.offset));
+    for (int j = 0; j < k; j += kLanes) store(chosen.weight + j, exp(load(chosen.weight + j) - chosen.offset));
   chosen.total = 0;
   for (int j = 0; j < k; ++j) chosen.total += chosen.weight[j];
   chosen.stale = false;
@@ -220,8 +216,7 @@ void walk(const MaskedRouterArgs& args, std::int64_t row, std::int64_t w, Scratc
   Denominator denominator;
   int candidates = n;
   if (softmax) prepare_softmax(list, n, s);
-  if (args.n_group > 1 ||
-      key_depends_on_mask(args)) {  // one stop: the whole denominator is needed first, or all keys
+  if (args.n_group > 1 || key_depends_on_mask(args)) {  // one stop: the whole denominator is needed first, or all keys
     if (softmax)
       for (int i = 0; i < n; ++i) denominator.add(s.score[i], s.running_max[i]);
     const float inverse = static_cast<float>(1.0 / denominator.sum);

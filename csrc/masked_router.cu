@@ -129,8 +129,7 @@ struct RowRouter {
     }
     if (args.renormalize) factor /= total + args.eps;
     factor *= args.scale;
-    for (int j = 0; j < k; ++j)
-      args.weights[at + j] = rounded(args.weights[at + j] * factor, args.weights_dtype);
+    for (int j = 0; j < k; ++j) args.weights[at + j] = rounded(args.weights[at + j] * factor, args.weights_dtype);
   }
 
   __device__ void walk(std::int64_t w) {
@@ -149,8 +148,7 @@ struct RowRouter {
     for (int i = 0; i < n; ++i) {
       const std::int32_t expert = list[i];
       if (softmax && !denominator_first) denominator.add(logit(expert));
-      if (args.n_group == 1 || allowed >> (expert / group_size) & 1)
-        insert(key_of(score_for_choice(expert), expert));
+      if (args.n_group == 1 || allowed >> (expert / group_size) & 1) insert(key_of(score_for_choice(expert), expert));
       for (; stop < args.n_stops && stops[stop] == i + 1; ++stop) answer(slots[stop]);
     }
   }
@@ -173,8 +171,7 @@ void masked_router_cuda(const MaskedRouterArgs& args) {
   const std::int64_t work = args.logits.shape[0] * (args.assigned ? 1 : args.n_walks);
   const std::int64_t blocks = (work + kThreads - 1) / kThreads;
   if (blocks > 0x7FFFFFFF) throw std::invalid_argument("masked_router: too many rows in one call on CUDA");
-  masked_router_kernel<<<static_cast<unsigned>(blocks), kThreads, 0,
-                         static_cast<cudaStream_t>(args.stream)>>>(args);
+  masked_router_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(args);
   MOEPRUNE_CUDA_CHECK(cudaGetLastError());
 }
 

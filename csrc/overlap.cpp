@@ -106,8 +106,7 @@ MOEPRUNE_INLINE Vec kl_terms(Vec prob_a, Vec log_a, Vec log_b) {
   return log_a == -kInf ? Vec{} : terms;
 }
 
-void add_block(const float* p, const float* q, int n, LogProbability log_p, LogProbability log_q,
-               Divergences& sums) {
+void add_block(const float* p, const float* q, int n, LogProbability log_p, LogProbability log_q, Divergences& sums) {
   Vec esap[2] = {}, kl_pq[2] = {}, kl_qp[2] = {};
   for (int i = 0; i < n; i += 2 * kLanes)
     for (int u = 0; u < 2; ++u) {
@@ -163,8 +162,8 @@ struct Buffers {
   alignas(64) float q[kBlock];
 };
 
-void compare_rows(const OverlapArgs& args, const FloatRow& p, RowSummary p_summary, std::int64_t c,
-                  std::int64_t t, Buffers& buffers) {
+void compare_rows(const OverlapArgs& args, const FloatRow& p, RowSummary p_summary, std::int64_t c, std::int64_t t,
+                  Buffers& buffers) {
   const std::int64_t n_rows = args.p.shape[0];
   const FloatRow q = row_of(args.q, c * args.q.stride[0] + t * args.q.stride[1]);
   const RowSummary q_summary = summarize(q, true, buffers.q);
@@ -236,11 +235,10 @@ void overlap(const OverlapArgs& args) {
 
 void log_sum_exp(const LogSumExpArgs& args) {
   const double elements = static_cast<double>(args.logits.shape[0] * args.logits.shape[1]);
-  parallel_ranges(args.logits.shape[0], 1, useful_threads(elements, args.threads),
-                  [&](std::int64_t r, std::int64_t) {
-                    alignas(64) float buffer[kBlock];
-                    args.lse[r] = summarize(row_of(args.logits, r * args.logits.stride[0]), true, buffer).lse;
-                  });
+  parallel_ranges(args.logits.shape[0], 1, useful_threads(elements, args.threads), [&](std::int64_t r, std::int64_t) {
+    alignas(64) float buffer[kBlock];
+    args.lse[r] = summarize(row_of(args.logits, r * args.logits.stride[0]), true, buffer).lse;
+  });
 }
 
 }  // namespace moeprune::MOEPRUNE_ISA

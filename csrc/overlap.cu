@@ -144,8 +144,8 @@ __global__ void overlap_kernel(OverlapArgs args) {
 
 __global__ void log_sum_exp_kernel(LogSumExpArgs args) {
   const std::int64_t r = blockIdx.x;
-  const double lse = block_log_sum_exp(
-      Row{&args.logits, r * args.logits.stride[0], args.logits.stride[1], args.logits.shape[1]});
+  const double lse =
+      block_log_sum_exp(Row{&args.logits, r * args.logits.stride[0], args.logits.stride[1], args.logits.shape[1]});
   if (threadIdx.x == 0) args.lse[r] = lse;
 }
 
@@ -153,19 +153,15 @@ __global__ void log_sum_exp_kernel(LogSumExpArgs args) {
 
 void overlap_cuda(const OverlapArgs& args) {
   const std::int64_t blocks = args.p.shape[0] * args.q.shape[0];
-  if (blocks > 0x7FFFFFFF)
-    throw std::invalid_argument("overlap: more than 2^31 - 1 rows in one call on CUDA");
-  overlap_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(
-      args);
+  if (blocks > 0x7FFFFFFF) throw std::invalid_argument("overlap: more than 2^31 - 1 rows in one call on CUDA");
+  overlap_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(args);
   MOEPRUNE_CUDA_CHECK(cudaGetLastError());
 }
 
 void log_sum_exp_cuda(const LogSumExpArgs& args) {
   const std::int64_t blocks = args.logits.shape[0];
-  if (blocks > 0x7FFFFFFF)
-    throw std::invalid_argument("log_sum_exp: more than 2^31 - 1 rows in one call on CUDA");
-  log_sum_exp_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(
-      args);
+  if (blocks > 0x7FFFFFFF) throw std::invalid_argument("log_sum_exp: more than 2^31 - 1 rows in one call on CUDA");
+  log_sum_exp_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(args);
   MOEPRUNE_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -41,8 +41,7 @@ __global__ void accumulate_kernel(RoutingMomentsArgs args, std::int64_t tile, st
   for (std::int64_t i = threadIdx.x; i < n; i += kThreads) {
     if (!valid_at(args.valid, tile + i) || id_at(args.ids, tile + i) != expert) continue;
     const double gate = double_at(args.gates, (tile + i) * args.gates.stride[0]);
-    const double f =
-        args.norms.given() ? double_at(args.norms, (tile + i) * args.norms.stride[0]) : args.workspace[i];
+    const double f = args.norms.given() ? double_at(args.norms, (tile + i) * args.norms.stride[0]) : args.workspace[i];
     const double gate_power[3] = {1, gate, gate * gate};
     const double norm_power[3] = {1, f, f * f};
     for (int a = 0; a < 3; ++a)

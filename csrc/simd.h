@@ -136,8 +136,7 @@ MOEPRUNE_INLINE int block_size(const FloatRow& row, std::int64_t start) {
 
 // Elements [start, start + n) as float32, padded with `padding` to whole steps: the row itself where it can
 // be read in place, otherwise `buffer`, converted. The kernels thus have one body for all dtypes and strides.
-MOEPRUNE_INLINE const float* read_block(const FloatRow& row, std::int64_t start, int n, float padding,
-                                        float* buffer) {
+MOEPRUNE_INLINE const float* read_block(const FloatRow& row, std::int64_t start, int n, float padding, float* buffer) {
   if (row.dtype == DType::float32) {
     const float* from = reinterpret_cast<const float*>(row.data) + start * row.stride;
     if (row.stride == 1 && n % kStep == 0) return from;
@@ -157,8 +156,7 @@ MOEPRUNE_INLINE const float* read_block(const FloatRow& row, std::int64_t start,
       if (row.stride == 1) {
 #if defined(__AVX2__)
         for (; i + 8 <= n; i += 8)
-          _mm256_storeu_ps(buffer + i,
-                           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+          _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
 #endif
         for (; i < n; ++i) buffer[i] = float16_to_float(from[i]);
       }

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moeprune_ext.data import TokenBatch, as_batches, data_fingerprint
 from moeprune_ext.moe import LayerShape, check_plan, check_slicing, find_moe_layers, masks, model_fingerprint
-from moeprune_ext.ops import overlap
+from moeprune_ext.ops import log_sum_exp, overlap
 from moeprune_ext.plan import PruningPlan
 
 METRICS = ("esap", "kl_pq", "kl_qp", "top1_agree", "accept", "nll")
@@ -89,7 +89,7 @@ class CandidateEvaluator:
         held = 0
         for number, batch in enumerate(self.batches):
             logits = self._logits(batch)
-            lse = torch.logsumexp(logits.float(), dim=-1)
+            lse = log_sum_exp(logits)
             if not bool(torch.isfinite(lse).all()):
                 raise ValueError(
                     f"the unpruned model's logits are NaN or infinite on batch {number}: check the weights and dtype"
@@ -180,4 +180,4 @@ class CandidateEvaluator:
 
     def _teacher_rows(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         logits = self._logits(batch)
-        return logits, torch.logsumexp(logits.float(), dim=-1)
+        return logits, log_sum_exp(logits)

@@ -1,0 +1,132 @@
+"""Measures what the embedded model promises: `python -m moeprune_ext.demo.assess`, about five minutes on two cores.
+
+Prints Markdown: exact match on every held-out problem by operation, for the full and the uniformly pruned model; how
+far the routing of code and of arithmetic differ in each layer; and EvoESAP against uniform on held-out text over
+several search seeds. Its output, for the model in this repository, is in TRAINING.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moeprune_ext.calibrate import RoutingStats, calibrate
+from moeprune_ext.criteria import ExpertScores, score_experts
+from moeprune_ext.data import TokenBatch
+from moeprune_ext.demo import corpus
+from moeprune_ext.demo.run import (
+    CALIBRATION_SEQUENCES,
+    GENERATIONS,
+    HELD_OUT_SEQUENCES,
+    POPULATION,
+    SEARCH_SEQUENCES,
+    SPARSITIES,
+    arithmetic_task,
+    domain_batches,
+    load_demo,
+)
+from moeprune_ext.evaluate import Task, correct
+from moeprune_ext.evaluator import CandidateEvaluator
+from moeprune_ext.evolve import evolve
+from moeprune_ext.moe import applied
+from moeprune_ext.plan import PruningPlan, uniform_plan
+
+
+def exact_match_by_operation(model: PreTrainedModel, task: Task) -> dict[str, float]:
+    """{operation: share of held-out problems answered exactly}, and "all"; `task` = arithmetic_task(tokenizer,
+    None)."""
+    results = correct(model, task)
+    shares, at = {"all": mean(results)}, 0
+    for operation in corpus.OPERATIONS:
+        count = len(corpus.problems("held_out", operation))
+        shares[operation] = mean(results[at : at + count])
+        at += count
+    return shares
+
+
+def routing_divergence(a: RoutingStats, b: RoutingStats) -> dict[int, float]:
+    """{layer: Jensen-Shannon divergence in bits between the shares of routed tokens that the experts get in a and
+    b}."""
+
+    def entropy(p: Tensor) -> Tensor:
+        return -(p * torch.log2(p.clamp(min=1e-300))).sum()
+
+    divergence = {}
+    for layer, table in a.moments.items():
+        p, q = (counts / counts.sum() for counts in (table[:, 0, 0], b.moments[layer][:, 0, 0]))
+        divergence[layer] = float(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2)
+    return divergence
+
+
+def all_batches(tokenizer: Any, split: str, sequences: int, seed: int) -> list[TokenBatch]:
+    return [batch for batches in domain_batches(tokenizer, split, sequences, seed).values() for batch in batches]
+
+
+def gains(
+    model: PreTrainedModel, tokenizer: Any, scores: ExpertScores, sparsity: float, seeds: range
+) -> list[tuple[float, float, float, float]]:
+    """Per search seed, on held-out text and problems: ESAP and exact match of the uniform plan and of EvoESAP's."""
+    searcher = CandidateEvaluator(model, all_batches(tokenizer, "calibration", SEARCH_SEQUENCES, 1))
+    judge = CandidateEvaluator(model, all_batches(tokenizer, "evaluation", HELD_OUT_SEQUENCES, 0))
+    task = arithmetic_task(tokenizer, None)
+
+    def measure(plan: PruningPlan) -> tuple[float, float]:
+        esap = judge.evaluate([plan])[0].esap or 0.0
+        with applied(model, plan):
+            return esap, mean(correct(model, task))
+
+    uniform = measure(uniform_plan(scores, sparsity))
+    rows = []
+    for seed in seeds:
+        found = evolve(searcher, scores, sparsity, population=POPULATION, generations=GENERATIONS, seed=seed)
+        rows.append((*uniform, *measure(found.plan)))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="search seeds")
+    seeds = range(parser.parse_args().seeds)
+
+    model, tokenizer = load_demo()
+    task = arithmetic_task(tokenizer, None)
+    by_domain = {
+        domain: calibrate(model, batches)
+        for domain, batches in domain_batches(tokenizer, "calibration", CALIBRATION_SEQUENCES).items()
+    }
+    scores = score_experts(by_domain["code"] + by_domain["prose"] + by_domain["arithmetic"], "reap")
+
+    print(f"Token-exact match, {len(task.examples):,} held-out problems after {corpus.SHOTS} solved ones:\n")
+    print("| model | all | " + " | ".join(corpus.OPERATIONS) + " |\n|---|--:|" + "--:|" * len(corpus.OPERATIONS))
+    for name, sparsity in [("full", 0.0), *((f"uniform REAP {s:.0%}", s) for s in SPARSITIES)]:
+        with applied(model, uniform_plan(scores, sparsity)):
+            shares = exact_match_by_operation(model, task)
+        print(f"| {name} | " + " | ".join(f"{shares[k]:.1%}" for k in ("all", *corpus.OPERATIONS)) + " |")
+
+    divergence = routing_divergence(by_domain["code"], by_domain["arithmetic"])
+    print("\nJensen-Shannon divergence between the routing of code and of arithmetic, bits per layer: ", end="")
+    print(", ".join(f"{value:.2f}" for value in divergence.values()))
+
+    for sparsity in SPARSITIES:
+        rows = gains(model, tokenizer, scores, sparsity, seeds)
+        print(f"\nEvoESAP against uniform at {sparsity:.0%}, held-out ESAP and exact match, by search seed:\n")
+        print(
+            "| seed | uniform ESAP | EvoESAP ESAP | gain | uniform match | EvoESAP match |\n|--:|--:|--:|--:|--:|--:|"
+        )
+        for seed, (before, match_before, after, match_after) in zip(seeds, rows, strict=True):
+            print(
+                f"| {seed} | {before:.4f} | {after:.4f} | {after - before:+.4f} | "
+                f"{match_before:.1%} | {match_after:.1%} |"
+            )
+        esap_gain = mean(row[2] - row[0] for row in rows)
+        match_gain = mean(row[3] - row[1] for row in rows)
+        print(f"\nMean gain: ESAP {esap_gain:+.4f}, exact match {100 * match_gain:+.1f} points.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The verbs, end to end on the embedded model, and what they say to a bad request."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moeprune_ext as mp
+from moeprune_ext.cli import main
+from moeprune_ext.demo import corpus
+from moeprune_ext.demo.run import demo_folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A model directory, text and task files, and the products of calibrate and search."""
+    folder = tmp_path_factory.mktemp("cli")
+    shutil.copytree(demo_folder(), folder / "model")
+    (folder / "text.txt").write_text(corpus.code_documents("calibration")[0])
+    tasks = [{"prompt": "1+1=", "answer": "2", "stop": "\n"}, {"prompt": "a", "choices": ["b", "c"], "answer": 1}]
+    (folder / "task.jsonl").write_text("\n".join(map(json.dumps, tasks)))
+    data = ["--data", str(folder / "text.txt"), "--sequence-length", "64", "--sequences", "3"]
+    main(["calibrate", str(folder / "model"), *data, "-o", str(folder / "stats.safetensors")])
+    search = ["--stats", str(folder / "stats.safetensors"), "--population", "4", "--generations", "2", "--elites", "1"]
+    main(["search", str(folder / "model"), *search, *data, "-o", str(folder / "run")])
+    return folder
+
+
+def run(capsys, *arguments):
+    capsys.readouterr()
+    main([*map(str, arguments), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def refusal(capsys, *arguments):
+    """The one line that a bad request gets on stderr; nothing on stdout."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, arguments)))
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if "error:" in line]
+    assert printed.out == "" and len(lines) == 1 and "Traceback" not in printed.err
+    return lines[0]
+
+
+def test_info_counts_every_byte(work, capsys):
+    result = run(capsys, "info", work / "model")
+    stored = load_file(work / "model" / "model.safetensors")
+    assert sum(result["bytes"].values()) == sum(t.nbytes for t in stored.values())
+    assert [layer["num_experts"] for layer in result["layers"]] == [16] * 6
+    experts = sum(t.nbytes for name, t in stored.items() if ".experts." in name)
+    assert result["bytes"]["experts"] == experts and result["saved_by_pruning"]["50%"] == experts // 2
+
+
+def test_score_prints_any_criterion(work, capsys):
+    stats = mp.RoutingStats.load(work / "stats.safetensors")
+    for text, criterion in (("msan", "msan"), ("2,1,mean", (2, 1, "mean"))):
+        result = run(capsys, "score", work / "stats.safetensors", "--criterion", text)
+        assert result["scores"]["3"] == mp.score_experts(stats, criterion)[3].tolist()
+
+
+def test_search_export_eval_chain_gives_the_searched_model(work, capsys):
+    plan = mp.PruningPlan.load(work / "run" / "plan.json")
+    assert plan.sparsity == 0.5
+    result = run(capsys, "export", work / "model", "--plan", work / "run" / "plan.json", "-o", work / "pruned")
+    assert result["sparsity"] == 0.5 and (work / "pruned" / "README.md").exists()
+    stored = load_file(work / "pruned" / "model.safetensors")
+    assert sum(".experts." in name for name in stored) == 3 * 48
+    model = mp.load(work / "pruned")
+    task = ["--task", work / "task.jsonl", "--data", work / "text.txt", "--sequence-length", 64, "--sequences", 2]
+    result = run(capsys, "eval", work / "pruned", *task, "--dtype", "float32")
+    assert result[str(work / "task.jsonl")]["examples"] == 2 and result["perplexity"] > 1
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
+
+
+def test_search_resumes(work, capsys):
+    data = ["--data", work / "text.txt", "--sequence-length", 64, "--sequences", 3]
+    search = ["search", work / "model", "--stats", work / "stats.safetensors", "--population", 4, "--elites", 1]
+    before = (work / "run" / "history.jsonl").read_text()
+    result = run(capsys, *search, "--generations", 2, *data, "-o", work / "run")
+    assert (work / "run" / "history.jsonl").read_text() == before
+    assert result["plan"] == str(work / "run" / "plan.json")
+    assert "seed" in refusal(capsys, *search, "--generations", 2, *data, "-o", work / "run", "--seed", 9)
+
+
+def bad_requests(work):
+    model, stats, text = work / "model", work / "stats.safetensors", work / "text.txt"
+    plan = work / "run" / "plan.json"
+    data = ["--data", text, "--sequence-length", 64, "--sequences", 2]
+    search = ["search", model, "--stats", stats, *data]
+    out = ["-o", work / "out"]
+    return {
+        "no such model": (["info", work / "nowhere"], "config.json"),
+        "not a model": (["calibrate", work, *data, *out], "config.json"),
+        "dense model": (["info", work / "dense"], "no Mixture-of-Experts"),
+        "no weights": (["info", work / "empty"], "safetensors"),
+        "missing data": (["calibrate", model, "--data", work / "no.txt", *out], "no data file"),
+        "empty data": (["calibrate", model, "--data", work / "empty.txt", *out], "0 tokens"),
+        "infeasible budget": ([*search, "--sparsity", 0.9, *out], "at most 0.75"),
+        "sparsity of one": ([*search, "--sparsity", 1, *out], "below 1"),
+        "unknown criterion": ([*search, "--criterion", "best", *out], "unknown criterion"),
+        "unknown fitness": ([*search, "--fitness", "bleu", *out], "unknown fitness"),
+        "plan for another model": (["export", work / "other", "--plan", plan, *out], "another model"),
+        "top-k over kept": (["export", model, "--plan", work / "greedy.json", *out], "needs at least 4"),
+        "stats are no stats": (["score", text], "routing statistics"),
+        "nothing to measure": (["eval", model], "--task"),
+        "NaN logits": (["search", work / "broken", "--stats", work / "broken.safetensors", *data, *out], "NaN"),
+        "unknown device": (["eval", model, "--task", work / "task.jsonl", "--device", "gpu"], "unknown device"),
+        "output exists": (["export", model, "--plan", plan, "-o", work / "model"], "already exists"),
+    }
+
+
+@pytest.fixture(scope="module")
+def wrong_models(work):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(work / "dense")
+    (work / "empty").mkdir()
+    shutil.copy(work / "model" / "config.json", work / "empty")
+    (work / "empty.txt").write_text("")
+    for name, change in (("other", lambda t: -t), ("broken", lambda t: t * float("nan"))):
+        shutil.copytree(work / "model", work / name)
+        tensors = load_file(work / name / "model.safetensors")
+        key = "model.layers.2.mlp.gate.weight" if name == "other" else "model.norm.weight"
+        save_file(tensors | {key: change(tensors[key])}, work / name / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(work / "stats.safetensors", work / "broken.safetensors")
+    plan = json.loads((work / "run" / "plan.json").read_text())
+    plan["kept"]["0"] = plan["kept"]["0"][:3]
+    (work / "greedy.json").write_text(json.dumps(plan))
+
+
+@pytest.mark.parametrize("case", sorted(bad_requests(__import__("pathlib").Path("x"))))
+def test_bad_requests_get_one_line_and_leave_nothing(work, wrong_models, capsys, case):
+    arguments, message = bad_requests(work)[case]
+    before = sorted(work.rglob("*"))
+    assert message in refusal(capsys, *arguments)
+    assert sorted(work.rglob("*")) == before
+
+
+def test_every_verb_has_help_with_an_example():
+    for verb in ("demo", "info", "calibrate", "score", "search", "export", "eval"):
+        shown = subprocess.run(
+            [sys.executable, "-m", "moeprune_ext.cli", verb, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        assert "example: moeprune " + verb in " ".join(shown.split())
+        assert all(option in shown for option in ("--seed", "--device", "--dtype", "--json"))
