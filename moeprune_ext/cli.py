@@ -104,12 +104,20 @@ def score(options: argparse.Namespace) -> tuple[Any, str]:
 
 def search(options: argparse.Namespace) -> tuple[Any, str]:
     from moeprune_ext.calibrate import RoutingStats
+    from moeprune_ext.checkpoint import read_checkpoint
     from moeprune_ext.criteria import score_experts
     from moeprune_ext.evaluator import CandidateEvaluator
     from moeprune_ext.evolve import evolve
-    from moeprune_ext.plan import uniform_plan
+    from moeprune_ext.plan import uniform_counts, uniform_plan
 
     scores = score_experts(RoutingStats.load(options.stats), _criterion(options.criterion), seed=options.seed)
+    # What can be refused without loading the weights is refused now.
+    uniform_counts(scores, options.sparsity)
+    if (fingerprint := read_checkpoint(options.model).fingerprint) != scores.model:
+        raise ValueError(
+            f"{options.stats} was gathered from another model: its fingerprint is {scores.model}, that of "
+            f"{options.model} is {fingerprint}; calibrate this model"
+        )
     model, tokenizer = _load(options)
     evaluator = CandidateEvaluator(
         model, _batches(options, tokenizer), memory_budget=int(options.memory_budget * 2**30)

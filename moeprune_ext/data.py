@@ -149,12 +149,11 @@ def load_batches(
     texts: list[str] = []
     rows: list[tuple[list[int], int]] = []  # tokens, and how many of them are prompt
     batches: list[TokenBatch] = []
-    for path in paths:
-        path = Path(path)
+    for path in map(Path, paths):
         if not path.is_file():
             raise ValueError(f"there is no data file {path}")
         if path.suffix == ".safetensors":
-            batches += _token_file(path, batch_size)
+            batches += _token_file(path, batch_size, sequences - sum(len(batch.input_ids) for batch in batches))
         elif path.suffix == ".jsonl":
             for record, place in _json_lines(path):
                 text, prompt_and_response = _record(record, place, tokenizer)
@@ -180,7 +179,7 @@ def load_batches(
     return batches
 
 
-def _token_file(path: Path, batch_size: int) -> list[TokenBatch]:
+def _token_file(path: Path, batch_size: int, rows: int) -> list[TokenBatch]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -189,14 +188,14 @@ def _token_file(path: Path, batch_size: int) -> list[TokenBatch]:
         raise ValueError(f"{path} has no tensor `input_ids` (it has: {', '.join(sorted(tensors)) or 'none'})")
     whole = as_batches([tensors])[0]
     parts = zip(
-        *(t.split(batch_size) for t in (whole.input_ids, whole.attention_mask, whole.labels_mask)),
+        *(t[: max(rows, 0)].split(batch_size) for t in (whole.input_ids, whole.attention_mask, whole.labels_mask)),
         strict=True,
     )
     return [TokenBatch(*part) for part in parts]
 
 
 def _json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 record = json.loads(line)

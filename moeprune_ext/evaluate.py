@@ -55,7 +55,7 @@ def load_task(path: str | os.PathLike[str], tokenizer: Any) -> Task:
     if not path.is_file():
         raise ValueError(f"there is no task file {path}")
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 record = json.loads(line)

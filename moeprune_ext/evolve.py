@@ -71,6 +71,7 @@ def evolve(
     max_steps: int = 3,
     max_attempts: int = 32,
     init_patterns: Sequence[str] = DEFAULT_PATTERNS,
+    fidelity: str = "full",
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -87,6 +88,8 @@ def evolve(
     to another search, naming what differs.
     """
     scores = ExpertScores.wrap(scores, shapes=evaluator.shapes, model=evaluator.fingerprint)
+    if fidelity != "full":
+        raise ValueError(f'fidelity {fidelity!r} is not available; "full" scores every candidate on every token')
     _check_settings(evaluator, scores, fitness, population, generations, elites, max_delta, max_steps, max_attempts)
     unit = scores.n_group
     layers = list(scores)
