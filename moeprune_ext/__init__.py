@@ -11,7 +11,7 @@ from moeprune_ext.evaluate import accuracy, load_task, perplexity
 from moeprune_ext.evaluator import CandidateEvaluator, CandidateScore
 from moeprune_ext.evolve import SearchResult, evolve
 from moeprune_ext.export import export, load
-from moeprune_ext.moe import applied, prune_
+from moeprune_ext.masking import applied, prune_
 from moeprune_ext.ops import (
     RouterSpec,
     build_info,

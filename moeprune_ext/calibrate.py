@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from moeprune_ext.data import as_batches
 from moeprune_ext.files import replacing
-from moeprune_ext.moe import ExpertsFunction, LayerShape, find_moe_layers, intercepted, model_fingerprint
+from moeprune_ext.masking import ExpertsFunction, intercepted
+from moeprune_ext.moe import LayerShape, find_moe_layers, model_fingerprint
 from moeprune_ext.ops import routing_moments_
 
 FORMAT = "moeprune.stats/1"
@@ -81,9 +82,10 @@ class RoutingStats:
                 shapes = {int(k): LayerShape(**v) for k, v in json.loads(about["shapes"]).items()}
                 moments = {layer: file.get_tensor(f"moments.{layer}") for layer in shapes}
                 max_norm = {layer: file.get_tensor(f"max_norm.{layer}") for layer in shapes}
+                tokens, model = int(about["tokens"]), about["model"]
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a readable file of routing statistics: {error}") from None
-        return cls(moments, max_norm, int(about["tokens"]), shapes, about["model"])
+        return cls(moments, max_norm, tokens, shapes, model)
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> RoutingStats:
@@ -140,6 +142,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fals
                 backbone(**batch.model_inputs(device), use_cache=False)
     finally:
         model.train(was_training)
+    broken = [index for index, table in moments.items() if not bool(torch.isfinite(table).all())]
+    if broken:
+        raise ValueError(f"experts' outputs are NaN or infinite in layers {broken}: check the weights and the dtype")
     return RoutingStats(
         {index: table.cpu() for index, table in moments.items()},
         {index: norm.cpu() for index, norm in max_norm.items()},

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeprune_ext.files import read_json
+from moeprune_ext.masking import resize_
 from moeprune_ext.moe import (
     MoeLayer,
     find_moe_layers,
     fingerprint_text,
-    resize_,
     router_tensors,
     update_fingerprint,
 )
@@ -45,7 +45,8 @@ class Checkpoint:
     """A model directory, read without loading its weights.
 
     config: config.json as it is. layers: the MoE layers of a skeleton without weights. shards: {file: tensor names}.
-    places: {tensor name: Place} of every per-expert tensor. fingerprint: as moe.model_fingerprint.
+    places: {tensor name: Place} of every per-expert tensor. extra: names of multi-token-prediction layers, which
+    transformers does not build. fingerprint: as moe.model_fingerprint.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class Checkpoint:
     layers: dict[int, MoeLayer]
     shards: dict[Path, list[str]]
     places: dict[str, Place]
+    extra: frozenset[str]
     fingerprint: str
 
 
@@ -62,10 +64,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises ValueError for a directory that is not one, or whose tensor names do not fit its architecture.
     """
     config = read_config(folder)
-    layers = skeleton_layers(folder, config)
+    hf_config = read_hf_config(folder)
+    layers = skeleton_layers(hf_config, config)
     shards = _shards(folder)
-    places = _locate(shards, layers)
-    return Checkpoint(folder, config, layers, shards, places, _fingerprint(shards, places, layers, config))
+    decoder_layers = hf_config.get_text_config().num_hidden_layers
+    names = [name for stored in shards.values() for name in stored]
+    extra = frozenset(name for name in names if _is_extra(name, decoder_layers))
+    places = _locate(shards, layers, extra)
+    return Checkpoint(folder, config, layers, shards, places, extra, _fingerprint(shards, places, layers, config))
+
+
+def _is_extra(name: str, decoder_layers: int) -> bool:
+    match = re.search(r"\blayers\.(\d+)\.", name)
+    return re.search(r"(?:^|\.)mtp\.", name) is not None or (match is not None and int(match[1]) >= decoder_layers)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -84,26 +95,44 @@ def recorded_counts(raw: Mapping[str, Any]) -> dict[int, int]:
         raise ValueError(f"config.json has a damaged {CONFIG_KEY!r} entry: {raw[CONFIG_KEY]!r}") from None
 
 
-def skeleton_layers(folder: Path, raw: Mapping[str, Any]) -> dict[int, MoeLayer]:
-    """The MoE layers of the model a directory describes, without weights."""
+def read_hf_config(folder: Path) -> Any:
+    """The directory's configuration as transformers sees it; ValueError for whatever it does not accept."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: transformers does not accept config.json: {str(error).splitlines()[0]}") from error
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each configuration class validates in its own way
+        message = " ".join(str(error).split())
+        raise ValueError(f"{folder}: transformers does not accept config.json: {message[:300]}") from error
+
+
+def skeleton_layers(config: Any, raw: Mapping[str, Any]) -> dict[int, MoeLayer]:
+    """The MoE layers of the model that a configuration describes, without weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if CONFIG_KEY in raw:
-        resize_(model, {layer: range(count) for layer, count in recorded_counts(raw).items()})
+        resize_recorded_(model, raw)
     return find_moe_layers(model)
 
 
+def resize_recorded_(model: nn.Module, raw: Mapping[str, Any]) -> None:
+    """Gives each layer of a model of the original size the expert count that config.json records."""
+    counts, layers = recorded_counts(raw), find_moe_layers(model)
+    for layer, count in counts.items():
+        if layer not in layers or not layers[layer].shape.min_kept <= count <= layers[layer].shape.num_experts:
+            raise ValueError(
+                f"config.json records {count} experts for layer {layer}, which this architecture cannot have"
+            )
+    resize_(model, {layer: range(count) for layer, count in counts.items()})
+
+
 def _shards(folder: Path) -> dict[Path, list[str]]:
-    """{weight file: tensor names} of a checkpoint."""
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        files = [folder / name for name in dict.fromkeys(index["weight_map"].values())]
-    elif (folder / SINGLE).is_file():
+    """{weight file: tensor names} of a checkpoint; the single file comes first, as in transformers."""
+    if (folder / SINGLE).is_file():
         files = [folder / SINGLE]
+    elif (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{folder / INDEX} has no weight_map")
+        files = [folder / name for name in dict.fromkeys(index["weight_map"].values())]
     else:
         raise ValueError(f"{folder} has no safetensors weights ({SINGLE} or {INDEX})")
     shards = {}
@@ -116,7 +145,9 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
     return shards
 
 
-def _locate(shards: Mapping[Path, Sequence[str]], layers: Mapping[int, MoeLayer]) -> dict[str, Place]:
+def _locate(
+    shards: Mapping[Path, Sequence[str]], layers: Mapping[int, MoeLayer], extra: frozenset[str]
+) -> dict[str, Place]:
     """Finds the per-expert tensors among the stored names, and checks that every layer's set is complete.
 
     Stored names may differ from module names in their prefix and in how experts are split (`experts.3.w1.weight` or one
@@ -127,7 +158,7 @@ def _locate(shards: Mapping[Path, Sequence[str]], layers: Mapping[int, MoeLayer]
         with safe_open(file, framework="pt") as shard:
             for name in names:
                 match = re.search(r"\blayers\.(\d+)\.(.+)", name)
-                if match and int(match[1]) in layers:
+                if match and name not in extra and int(match[1]) in layers:
                     shape = shard.get_slice(name).get_shape()
                     place = _place(match[2], shape, layers[int(match[1])])
                     if place is not None:
@@ -138,7 +169,8 @@ def _locate(shards: Mapping[Path, Sequence[str]], layers: Mapping[int, MoeLayer]
         found = sorted(place.router_path for place in mine if place.router_path is not None)
         if found != expected:
             raise ValueError(
-                f"layer {index}: the checkpoint holds router tensors {found}, the architecture has {expected}"
+                f"layer {index}: the checkpoint holds router tensors {found}, the architecture has {expected}; stored "
+                "names that differ in this way are not supported yet"
             )
         ids = {place.expert for place in mine if place.expert is not None}
         stacked = any(place.expert is None and place.router_path is None for place in mine)

@@ -130,9 +130,9 @@ class ExpertScores(Mapping[int, Tensor]):
         try:
             values = {int(k): torch.tensor(v, dtype=torch.float64) for k, v in content["scores"].items()}
             shapes = {int(k): LayerShape(**v) for k, v in content["shapes"].items()}
+            return cls(values, shapes, content.get("criterion"), content.get("model"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is a damaged file of expert scores: {error}") from None
-        return cls(values, shapes, content.get("criterion"), content.get("model"))
 
 
 def score_experts(

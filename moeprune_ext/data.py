@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from moeprune_ext.files import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,13 @@ class TokenBatch:
 
     @property
     def next_token_labels(self) -> Tensor:
-        """int64 [B, S]: the next token where that token is attended and labelled, else -100 (last column always)."""
+        """int64 [B, S]: the next token where it is attended and labelled and this position is attended, else -100.
+
+        The last column is always -100.
+        """
         labels = torch.full_like(self.input_ids, -100)
-        labels[:, :-1] = torch.where(self.scored[:, 1:], self.input_ids[:, 1:], labels[:, :-1])
+        predicts = self.attention_mask[:, :-1] & self.scored[:, 1:]
+        labels[:, :-1] = torch.where(predicts, self.input_ids[:, 1:], labels[:, :-1])
         return labels
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
@@ -141,10 +146,11 @@ def load_batches(
 ) -> list[TokenBatch]:
     """Reads data files into at most `sequences` rows of at most `sequence_length` tokens.
 
-    `.jsonl` lines hold "text" (packed), "prompt" and "response", or "messages" (the chat template is applied; the last
-    assistant message is the response); with a prompt only response tokens are labelled, and such rows are padded, not
-    packed. `.safetensors` holds `input_ids` [N, S] with optional masks. Anything else is one plain text.
-    Raises ValueError, naming the file, for what cannot be read.
+    `.jsonl` lines hold "text" (packed), "prompt" and "response", or "messages" (the chat template is applied; the
+    last assistant message is the response). With a prompt only response tokens are labelled; such rows are padded,
+    not packed, cut at sequence_length, and left out when the prompt alone fills it. `.safetensors` holds `input_ids`
+    [N, S] with optional masks. Anything else is one plain text. Raises ValueError, naming the file, for what cannot
+    be read.
     """
     texts: list[str] = []
     rows: list[tuple[list[int], int]] = []  # tokens, and how many of them are prompt
@@ -155,7 +161,7 @@ def load_batches(
         if path.suffix == ".safetensors":
             batches += _token_file(path, batch_size, sequences - sum(len(batch.input_ids) for batch in batches))
         elif path.suffix == ".jsonl":
-            for record, place in _json_lines(path):
+            for record, place in read_json_lines(path):
                 text, prompt_and_response = _record(record, place, tokenizer)
                 if prompt_and_response is not None:
                     rows.append(prompt_and_response)
@@ -194,18 +200,6 @@ def _token_file(path: Path, batch_size: int, rows: int) -> list[TokenBatch]:
     return [TokenBatch(*part) for part in parts]
 
 
-def _json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}:{number} must be a JSON object, got {type(record).__name__}")
-            yield record, f"{path}:{number}"
-
-
 def _record(record: dict[str, Any], place: str, tokenizer: Any) -> tuple[str, tuple[list[int], int] | None]:
     if isinstance(record.get("text"), str):
         return record["text"], None
@@ -216,16 +210,28 @@ def _record(record: dict[str, Any], place: str, tokenizer: Any) -> tuple[str, tu
         return "", (prompt + response + end, len(prompt))
     messages = record.get("messages")
     if isinstance(messages, list) and messages:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(f"{place} has chat messages, but the tokenizer has no chat template")
-        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        if not whole.startswith(prompt):
-            return whole, None
-        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        rest = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-        return "", (prompt_ids + rest, len(prompt_ids))
+        return "", _chat(messages, place, tokenizer)
     raise ValueError(f'{place} needs "text", "prompt" and "response", or "messages"; it has: {", ".join(record)}')
+
+
+def _chat(messages: list[Any], place: str, tokenizer: Any) -> tuple[list[int], int]:
+    """Token ids up to the end of the last assistant message, and how many of them come before it."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{place} has chat messages, but the tokenizer has no chat template")
+    if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
+        raise ValueError(f'{place}: every message must be an object with a "role" and a text "content"')
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
+    if last == 0:
+        raise ValueError(f"{place} has no assistant message after a first one, so no response to score")
+    prompt = tokenizer.apply_chat_template(messages[:last], add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template(messages[: last + 1], tokenize=False)
+    if not whole.startswith(prompt):
+        raise ValueError(
+            f"{place}: the chat template writes the prompt differently once it is answered; "
+            'give "prompt" and "response" instead'
+        )
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return prompt_ids + tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"], len(prompt_ids)
 
 
 def _pad(rows: Sequence[tuple[list[int], int]], pad_id: int) -> TokenBatch:

@@ -7,7 +7,6 @@ without a tied argmax). `generated_matches` decodes for real and exists to check
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moeprune_ext.data import TokenBatch, as_batches
+from moeprune_ext.files import read_json_lines
 
 LOGITS_AT_ONCE = 1 << 26  # elements of [B, S, V] logits alive at a time: 256 MB in float32
 
@@ -52,16 +52,7 @@ def load_task(path: str | os.PathLike[str], tokenizer: Any) -> Task:
     tokenizer(answer without special tokens) + terminator; no space is inserted. Raises ValueError naming the line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no task file {path}")
-    examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error}") from None
-            examples.append(_example(record, f"{path}:{number}", tokenizer))
+    examples = [_example(record, place, tokenizer) for record, place in read_json_lines(path)]
     if not examples:
         raise ValueError(f"{path} holds no examples")
     return Task(path.stem, tuple(examples))
@@ -75,9 +66,9 @@ def make_task(name: str, records: Iterable[dict[str, Any]], tokenizer: Any) -> T
     return Task(name, examples)
 
 
-def _example(record: Any, place: str, tokenizer: Any) -> Example:
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise ValueError(f'{place}: expected an object with a text "prompt"')
+def _example(record: dict[str, Any], place: str, tokenizer: Any) -> Example:
+    if not isinstance(record.get("prompt"), str):
+        raise ValueError(f'{place}: expected a text "prompt"')
     prompt = tuple(tokenizer(record["prompt"])["input_ids"])
     if not prompt:
         raise ValueError(f"{place}: the prompt has no tokens")
@@ -171,6 +162,8 @@ def _next_token_logits(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Ten
     wanted = labels >= 0
     with torch.no_grad():
         logits = model(**batch.model_inputs(device), use_cache=False).logits[wanted.to(device)]
+    if bool(torch.isnan(logits).any()):
+        raise ValueError("the model's logits are NaN: check the weights, or use a dtype with more range")
     return logits, labels[wanted].to(device), wanted.nonzero()[:, 0].to(device)
 
 

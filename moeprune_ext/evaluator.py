@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from moeprune_ext.data import TokenBatch, as_batches, data_fingerprint
-from moeprune_ext.moe import LayerShape, check_plan, check_slicing, find_moe_layers, masks, model_fingerprint
+from moeprune_ext.masking import check_plan, check_slicing, masks
+from moeprune_ext.moe import LayerShape, find_moe_layers, model_fingerprint
 from moeprune_ext.ops import log_sum_exp, overlap
 from moeprune_ext.plan import PruningPlan
 
@@ -86,7 +87,7 @@ class CandidateEvaluator:
         self._backend = backend
         self._device = next(model.parameters()).device
         self._teacher: list[tuple[Tensor, Tensor] | None] = []
-        held = 0
+        held, lse_sum = 0, 0.0
         for number, batch in enumerate(self.batches):
             logits = self._logits(batch)
             lse = log_sum_exp(logits)
@@ -94,8 +95,17 @@ class CandidateEvaluator:
                 raise ValueError(
                     f"the unpruned model's logits are NaN or infinite on batch {number}: check the weights and dtype"
                 )
+            lse_sum += lse.sum().item()
             held += logits.nbytes
             self._teacher.append((logits, lse) if held <= memory_budget // 2 else None)
+        # What a search's scores depend on beside the plans, for refusing to resume another search.
+        self.identity: dict[str, Any] = {
+            "model": self.fingerprint,
+            "data": self.data_fingerprint,
+            "dtype": str(next(model.parameters()).dtype),
+            "accept_seed": seed,
+            "teacher_log_sum_exp": lse_sum / self.positions,
+        }
 
     @property
     def shapes(self) -> dict[int, LayerShape]:
@@ -118,6 +128,8 @@ class CandidateEvaluator:
             raise ValueError(f"unknown metrics {unknown}; choose from {', '.join(METRICS)}")
         if not metrics:
             raise ValueError(f"name at least one metric of {', '.join(METRICS)}")
+        if "nll" in metrics and not any(bool((batch.next_token_labels >= 0).any()) for batch in self.batches):
+            raise ValueError("nll needs a position whose next token is labelled, and the data has none")
         for plan in plans:
             check_plan(plan, self.layers, self.fingerprint)
         sums = torch.zeros(len(plans), len(metrics), dtype=torch.float64)

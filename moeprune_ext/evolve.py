@@ -50,7 +50,8 @@ Counts = tuple[int, ...]  # experts pruned per layer
 class SearchResult:
     """plan: the best plan found. score: its fitness metric's value (as measured: KL and nll are lower-better).
 
-    history: one record per generation: {"generation", "evaluated" (plans newly scored), "best", "best_pruned", "mean"}.
+    history: one record per generation: {"generation", "evaluated" (plans newly scored), "best", "best_pruned",
+    "mean", "nan" (plans whose logits had a NaN row, ranked last)}.
     """
 
     plan: PruningPlan
@@ -84,6 +85,9 @@ def evolve(
     U{1..max_delta} experts in at most max_attempts tries (in units of the router's groups where it has groups). out: a
     directory for `search.json` (settings), `history.jsonl` (every score, appended per generation) and `plan.json`; a
     directory with a history is resumed, with more generations if asked. Same seed and machine: same plan.
+    Beyond the released code (our choices): a plan met twice in a generation counts once among the elites, and a
+    population smaller than the list of patterns takes the first of them.
+
     Raises ValueError, before any evaluation, for settings or a budget that cannot be, and for a directory that belongs
     to another search, naming what differs.
     """
@@ -99,8 +103,7 @@ def evolve(
     if unknown := [name for name in patterns if name not in DEFAULT_PATTERNS]:
         raise ValueError(f"unknown initial patterns {unknown}; choose from {', '.join(DEFAULT_PATTERNS)}")
     settings = {
-        "model": evaluator.fingerprint,
-        "data": evaluator.data_fingerprint,
+        **evaluator.identity,
         "order": _order_fingerprint(scores),
         "criterion": scores.criterion,
         "sparsity": sparsity,
@@ -156,6 +159,7 @@ def evolve(
                 "best": cache[ranked[0]],
                 "best_pruned": [n * unit for n in ranked[0]],
                 "mean": sum(values) / len(values) if values else math.nan,
+                "nan": sum(math.isnan(cache[counts]) for counts in ranked),
             }
         )
         bar.update()
@@ -265,6 +269,13 @@ def _order_fingerprint(scores: ExpertScores) -> str:
     return hashlib.sha256(json.dumps(orders).encode()).hexdigest()[:16]
 
 
+def _same(before: Any, now: Any) -> bool:
+    """Equal; for floats, to what another thread count or library version may change."""
+    if isinstance(before, float) and isinstance(now, float):
+        return math.isclose(before, now, rel_tol=1e-4, abs_tol=1e-6)
+    return bool(before == now)
+
+
 class _Journal:
     """A search's directory: settings written once, scores appended generation by generation."""
 
@@ -275,7 +286,7 @@ class _Journal:
         if recorded.exists():
             before = read_json(recorded)
             before = before if isinstance(before, dict) else {}
-            differing = [name for name in settings if before.get(name) != settings[name]]
+            differing = [name for name in settings if not _same(before.get(name), settings[name])]
             if differing:
                 changes = "; ".join(f"{name}: {before.get(name)!r} there, {settings[name]!r} now" for name in differing)
                 raise ValueError(

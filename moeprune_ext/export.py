@@ -1,10 +1,10 @@
 """A plan -> a checkpoint, streamed shard by shard, and back.
 
 A uniform plan becomes a stock checkpoint that any loader of the original reads: only the expert count in its
-configuration differs. A non-uniform plan keeps the original configuration and adds the key `moeprune` with the
-experts each layer keeps; `load` builds the original model, resizes each layer's router and experts before the weights
-arrive, and the result is an ordinary model that can be calibrated, scored and searched again. Memory: one shard at a
-time.
+configuration differs (and multi-token-prediction layers, which the scores know nothing of, are left out). A non-uniform
+plan keeps the original configuration and adds the key `moeprune` with the number of experts each layer keeps; `load`
+builds the original model, resizes each layer's router and experts before the weights arrive, and the result is an
+ordinary model that can be calibrated, scored and searched again. Memory: one shard at a time.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.quantization_config import Mxfp4Config
 
 from moeprune_ext.checkpoint import (
     CONFIG_KEY,
@@ -30,16 +30,21 @@ from moeprune_ext.checkpoint import (
     Place,
     read_checkpoint,
     read_config,
-    recorded_counts,
+    read_hf_config,
+    resize_recorded_,
     skeleton_layers,
 )
-from moeprune_ext.moe import EXPERT_COUNT_NAMES, MoeLayer, check_plan, resize_
+from moeprune_ext.evolve import SearchResult
+from moeprune_ext.masking import check_plan, plan_of
+from moeprune_ext.moe import EXPERT_COUNT_NAMES, MoeLayer
 from moeprune_ext.plan import PruningPlan
 
+REPLACED = {"config.json", INDEX, "README.md", "pruning_plan.json"}  # written anew, not copied
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 Folder = str | os.PathLike[str]
 
 
-def export(source: Folder, plan: PruningPlan, out: Folder) -> Path:
+def export(source: Folder, plan: PruningPlan | SearchResult, out: Folder) -> Path:
     """Writes the pruned checkpoint of a model directory to a new directory; returns its path.
 
     source: a Hugging Face directory with safetensors weights, or an earlier export. out: must not exist, or be empty;
@@ -47,45 +52,40 @@ def export(source: Folder, plan: PruningPlan, out: Folder) -> Path:
     other files as they are, pruning_plan.json, and a model card. Raises ValueError, before anything is written, for a
     directory that is not such a model, a plan for another model, or tensor names that do not fit the architecture.
     """
-    source, out = Path(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} already exists and is not empty; give a new directory")
+    source, out, plan = Path(source), Path(out), plan_of(plan)
+    check_new_folder(out)
     checkpoint = read_checkpoint(source)
-    layers, shards, places = checkpoint.layers, checkpoint.shards, checkpoint.places
+    layers, shards = checkpoint.layers, checkpoint.shards
     check_plan(plan, layers, checkpoint.fingerprint)
     kept = {index: plan.kept.get(index, list(range(layer.shape.num_experts))) for index, layer in layers.items()}
+    config = _pruned_config(checkpoint.config, kept)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    beside = out.parent / f".{out.name}.partial"
+    shutil.rmtree(beside, ignore_errors=True)  # what a killed export left
+    beside.mkdir()
     try:
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _check_config(beside, config, kept)
         total = 0
         weight_map: dict[str, str] = {}
         for file, names in shards.items():
             with safe_open(file, framework="pt") as shard:
-                tensors = dict(_pruned(shard, names, places, kept))
+                stored = [name for name in names if name not in checkpoint.extra]
+                tensors = dict(_pruned(shard, stored, checkpoint.places, kept))
                 save_file(tensors, beside / file.name, metadata=shard.metadata() or {"format": "pt"})
             total += sum(tensor.nbytes for tensor in tensors.values())
             weight_map |= dict.fromkeys(tensors, file.name)
-        if (source / INDEX).exists():
+        if len(shards) > 1:
             index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
             (beside / INDEX).write_text(index_text + "\n")
         for file in sorted(source.iterdir()):
-            skipped = {"config.json", INDEX, "README.md", "pruning_plan.json"}
-            if (
-                file.is_file()
-                and file not in shards
-                and file.name not in skipped
-                and file.suffix not in {".bin", ".pt", ".pth"}
-            ):
+            if file.is_file() and file.name not in REPLACED and not file.name.endswith(WEIGHTS):
                 shutil.copyfile(file, beside / file.name)
-        pruned_config = _pruned_config(checkpoint.config, kept)
-        (beside / "config.json").write_text(json.dumps(pruned_config, indent=2) + "\n")
         plan.save(beside / "pruning_plan.json")
         (beside / "README.md").write_text(_model_card(source, plan, layers, kept, total))
-        _check_config(beside, pruned_config, kept)
         if out.exists():
             out.rmdir()
-        beside.chmod(0o755)
         beside.replace(out)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -93,37 +93,54 @@ def export(source: Folder, plan: PruningPlan, out: Folder) -> Path:
     return out
 
 
+def check_new_folder(out: Path) -> None:
+    """Refuses (ValueError) a path where a new directory cannot be made without touching what is there."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} already exists and is not an empty directory; give a new one")
+
+
 def load(folder: Folder, **kwargs: Any) -> PreTrainedModel:
     """Loads any export, uniform or not, and any plain MoE checkpoint; kwargs go to `from_pretrained`.
 
-    Nothing is downloaded and no code from the folder runs unless kwargs say so. Raises ValueError for a directory
-    that is not a model, and when weights are missing or do not fit.
+    Nothing is downloaded and no code from the folder runs unless kwargs say so. MXFP4 weights (GPT-OSS) are
+    dequantised, because their packed kernels bypass the router. Raises ValueError for a directory that is not a
+    model, and when weights are missing, damaged or do not fit.
     """
     folder = Path(folder)
     raw = read_config(folder)
-    kwargs = {"local_files_only": True, **kwargs}
-    if CONFIG_KEY not in raw:
-        try:
-            return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-        except OSError as error:  # how transformers reports missing or damaged weights
-            raise ValueError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    counts = recorded_counts(raw)
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder, local_files_only=True)
-    base: Any = AutoModelForCausalLM._model_mapping[type(config)]
-
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        resize_(self, {layer: range(count) for layer, count in counts.items()})
-
-    # The subclass carries the base's name because transformers looks weight conversions up by it.
-    resized: Any = type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
-    kwargs.pop("output_loading_info", None)
-    model, report = resized.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
+    kwargs = {"local_files_only": True, **kwargs, "output_loading_info": True}
+    quantization = raw.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
+        kwargs.setdefault("quantization_config", Mxfp4Config(dequantize=True))
+    loader: Any = AutoModelForCausalLM
+    if CONFIG_KEY in raw:
+        kwargs.setdefault("config", read_hf_config(folder))
+        loader = _resized(AutoModelForCausalLM._model_mapping[type(kwargs["config"])], raw)
+    try:
+        model, report = loader.from_pretrained(folder, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, KeyError, ImportError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     problems = sorted(report["missing_keys"]) + sorted(str(item) for item in report["mismatched_keys"])
     if problems:
         raise ValueError(f"{folder}: weights are missing or do not fit: {', '.join(problems[:5])}")
-    model.__class__ = base
+    if CONFIG_KEY in raw:
+        model.__class__ = loader.__base__
     return model
+
+
+def _resized(base: Any, raw: Mapping[str, Any]) -> Any:
+    """A subclass whose models have the recorded expert counts before their weights arrive.
+
+    It carries the base's name because transformers looks weight conversions up by it.
+    """
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        resize_recorded_(self, raw)
+
+    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
 
 
 def _pruned(
@@ -145,6 +162,9 @@ def _pruned(
 def _pruned_config(raw: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> dict[str, Any]:
     config = json.loads(json.dumps(raw))
     config.pop(CONFIG_KEY, None)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and part.get("num_nextn_predict_layers"):
+            part["num_nextn_predict_layers"] = 0  # its layers are not written
     counts = {len(ids) for ids in kept.values()}
     if len(counts) > 1:
         config[CONFIG_KEY] = {"kept_per_layer": {str(index): len(ids) for index, ids in kept.items()}}
@@ -158,7 +178,9 @@ def _pruned_config(raw: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) ->
 
 def _check_config(folder: Path, raw: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> None:
     """The written configuration must describe exactly the experts that were written."""
-    described = {index: layer.shape.num_experts for index, layer in skeleton_layers(folder, raw).items()}
+    described = {
+        index: layer.shape.num_experts for index, layer in skeleton_layers(read_hf_config(folder), raw).items()
+    }
     wanted = {index: len(ids) for index, ids in kept.items()}
     if described != wanted:
         raise ValueError(

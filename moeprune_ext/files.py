@@ -42,3 +42,22 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable JSON file: {error}") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a JSONL file, each with its place "file:line"; ValueError, naming the place, for anything else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable text file: {error}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number} is not JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}:{number} must be a JSON object, got {type(record).__name__}")
+            yield record, f"{path}:{number}"

@@ -1,32 +1,20 @@
-"""Finds the Mixture-of-Experts layers of a Hugging Face model, and puts a pruning mask on them or prunes them for good.
+"""Finds the Mixture-of-Experts layers of a Hugging Face model, and what in them belongs to which expert.
 
 transformers 5 gives nearly every MoE model the same two joints: a *router* module that holds every per-expert tensor of
 the routing decision, and an *experts* module called as `experts(hidden [T, H], expert_ids [T, K], weights [T, K])`.
-Nothing here knows a model by name:
-
-- a *mask* slices the router: each of its per-expert tensors (and of its parent block's) is indexed by the kept experts,
-  its expert count is set, and the ids it returns are mapped back on their way into the experts. No expert's weights are
-  touched or copied, and what is computed is what the pruned checkpoint computes;
-- *pruning* slices the router and the experts alike.
-
-Source of the masking rule: EvoESAP, arXiv 2603.06003 (a pruned expert is absent from the softmax).
+Nothing here knows a model by name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from moeprune_ext.plan import PruningPlan
 
 # The names under which configurations and modules store the number of routed experts.
 EXPERT_COUNT_NAMES = (
@@ -36,8 +24,6 @@ EXPERT_COUNT_NAMES = (
     "moe_num_experts",
     "num_routed_experts",
 )
-
-ExpertsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -149,9 +135,11 @@ def _layer_shape(block: nn.Module, router: nn.Module, experts: nn.Module, name: 
     if getattr(router, "topk_method", None) == "greedy":  # DeepSeek-V2's ungrouped choice
         n_group = topk_group = 1
     per_group = -(-top_k // topk_group)
-    if n_group > 1 and _has_correction_bias(router):
-        per_group = max(per_group, 2)  # DeepSeek-V3 ranks groups by the sum of their two best experts
-    return LayerShape(count, top_k, n_group, n_group * per_group if n_group > 1 else top_k)
+    if hasattr(router, "topk_group") and _has_correction_bias(router):
+        per_group = max(per_group, 2)  # DeepSeek-V3 ranks groups, be it one, by the sum of their two best experts
+    if top_k > count:
+        raise ValueError(f"{name}: the configuration selects {top_k} experts per token, but there are {count}")
+    return LayerShape(count, top_k, n_group, min_kept=max(top_k, n_group * per_group))
 
 
 def _has_correction_bias(router: nn.Module) -> bool:
@@ -198,157 +186,11 @@ def _per_expert_tensors(owners: list[tuple[str, nn.Module]], count: int) -> list
     return found
 
 
-def _slice(tensors: list[PerExpertTensor], kept: Sequence[int]) -> None:
-    for place in tensors:
-        old = getattr(place.owner, place.name)
-        new = old.detach().index_select(place.axis, torch.tensor(kept, device=old.device))
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        setattr(place.owner, place.name, new)
-
-
-def _set_expert_count(modules: list[nn.Module], old: int, new: int) -> None:
-    for module in modules:
-        for name in EXPERT_COUNT_NAMES:
-            if isinstance(getattr(module, name, None), int) and getattr(module, name) == old:
-                setattr(module, name, new)
-
-
-@contextmanager
-def intercepted(
-    experts: nn.Module, function: Callable[[ExpertsFunction, Tensor, Tensor, Tensor], Tensor]
-) -> Iterator[None]:
-    """Routes calls of one experts module through `function(original, hidden, expert_ids, weights)` for a while."""
-    original = experts.forward
-    signature = inspect.signature(original)
-    shadowed = "forward" in experts.__dict__
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        hidden, expert_ids, weights = list(signature.bind(*args, **kwargs).arguments.values())[:3]
-        return function(original, hidden, expert_ids, weights)
-
-    experts.forward = forward
-    try:
-        yield
-    finally:
-        if shadowed:
-            experts.forward = original
-        else:
-            del experts.forward
-
-
-@contextmanager
-def masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
-    """Inside, the layer routes over the kept experts only; afterwards it is as before."""
-    count = layer.shape.num_experts
-    tensors = router_tensors(layer)
-    before = [getattr(place.owner, place.name) for place in tensors]
-    modules = [*layer.router.modules(), layer.block]
-    kept_ids = torch.tensor(kept, device=before[0].device)
-
-    def to_stored_ids(original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        return original(hidden, kept_ids.to(expert_ids.device)[expert_ids], weights)
-
-    try:
-        _slice(tensors, kept)
-        _set_expert_count(modules, count, len(kept))
-        with intercepted(layer.experts, to_stored_ids):
-            yield
-    finally:
-        _set_expert_count(modules, len(kept), count)
-        for place, tensor in zip(tensors, before, strict=True):
-            setattr(place.owner, place.name, tensor)
-
-
-@contextmanager
-def applied(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
-    """The model under a plan's mask: inside it computes what the pruned checkpoint computes; afterwards it is
-    untouched.
-
-    Raises ValueError when the plan belongs to another model or keeps too few experts.
-    """
-    layers = find_moe_layers(model)
-    check_plan(plan, layers, model_fingerprint(model, layers))
-    with masks(layers, plan):
-        yield model
-
-
-@contextmanager
-def masks(layers: Mapping[int, MoeLayer], plan: PruningPlan) -> Iterator[None]:
-    """`applied` for layers already found and a plan already checked."""
-    with ExitStack() as stack:
-        for index, kept in plan.kept.items():
-            if len(kept) < layers[index].shape.num_experts:
-                stack.enter_context(masked(layers[index], kept))
-        yield
-
-
-def prune_(model: nn.Module, plan: PruningPlan) -> None:
-    """Removes the experts a plan does not keep, in place: router and expert tensors are sliced, counts are set.
-
-    The configuration's expert count follows when every layer keeps equally many. Raises ValueError as `applied`.
-    """
-    layers = find_moe_layers(model)
-    check_plan(plan, layers, model_fingerprint(model, layers))
-    resize_(model, plan.kept)
-
-
-def resize_(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> None:
-    """Slices router and experts of the named layers, with no check; works on meta tensors too (see export.load)."""
-    layers = find_moe_layers(model)
-    for index, ids in kept.items():
-        layer = layers[index]
-        if len(ids) < layer.shape.num_experts:
-            _slice(router_tensors(layer) + expert_tensors(layer), ids)
-            modules = [*layer.router.modules(), layer.block, layer.experts]
-            _set_expert_count(modules, layer.shape.num_experts, len(ids))
-    counts = {len(kept.get(index, range(layer.shape.num_experts))) for index, layer in layers.items()}
-    if len(counts) == 1:
-        config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-        for old in {layer.shape.num_experts for layer in layers.values()}:
-            _set_config_count(config, old, counts.copy().pop())
-
-
-def _set_config_count(config: Any, old: int, new: int) -> None:
-    for name in EXPERT_COUNT_NAMES:
-        if getattr(config, name, None) == old:
-            setattr(config, name, new)
-
-
-def check_plan(plan: PruningPlan, layers: Mapping[int, MoeLayer], fingerprint: str | None) -> None:
-    """Refuses a plan that this model cannot carry out, and says why (ValueError)."""
-    if plan.model is not None and fingerprint is not None and plan.model != fingerprint:
-        raise ValueError(
-            f"this plan was made for another model: its fingerprint is {plan.model}, the model's is {fingerprint}; "
-            "make the plan again from this model's own calibration"
-        )
-    if unknown := sorted(set(plan.kept) - set(layers)):
-        raise ValueError(f"the plan names layers {unknown}, but the model's MoE layers are {sorted(layers)}")
-    for index, kept in plan.kept.items():
-        shape = layers[index].shape
-        if len(set(kept)) != len(kept) or not all(0 <= e < shape.num_experts for e in kept):
-            raise ValueError(
-                f"layer {index}: kept ids must be distinct and in [0, {shape.num_experts}), got {list(kept)}"
-            )
-        if len(kept) < shape.min_kept:
-            raise ValueError(
-                f"layer {index} keeps {len(kept)} experts, but its router needs at least {shape.min_kept} "
-                f"(it selects {shape.top_k} per token); lower the sparsity"
-            )
-        if shape.n_group > 1 and len(kept) < shape.num_experts:
-            size = shape.num_experts // shape.n_group
-            per_group = [sum(1 for e in kept if e // size == g) for g in range(shape.n_group)]
-            if len(set(per_group)) != 1:
-                raise ValueError(
-                    f"layer {index}: its router chooses among {shape.n_group} groups, which must keep equally many "
-                    f"experts, but the plan keeps {per_group}"
-                )
-
-
 def model_fingerprint(model: nn.Module, layers: Mapping[int, MoeLayer] | None = None) -> str:
     """Identifies a model by its type and its routers' weights, whatever dtype or device they are loaded in.
 
-    The sign bits of all router weights are hashed: a conversion between float32, bfloat16 and float16 keeps them.
+    The sign bits of all router weights are hashed: a conversion between float32, bfloat16 and float16 keeps them. Two
+    checkpoints that differ only outside their routers look the same.
     """
     layers = find_moe_layers(model) if layers is None else layers
     digest = hashlib.sha256()
@@ -367,52 +209,3 @@ def update_fingerprint(digest: Any, index: int, tensor: Tensor) -> None:
 
 def fingerprint_text(model_type: str, digest: Any) -> str:
     return f"{model_type}:{digest.hexdigest()[:16]}"
-
-
-def check_slicing(layers: Mapping[int, MoeLayer]) -> None:
-    """Refuses, by name, a router that slicing does not mask correctly.
-
-    One layer of each router class is sliced to a spread of its experts and compared with the definition: its logits
-    must be the full router's at the kept experts, and its choice K distinct kept experts per row.
-    """
-    seen: set[type] = set()
-    for layer in layers.values():
-        if type(layer.router) in seen:
-            continue
-        seen.add(type(layer.router))
-        weight = next(p for p in layer.router.parameters() if p.ndim == 2)
-        hidden_size = int(weight.shape[1])
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(32, hidden_size, generator=generator).to(weight.device, weight.dtype)
-        count, groups = layer.shape.num_experts, layer.shape.n_group
-        keep_per_group = max(-(-layer.shape.min_kept // groups), (count // groups + 1) // 2)
-        size = count // groups
-        kept = [g * size + i for g in range(groups) for i in range(size - keep_per_group, size)]
-        with torch.no_grad():
-            full = _router_output(layer, hidden)
-            with masked(layer, kept):
-                sliced = _router_output(layer, hidden)
-        ids = next((t for t in sliced if not t.is_floating_point()), None)
-        logits_agree = any(
-            a.shape[-1] == count
-            and b.shape[-1] == len(kept)
-            and torch.allclose(a[..., kept].float(), b.float(), rtol=1e-2, atol=1e-3)
-            for a, b in zip(full, sliced, strict=True)
-        )
-        ids_valid = (
-            ids is not None
-            and ids.shape[-1] == layer.shape.top_k
-            and int(ids.min()) >= 0
-            and int(ids.max()) < len(kept)
-            and bool((ids.sort(-1).values.diff(dim=-1) > 0).all())
-        )
-        if not (logits_agree and ids_valid):
-            raise ValueError(
-                f"{type(layer.router).__name__} (layer {layer.index}) is a router that slicing does not mask "
-                "correctly; this model is not supported yet"
-            )
-
-
-def _router_output(layer: MoeLayer, hidden: Tensor) -> list[Tensor]:
-    output = layer.router(hidden)
-    return [t for t in (output if isinstance(output, tuple | list) else [output]) if isinstance(t, Tensor)]

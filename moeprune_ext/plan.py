@@ -109,9 +109,9 @@ class PruningPlan:
         try:
             kept = {int(layer): [int(e) for e in ids] for layer, ids in content["kept"].items()}
             num_experts = {int(layer): int(n) for layer, n in content["num_experts"].items()}
+            return cls(kept, num_experts, content.get("model"), content.get("criterion"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is a damaged pruning plan: {error}") from None
-        return cls(kept, num_experts, content.get("model"), content.get("criterion"))
 
 
 def pruning_order(values: Tensor, n_group: int = 1) -> list[int]:

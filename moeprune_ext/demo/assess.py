@@ -33,7 +33,7 @@ from moeprune_ext.demo.run import (
 from moeprune_ext.evaluate import Task, correct
 from moeprune_ext.evaluator import CandidateEvaluator
 from moeprune_ext.evolve import evolve
-from moeprune_ext.moe import applied
+from moeprune_ext.masking import applied
 from moeprune_ext.plan import PruningPlan, uniform_plan
 
 
