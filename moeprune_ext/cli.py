@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2} | dict.fromkeys(
+    ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "BOOL"), 1
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -23,13 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         result, text = options.verb(options)
     except ValueError as error:
-        message = " ".join(str(error).split())
-        print(f"moeprune {options.name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        _end(options.name, error, 2)
+    except (OSError, MemoryError) as error:
+        _end(options.name, error, 1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end(options.name, "interrupted", 130)
     print(json.dumps(result) if options.json else text)
+
+
+def _end(verb: str, error: object, status: int) -> NoReturn:
+    print(f"moeprune {verb}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 def info(options: argparse.Namespace) -> tuple[Any, str]:
@@ -44,7 +52,8 @@ def info(options: argparse.Namespace) -> tuple[Any, str]:
             for name in names:
                 place = checkpoint.places.get(name)
                 part = "everything else" if place is None else "routers" if place.router_path else "experts"
-                sizes[part] += shard.get_tensor(name).nbytes
+                stored = shard.get_slice(name)
+                sizes[part] += math.prod(stored.get_shape()) * _BYTES[stored.get_dtype()]
     total = sum(sizes.values())
     layers = [
         {"layer": index, "router": type(layer.router).__name__, **vars(layer.shape), "can_prune": layer.shape.capacity}
@@ -74,8 +83,9 @@ def info(options: argparse.Namespace) -> tuple[Any, str]:
 def calibrate(options: argparse.Namespace) -> tuple[Any, str]:
     from moeprune_ext.calibrate import calibrate
 
-    model, tokenizer = _load(options)
-    stats = calibrate(model, _batches(options, tokenizer), progress=True)
+    _check_new_file(options.out)
+    batches = _batches(options, _tokenizer(options))
+    stats = calibrate(_model(options), batches, progress=True)
     stats.save(options.out)
     routed = {layer: table[:, 0, 0] for layer, table in stats.moments.items()}
     idle = sum(int((counts == 0).sum()) for counts in routed.values())
@@ -88,6 +98,8 @@ def score(options: argparse.Namespace) -> tuple[Any, str]:
     from moeprune_ext.calibrate import RoutingStats
     from moeprune_ext.criteria import score_experts
 
+    if options.out is not None:
+        _check_new_file(options.out)
     scores = score_experts(RoutingStats.load(options.stats), _criterion(options.criterion), seed=options.seed)
     if options.out is not None:
         scores.save(options.out)
@@ -107,21 +119,22 @@ def search(options: argparse.Namespace) -> tuple[Any, str]:
     from moeprune_ext.checkpoint import read_checkpoint
     from moeprune_ext.criteria import score_experts
     from moeprune_ext.evaluator import CandidateEvaluator
-    from moeprune_ext.evolve import evolve
+    from moeprune_ext.evolve import check_settings, evolve
     from moeprune_ext.plan import uniform_counts, uniform_plan
 
     scores = score_experts(RoutingStats.load(options.stats), _criterion(options.criterion), seed=options.seed)
     # What can be refused without loading the weights is refused now.
+    check_settings(options.fitness, options.population, options.generations, options.elites)
     uniform_counts(scores, options.sparsity)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"{options.out} is not a directory")
     if (fingerprint := read_checkpoint(options.model).fingerprint) != scores.model:
         raise ValueError(
             f"{options.stats} was gathered from another model: its fingerprint is {scores.model}, that of "
             f"{options.model} is {fingerprint}; calibrate this model"
         )
-    model, tokenizer = _load(options)
-    evaluator = CandidateEvaluator(
-        model, _batches(options, tokenizer), memory_budget=int(options.memory_budget * 2**30)
-    )
+    batches = _batches(options, _tokenizer(options))
+    evaluator = CandidateEvaluator(_model(options), batches, memory_budget=int(options.memory_budget * 2**30))
     found = evolve(
         evaluator,
         scores,
@@ -147,6 +160,7 @@ def search(options: argparse.Namespace) -> tuple[Any, str]:
         "score": found.score,
         "uniform": uniform,
         "kept_per_layer": kept,
+        "nan_candidates": sum(record["nan"] for record in found.history),
     }
     beside = "" if uniform is None else f" (uniform plan: {uniform:.5f})"
     text = (
@@ -157,43 +171,48 @@ def search(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def export(options: argparse.Namespace) -> tuple[Any, str]:
+    from moeprune_ext.checkpoint import CONFIG_KEY, read_config
     from moeprune_ext.export import export
     from moeprune_ext.plan import PruningPlan
 
     plan = PruningPlan.load(options.plan)
     out = export(options.model, plan, options.out)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    result = {"out": str(out), "bytes": size, "sparsity": plan.sparsity, "uniform": plan.is_uniform}
-    loader = "AutoModelForCausalLM.from_pretrained" if plan.is_uniform else "moeprune_ext.load"
+    uniform = CONFIG_KEY not in read_config(out)
+    result = {"out": str(out), "bytes": size, "sparsity": plan.sparsity, "uniform": uniform}
+    loader = "AutoModelForCausalLM.from_pretrained" if uniform else "moeprune_ext.load"
     return result, f"{out}: {plan.sparsity:.1%} of the experts removed, {size / 1e6:,.1f} MB; load it with {loader}"
 
 
 def evaluate(options: argparse.Namespace) -> tuple[Any, str]:
-    from moeprune_ext.evaluate import accuracy, load_task, perplexity
+    from moeprune_ext.evaluate import accuracy, harness_results, load_task, perplexity
 
-    if not options.task and not options.data:
-        raise ValueError("there is nothing to measure: give --task and/or --data files")
-    model, tokenizer = _load(options)
-    result: dict[str, Any] = {}
-    for path in options.task:
-        task = load_task(path, tokenizer)
-        result[str(path)] = {
+    if not (options.task or options.data or options.lm_eval):
+        raise ValueError("there is nothing to measure: give --task files, --data files or --lm-eval tasks")
+    tokenizer = _tokenizer(options)
+    tasks = {str(path): load_task(path, tokenizer) for path in options.task}
+    batches = _batches(options, tokenizer) if options.data else None
+    model = _model(options)
+    result: dict[str, Any] = {
+        name: {
             "accuracy": accuracy(model, task, length_normalized=options.length_normalized),
             "examples": len(task.examples),
         }
-    if options.data:
-        result["perplexity"] = perplexity(model, _batches(options, tokenizer))
-    lines = [
-        f"{name}: {value:.4f}"
-        if isinstance(value, float)
-        else f"{name}: {value['accuracy']:.2%} of {value['examples']}"
-        for name, value in result.items()
-    ]
+        for name, task in tasks.items()
+    }
+    lines = [f"{name}: {value['accuracy']:.2%} of {value['examples']}" for name, value in result.items()]
+    if batches is not None:
+        result["perplexity"] = perplexity(model, batches)
+        lines.append(f"perplexity: {result['perplexity']:.4f}")
+    if options.lm_eval:
+        result["lm_eval"] = harness_results(model, tokenizer, options.lm_eval.split(","))
+        lines += [f"{name}: {values}" for name, values in result["lm_eval"].items()]
     return result, "\n".join(lines)
 
 
 def demo(options: argparse.Namespace) -> tuple[Any, str]:
     from moeprune_ext.demo.run import as_json, format_table, run_demo
+    from moeprune_ext.export import check_new_folder
 
     _quiet_transformers()
 
@@ -201,8 +220,7 @@ def demo(options: argparse.Namespace) -> tuple[Any, str]:
         print(text, file=sys.stderr)
 
     if options.out is not None:
-        if options.out.exists() and any(options.out.iterdir()):
-            raise ValueError(f"{options.out} already exists and is not empty; give a new directory")
+        check_new_folder(options.out)
         rows = run_demo(options.out, seed=options.seed, progress=True, say=say)
         kept = f"\nStatistics, plans and checkpoints are in {options.out}."
     else:
@@ -241,19 +259,38 @@ def _quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _load(options: argparse.Namespace) -> tuple[Any, Any]:
-    import torch
+def _check_new_file(path: Path) -> None:
+    """Refuses an output file that could not be written, before the work that leads to it."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; name a file")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"{path} cannot be written: {above} is not a directory")
+
+
+def _tokenizer(options: argparse.Namespace) -> Any:
     from transformers import AutoTokenizer
+
+    from moeprune_ext.checkpoint import read_config
+
+    read_config(options.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
+    except Exception as error:  # each tokenizer class fails in its own way
+        raise ValueError(f"{options.model} has no usable tokenizer: {str(error)[:200]}") from error
+    if len(tokenizer) < 16:  # transformers makes up an empty one where the files are missing
+        raise ValueError(f"{options.model} has no tokenizer files; copy the original model's tokenizer there")
+    return tokenizer
+
+
+def _model(options: argparse.Namespace) -> Any:
+    import torch
 
     from moeprune_ext.export import load
 
+    device = _device(options.device)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = load(options.model, dtype=dtype).to(_device(options.device)).eval()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{options.model} has no usable tokenizer: {str(error).splitlines()[0]}") from error
-    return model, tokenizer
+    return load(options.model, dtype=dtype).to(device).eval()
 
 
 def _device(name: str) -> Any:
@@ -264,7 +301,9 @@ def _device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device here")
     return device
@@ -280,6 +319,22 @@ def _batches(options: argparse.Namespace, tokenizer: Any) -> Any:
         sequences=options.sequences,
         batch_size=options.batch_size,
     )
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -312,9 +367,9 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             help="text, .jsonl or .safetensors token files",
         )
-        made.add_argument("--sequence-length", type=int, default=2048, help="tokens per sequence")
-        made.add_argument("--sequences", type=int, default=sequences, help="most sequences to use")
-        made.add_argument("--batch-size", type=int, default=1, help="sequences per forward pass")
+        made.add_argument("--sequence-length", type=_count, default=2048, help="tokens per sequence")
+        made.add_argument("--sequences", type=_count, default=sequences, help="most sequences to use")
+        made.add_argument("--batch-size", type=_count, default=1, help="sequences per forward pass")
 
     add(
         "demo", demo, "everything, on the embedded model, in about a minute on two cores", "moeprune demo"
@@ -349,10 +404,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--criterion", default="reap", help=criteria)
     made.add_argument("--sparsity", type=float, default=0.5, help="share of the experts to remove, 0 to below 1")
     made.add_argument("--fitness", default="esap", help="esap, kl_qp, kl_pq, nll, accept or top1_agree")
-    made.add_argument("--population", type=int, default=32, help="plans per generation")
-    made.add_argument("--generations", type=int, default=50, help="generations")
-    made.add_argument("--elites", type=int, default=4, help="plans that survive a generation")
-    made.add_argument("--memory-budget", type=float, default=1.0, help="GiB for logits of teacher and candidates")
+    made.add_argument("--population", type=_count, default=32, help="plans per generation")
+    made.add_argument("--generations", type=_count, default=50, help="generations")
+    made.add_argument("--elites", type=_count, default=4, help="plans that survive a generation")
+    made.add_argument("--memory-budget", type=_size, default=1.0, help="GiB for logits of teacher and candidates")
     add_data(made, True, 64)
     made.add_argument("-o", "--out", type=Path, required=True, help="directory for plan.json, history and settings")
 
@@ -369,6 +424,7 @@ def _parser() -> argparse.ArgumentParser:
         "--task", type=Path, nargs="+", default=[], help="JSONL of prompt, choices, answer; or prompt, answer"
     )
     made.add_argument("--length-normalized", action="store_true", help="compare choices by log-likelihood per token")
+    made.add_argument("--lm-eval", metavar="TASKS", help="lm-evaluation-harness tasks, a,b,c (extra: lm-eval)")
     add_data(made, False, 64)
     return parser
 

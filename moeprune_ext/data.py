@@ -172,6 +172,8 @@ def load_batches(
                 texts.append(path.read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path} is not a readable text file: {error}") from None
+            if not texts[-1].strip():
+                raise ValueError(f"{path} is empty")
     wanted = sequences - sum(len(batch.input_ids) for batch in batches)
     rows = [(tokens[:sequence_length], prompt) for tokens, prompt in rows if prompt < min(len(tokens), sequence_length)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

@@ -211,3 +211,17 @@ def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
     if count == 0:
         raise ValueError("there is nothing to score: no position has a labelled next token")
     return math.exp(total / count)
+
+
+def harness_results(model: nn.Module, tokenizer: Any, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """{task: metrics} of the lm-evaluation-harness, an optional extra; it reads its data sets itself.
+
+    tasks: names the harness knows, or paths of its YAML files. Raises ValueError where it is not installed.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ValueError(f'lm-eval tasks need `pip install "moeprune_ext[lm-eval]"` ({error})') from None
+    results = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks))
+    return {name: dict(values) for name, values in results["results"].items()}

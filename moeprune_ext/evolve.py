@@ -94,7 +94,10 @@ def evolve(
     scores = ExpertScores.wrap(scores, shapes=evaluator.shapes, model=evaluator.fingerprint)
     if fidelity != "full":
         raise ValueError(f'fidelity {fidelity!r} is not available; "full" scores every candidate on every token')
-    _check_settings(evaluator, scores, fitness, population, generations, elites, max_delta, max_steps, max_attempts)
+    check_settings(fitness, population, generations, elites)
+    if min(max_delta, max_steps, max_attempts) < 1:
+        raise ValueError("max_delta, max_steps and max_attempts must be at least 1")
+    _check_scores(evaluator, scores)
     unit = scores.n_group
     layers = list(scores)
     capacities = [scores.shapes[layer].capacity // unit for layer in layers]
@@ -174,15 +177,18 @@ def evolve(
     return SearchResult(plan, cache[best], history)
 
 
-def _check_settings(evaluator: CandidateEvaluator, scores: ExpertScores, fitness: str, *sizes: int) -> None:
-    population, generations, elites, *_ = sizes
+def check_settings(fitness: str, population: int, generations: int, elites: int) -> None:
+    """Refuses (ValueError) sizes and a fitness that no search can have; `evolve` calls it first."""
     if fitness not in METRICS:
         raise ValueError(f"unknown fitness {fitness!r}; choose from {', '.join(METRICS)}")
-    if min(sizes) < 1 or elites > population:
+    if min(population, generations, elites) < 1 or elites > population:
         raise ValueError(
-            "population, generations, elites, max_delta, max_steps and max_attempts must be at least 1, and "
-            f"elites at most population; got {sizes}"
+            "population, generations and elites must be at least 1, and elites at most population; got "
+            f"{population}, {generations} and {elites}"
         )
+
+
+def _check_scores(evaluator: CandidateEvaluator, scores: ExpertScores) -> None:
     if scores.model is not None and scores.model != evaluator.fingerprint:
         raise ValueError(
             f"the scores were made for another model: their fingerprint is {scores.model}, the evaluator's is "

@@ -43,9 +43,10 @@ def refusal(capsys, *arguments):
         main(list(map(str, arguments)))
     assert stop.value.code == 2
     printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if "error:" in line]
-    assert printed.out == "" and len(lines) == 1 and "Traceback" not in printed.err
-    return lines[0]
+    last = printed.err.strip().splitlines()[-1]
+    assert printed.out == "" and "Traceback" not in printed.err
+    assert last.startswith("moeprune ") and last.count("error:") == 1
+    return last
 
 
 def test_info_counts_every_byte(work, capsys):
@@ -101,7 +102,22 @@ def bad_requests(work):
         "dense model": (["info", work / "dense"], "no Mixture-of-Experts"),
         "no weights": (["info", work / "empty"], "safetensors"),
         "missing data": (["calibrate", model, "--data", work / "no.txt", *out], "no data file"),
-        "empty data": (["calibrate", model, "--data", work / "empty.txt", *out], "0 tokens"),
+        "empty data": (["calibrate", model, "--data", work / "empty.txt", *out], "empty.txt is empty"),
+        "output is a directory": (["calibrate", model, *data, "-o", work / "run"], "is a directory"),
+        "output below a file": (["calibrate", model, *data, "-o", text / "x"], "is not a directory"),
+        "run is a file": ([*search, "-o", text], "is not a directory"),
+        "elites over population": ([*search, "--elites", 40, *out], "elites at most population"),
+        "NaN statistics": (["calibrate", work / "broken", *data, *out], "NaN"),
+        "NaN accuracy": (["eval", work / "broken", "--task", work / "task.jsonl"], "NaN"),
+        "no tokenizer": (["calibrate", work / "mute", *data, *out], "no tokenizer files"),
+        "missing weights": (["eval", work / "partial", "--task", work / "task.jsonl"], "model.norm.weight"),
+        "truncated weights": (["info", work / "truncated"], "safetensors"),
+        "truncated weights, loaded": (["eval", work / "truncated", "--task", work / "task.jsonl"], "cannot be loaded"),
+        "top-k over experts": (["info", work / "wide"], "selects 40"),
+        "statistics of another model": (
+            ["search", work / "other", "--stats", stats, *data, *out],
+            "gathered from another model",
+        ),
         "infeasible budget": ([*search, "--sparsity", 0.9, *out], "at most 0.75"),
         "sparsity of one": ([*search, "--sparsity", 1, *out], "below 1"),
         "unknown criterion": ([*search, "--criterion", "best", *out], "unknown criterion"),
@@ -112,6 +128,9 @@ def bad_requests(work):
         "nothing to measure": (["eval", model], "--task"),
         "NaN logits": (["search", work / "broken", "--stats", work / "broken.safetensors", *data, *out], "NaN"),
         "unknown device": (["eval", model, "--task", work / "task.jsonl", "--device", "gpu"], "unknown device"),
+        "useless device": (["eval", model, "--task", work / "task.jsonl", "--device", "meta"], "unknown device"),
+        "sequence of nothing": (["calibrate", model, "--data", text, "--sequence-length", 0, *out], "at least 1"),
+        "negative budget": ([*search, "--memory-budget", "-1", *out], "above 0"),
         "output exists": (["export", model, "--plan", plan, "-o", work / "model"], "already exists"),
     }
 
@@ -128,9 +147,20 @@ def wrong_models(work):
     for name, change in (("other", lambda t: -t), ("broken", lambda t: t * float("nan"))):
         shutil.copytree(work / "model", work / name)
         tensors = load_file(work / name / "model.safetensors")
-        key = "model.layers.2.mlp.gate.weight" if name == "other" else "model.norm.weight"
+        key = "model.layers.2.mlp.gate.weight" if name == "other" else "model.layers.1.input_layernorm.weight"
         save_file(tensors | {key: change(tensors[key])}, work / name / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(work / "stats.safetensors", work / "broken.safetensors")
+    for name in ("mute", "partial", "truncated", "wide"):
+        shutil.copytree(work / "model", work / name)
+    for file in (work / "mute").glob("tokenizer*"):
+        file.unlink()
+    tensors = load_file(work / "model" / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, work / "partial" / "model.safetensors", metadata={"format": "pt"})
+    whole = (work / "model" / "model.safetensors").read_bytes()
+    (work / "truncated" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    config = json.loads((work / "model" / "config.json").read_text())
+    (work / "wide" / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 40}))
     plan = json.loads((work / "run" / "plan.json").read_text())
     plan["kept"]["0"] = plan["kept"]["0"][:3]
     (work / "greedy.json").write_text(json.dumps(plan))

@@ -137,7 +137,10 @@ def test_files_of_every_kind(tokenizer, tmp_path):
         ("x.jsonl", '{"foo": 1}\n', '"text"'),
         ("x.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n', "chat template"),
         ("x.safetensors", "garbage", "not a safetensors file"),
-        ("x.txt", "", "less than one sequence|no usable"),
+        ("x.txt", " \n", "x.txt is empty"),
+        ("x.txt", "a", "less than one sequence"),
+        ("x.jsonl", "[1]\n", "JSON object"),
+        ("x.jsonl", "\n", "no usable sequence"),
     ],
 )
 def test_bad_files_are_refused_by_name(tokenizer, tmp_path, name, text, message):

@@ -10,7 +10,8 @@ from tiny_models import random_tokens, tiny_model
 
 import moeprune_ext as mp
 from moeprune_ext.demo import corpus
-from moeprune_ext.demo.run import arithmetic_task, domain_batches, load_demo, word_order_task
+from moeprune_ext.demo.assess import all_batches
+from moeprune_ext.demo.run import arithmetic_task, load_demo, word_order_task
 from moeprune_ext.evaluate import Example, Task, correct, generated_matches, make_task
 
 
@@ -22,7 +23,7 @@ def demo():
 def test_teacher_forced_exact_match_equals_greedy_generation(demo):
     model, tokenizer = demo
     task = arithmetic_task(tokenizer, 200, seed=3)
-    scores = mp.score_experts(mp.calibrate(model, domain_batches(tokenizer, "calibration", 2)["arithmetic"]))
+    scores = mp.score_experts(mp.calibrate(model, all_batches(tokenizer, "calibration", 8, 0)))
     with mp.applied(model, mp.uniform_plan(scores, 0.5)):
         forced, generated = correct(model, task), generated_matches(model, task)
     assert forced == generated
@@ -95,7 +96,7 @@ def test_task_files(demo, tmp_path):
     ("line", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "prompt"),
+        ("[]", "JSON object"),
         ('{"prompt": ""}', "no tokens"),
         ('{"prompt": "a", "answer": 3}', "at least one token"),
         ('{"prompt": "a", "answer": "b", "stop": "a long stop"}', "one token"),

@@ -1,5 +1,6 @@
 """EvoESAP: patterns, moves, determinism, resuming after a kill, refusals."""
 
+import copy
 import json
 import math
 import os
@@ -167,19 +168,40 @@ result = mp.evolve(evaluator, scores, 0.5, population=6, generations=40, elites=
 """
 
 
-def test_a_search_killed_at_any_moment_ends_with_the_same_plan(small, tmp_path):
+@pytest.mark.parametrize("moment", ["settings written", 1, 5, 20])
+def test_a_search_killed_at_any_moment_ends_with_the_same_plan(small, tmp_path, moment):
+    """Killed right after its settings are on disk, or after so many generations."""
     evaluator, scores = small
     whole = mp.evolve(evaluator, scores, 0.5, population=6, generations=40, elites=2)
     script = KILLED.format(tests=str(Path(__file__).parent), out=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    history = tmp_path / "history.jsonl"
-    while process.poll() is None and (not history.exists() or history.read_text().count("\n") < 3):
-        time.sleep(0.01)
+    history, settings = tmp_path / "history.jsonl", tmp_path / "search.json"
+
+    def reached():
+        if moment == "settings written":
+            return settings.exists()
+        return history.exists() and history.read_text().count("\n") >= moment
+
+    while process.poll() is None and not reached():
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the search ended before it could be killed"
     assert not (tmp_path / "plan.json").exists()
     resumed = mp.evolve(evaluator, scores, 0.5, population=6, generations=40, elites=2, out=tmp_path)
     assert resumed.plan == whole.plan
+
+
+def test_resuming_with_other_weights_or_dtype_is_refused(small, tmp_path):
+    evaluator, scores = small
+    mp.evolve(evaluator, scores, **{**SETTINGS, "generations": 1}, out=tmp_path)
+    tuned = copy.deepcopy(evaluator.model)
+    with torch.no_grad():
+        tuned.lm_head.weight.mul_(1.5)  # the routers, and so the fingerprint, stay
+    with pytest.raises(ValueError, match="teacher_log_sum_exp"):
+        mp.evolve(mp.CandidateEvaluator(tuned, evaluator.batches), scores, **SETTINGS, out=tmp_path)
+    half = mp.CandidateEvaluator(copy.deepcopy(evaluator.model).bfloat16(), evaluator.batches)
+    with pytest.raises(ValueError, match="dtype"):
+        mp.evolve(half, scores, **SETTINGS, out=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, VOCABULARY, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -163,6 +164,58 @@ def test_export_reads_sharded_checkpoints(tmp_path):
     assert torch.equal(*logits)
     index = json.loads((tmp_path / "out-many" / "model.safetensors.index.json").read_text())
     assert {f.name for f in (tmp_path / "out-many").glob("*.safetensors")} == set(index["weight_map"].values())
+
+
+def test_a_plan_for_another_expert_count_is_refused(tmp_path):
+    model = tiny_model("olmoe")
+    plan = mp.PruningPlan.from_pruned_counts({layer: [0.1, 0.2, 0.3, 0.4] for layer in range(4)}, {0: 1})
+    for attempt in (
+        lambda: mp.CandidateEvaluator(model, [random_tokens()]).evaluate([plan]),
+        lambda: mp.prune_(model, plan),
+    ):
+        with pytest.raises(ValueError, match="made for 4 experts, the model has 8"):
+            attempt()
+
+
+def test_a_search_result_stands_for_its_plan(tmp_path):
+    model = tiny_model("olmoe")
+    model.save_pretrained(tmp_path / "full")
+    evaluator = mp.CandidateEvaluator(model, [random_tokens()])
+    scores = mp.score_experts(mp.calibrate(model, [random_tokens()]))
+    result = mp.evolve(evaluator, scores, 0.5, population=4, generations=1, elites=1)
+    pruned = mp.load(mp.export(tmp_path / "full", result, tmp_path / "pruned"))
+    with mp.applied(model, result):
+        masked = logits_of(model, random_tokens())
+    torch.testing.assert_close(masked, logits_of(pruned, random_tokens()), rtol=0, atol=1e-5)
+
+
+def test_multi_token_prediction_layers_and_stray_weights_are_left_out(tmp_path):
+    """As DeepSeek-V3 (a layer past the last) and Qwen3-Next (`mtp.`) store them; transformers builds neither."""
+    model = tiny_model("deepseek_v3")
+    model.save_pretrained(tmp_path / "full")
+    file = tmp_path / "full" / "model.safetensors"
+    tensors = load_file(file)
+    extra = {"model.layers.4.mlp.gate.weight": torch.ones(8, 32), "mtp.layers.0.mlp.gate.weight": torch.ones(8, 32)}
+    save_file(tensors | extra, file, metadata={"format": "pt"})
+    save_file(extra, tmp_path / "full" / "consolidated.safetensors")
+    config = json.loads((tmp_path / "full" / "config.json").read_text())
+    (tmp_path / "full" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    scores = mp.score_experts(mp.calibrate(model, [random_tokens()]))
+    out = mp.export(tmp_path / "full", mp.uniform_plan(scores, 0.5), tmp_path / "out")
+    assert not set(extra) & set(load_file(out / "model.safetensors"))
+    assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert type(mp.load(out)) is type(model)
+
+
+def test_a_killed_export_leaves_nothing_in_the_way(tmp_path):
+    model = tiny_model("olmoe")
+    model.save_pretrained(tmp_path / "full")
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.5)
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_text("half")
+    mp.export(tmp_path / "full", plan, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "out"]
 
 
 def test_teacher_scores_itself_perfectly(family):

@@ -2,8 +2,8 @@
 
 Three domains, each a stream of documents: `code` (modules of the standard library), `prose` (their docstrings) and
 `arithmetic` (lines such as `37+48=85`). No text is shipped: code and prose are read from the interpreter that runs,
-arithmetic is computed. What a split may hold is decided by a hash of the module's name or of the problem, so training,
-calibration and evaluation stay disjoint on every machine and Python version:
+arithmetic is computed. What a split may hold is decided by a hash of the module's path or of the problem, so no module
+and no problem is in two splits, on any machine (modules that a Python version renamed may change sides):
 
 - modules: 80 % `train`, 10 % `calibration`, 10 % `evaluation`;
 - problems: 90 % `train`, 10 % `held_out`, by hash of the operands' pair (commuted spellings share one fate).
@@ -106,25 +106,26 @@ def few_shot_prompt(problem: tuple[int, str, int], rng: random.Random) -> str:
     return "".join(lines) + f"{a}{operation}{b}="
 
 
-def arithmetic_line(rng: random.Random, largest: int = 99) -> str:
-    """One solved training problem with its newline."""
+def arithmetic_line(rng: random.Random, largest: int = 99, split: str = "train") -> str:
+    """One solved problem of a split with its newline."""
     while True:
         operation = rng.choice(OPERATIONS)
         a = rng.randint(0, largest)
         b = rng.randint(0, 9) if operation == "*" else rng.randint(0, a)
-        if problem_split(a, operation, b) == "train":
+        if problem_split(a, operation, b) == split:
             return f"{a}{operation}{b}={solve(a, operation, b)}{STOP}"
 
 
-def arithmetic_document(rng: random.Random, lines: int = 40, largest: int = 99) -> str:
-    return "".join(arithmetic_line(rng, largest) for _ in range(lines))
+def arithmetic_document(rng: random.Random, lines: int = 40, largest: int = 99, split: str = "train") -> str:
+    return "".join(arithmetic_line(rng, largest, split) for _ in range(lines))
 
 
 def documents(domain: str, split: str, rng: random.Random) -> Iterator[str]:
-    """An endless stream of one domain's documents in random order."""
+    """An endless stream of one domain's documents in random order; evaluation arithmetic is of held-out problems."""
     if domain == "arithmetic":
+        problems_split = "held_out" if split == "evaluation" else "train"
         while True:
-            yield arithmetic_document(rng)
+            yield arithmetic_document(rng, split=problems_split)
     pool = code_documents(split) if domain == "code" else prose_documents(split)
     while True:
         yield from rng.sample(pool, len(pool))

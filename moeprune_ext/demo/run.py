@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from moeprune_ext.plan import PruningPlan, uniform_plan
 SPARSITIES = (0.25, 0.5)
 SEQUENCE_LENGTH = 256
 CALIBRATION_SEQUENCES, SEARCH_SEQUENCES, HELD_OUT_SEQUENCES = 16, 4, 8  # per domain
-POPULATION, GENERATIONS = 16, 10
+POPULATION, GENERATIONS = 16, 8
 PROBLEMS, QUESTIONS = 300, 120
 
 
@@ -59,14 +60,17 @@ def domain_batches(tokenizer: Any, split: str, sequences: int, seed: int = 0) ->
     for domain in corpus.DOMAINS:
         rng = random.Random(f"{seed}:{split}:{domain}")
         rows: list[TokenBatch] = []
-        texts = corpus.documents(domain, split, rng)
-        while len(rows) < sequences:  # one row a document, so that no long module fills a whole domain
-            text = next(texts)
+        texts = islice(corpus.documents(domain, split, rng), 100 * sequences)
+        for text in texts:  # one row a document, so that no long module fills a whole domain
+            if len(rows) == sequences:
+                break
             if len(text) > 8 * SEQUENCE_LENGTH:
                 start = rng.randrange(len(text) - 8 * SEQUENCE_LENGTH)
                 text = text[text.find("\n", start) + 1 :]
             if len(tokenizer(text[: 16 * SEQUENCE_LENGTH])["input_ids"]) >= SEQUENCE_LENGTH:
                 rows += pack(tokenizer, [text[: 16 * SEQUENCE_LENGTH]], sequence_length=SEQUENCE_LENGTH, sequences=1)
+        if len(rows) < sequences:
+            raise ValueError(f"the standard library has too few long documents of {domain} for {sequences} sequences")
         batches[domain] = [TokenBatch(*(_stack(rows, name) for name in TokenBatch.__dataclass_fields__))]
     return batches
 
