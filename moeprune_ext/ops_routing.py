@@ -53,6 +53,44 @@ def _check_masks(keep: Tensor, top_k: int, spec: RouterSpec) -> None:
             )
 
 
+def _check_keep(keep: Tensor, assigned: Tensor | None, n_rows: int, n_experts: int) -> None:
+    check_shape("keep", keep, ["C", n_experts])
+    if keep.dtype != torch.bool:
+        raise ValueError(f"keep has dtype {keep.dtype}; expected bool")
+    if assigned is not None:
+        check_shape("assigned", assigned, [n_rows])
+        if assigned.is_floating_point() or assigned.dtype == torch.bool:
+            raise ValueError(f"assigned has dtype {assigned.dtype}; expected an integer dtype")
+        if n_rows and not (int(assigned.min()) >= 0 and int(assigned.max()) < keep.shape[0]):
+            raise ValueError(f"assigned must lie in [0, C = {keep.shape[0]})")
+
+
+def _check_nested(order: Tensor, counts: Tensor, top_k: int, n_experts: int) -> None:
+    check_shape("order", order, [n_experts])
+    everyone = torch.arange(n_experts, device=order.device)
+    if order.is_floating_point() or not torch.equal(order.sort().values.long(), everyone):
+        raise ValueError(f"order must be a permutation of the {n_experts} expert ids")
+    check_shape("counts", counts, ["C"])
+    if len(counts) and not (top_k <= int(counts.min()) and int(counts.max()) <= n_experts):
+        raise ValueError(
+            f"counts range from {int(counts.min())} to {int(counts.max())}; "
+            f"expected top_k = {top_k} <= count <= E = {n_experts}"
+        )
+
+
+def _walks(
+    keep: Tensor | None, order: Tensor | None, counts: Tensor | Sequence[int] | None, assigned: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The masks as walks (csrc/masked_router.h): lists of experts, the stops at which each answers, and where to."""
+    if keep is not None:
+        lists = (~keep).to(torch.int8).sort(dim=-1, stable=True).indices  # kept ids first, ascending
+        slots = torch.arange(keep.shape[0], device=keep.device)[:, None]
+        return lists, keep.sum(-1)[:, None], slots if assigned is None else torch.zeros_like(slots)
+    assert order is not None and isinstance(counts, Tensor)
+    ascending = counts.sort(stable=True)
+    return order[None, :], ascending.values[None, :], ascending.indices[None, :]
+
+
 @torch.no_grad()
 def masked_router(
     logits: Tensor,
@@ -100,32 +138,14 @@ def masked_router(
             )
 
     if keep is not None:
-        check_shape("keep", keep, ["C", n_experts])
-        if keep.dtype != torch.bool:
-            raise ValueError(f"keep has dtype {keep.dtype}; expected bool")
-        if assigned is not None:
-            check_shape("assigned", assigned, [n_rows])
-            if assigned.is_floating_point() or assigned.dtype == torch.bool:
-                raise ValueError(f"assigned has dtype {assigned.dtype}; expected an integer dtype")
-            if n_rows and not (int(assigned.min()) >= 0 and int(assigned.max()) < keep.shape[0]):
-                raise ValueError(f"assigned must lie in [0, C = {keep.shape[0]})")
+        _check_keep(keep, assigned, n_rows, n_experts)
         _check_masks(keep, top_k, spec)
     else:
         assert order is not None and counts is not None
         if assigned is not None:
             raise ValueError("assigned goes with keep, not with order and counts")
-        check_shape("order", order, [n_experts])
-        if order.is_floating_point() or not torch.equal(
-            order.sort().values.long(), torch.arange(n_experts, device=order.device)
-        ):
-            raise ValueError(f"order must be a permutation of the {n_experts} expert ids")
         counts = torch.as_tensor(counts, dtype=torch.int64, device=logits.device)
-        check_shape("counts", counts, ["C"])
-        if len(counts) and not (top_k <= int(counts.min()) and int(counts.max()) <= n_experts):
-            raise ValueError(
-                f"counts range from {int(counts.min())} to {int(counts.max())}; "
-                f"expected top_k = {top_k} <= count <= E = {n_experts}"
-            )
+        _check_nested(order, counts, top_k, n_experts)
         if spec.n_group > 1 or (spec.score == "softmax" and spec.correction_bias is not None):
             # The choice depends on the mask beyond membership: independent masks then.
             rank = torch.empty_like(order, dtype=torch.int64)
@@ -143,18 +163,7 @@ def masked_router(
             logits, top_k=top_k, keep=keep, order=order, counts=counts, assigned=assigned, spec=spec
         )
 
-    # A walk is a list of experts with stops at which it answers (csrc/masked_router.h).
-    if keep is not None:
-        lists = (~keep).to(torch.int8).sort(dim=-1, stable=True).indices  # kept ids first, ascending
-        stops = keep.sum(-1)[:, None]
-        slots = torch.arange(keep.shape[0], device=logits.device)[:, None]
-        if assigned is not None:
-            slots = torch.zeros_like(slots)
-    else:
-        assert order is not None and isinstance(counts, Tensor)
-        lists = order[None, :]
-        ascending = counts.sort(stable=True)
-        stops, slots = ascending.values[None, :], ascending.indices[None, :]
+    lists, stops, slots = _walks(keep, order, counts, assigned)
     n_answers = slots.numel() if assigned is None else 1
     ids = torch.empty(n_answers, n_rows, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(n_answers, n_rows, top_k, dtype=torch.float32, device=logits.device)
@@ -181,38 +190,15 @@ def masked_router(
     return (ids, weights) if assigned is None else (ids[0], weights[0])
 
 
-@torch.no_grad()
-def routing_moments_(
+def _check_pairs(
     moments: Tensor,
     max_norm: Tensor,
     expert_ids: Tensor,
     gates: Tensor,
-    outputs: Tensor | None = None,
-    *,
-    norms: Tensor | None = None,
-    valid: Tensor | None = None,
-    backend: str = "auto",
+    outputs: Tensor | None,
+    norms: Tensor | None,
+    valid: Tensor | None,
 ) -> None:
-    """Adds S routed (token, expert) pairs to the table that every pruning criterion is an index into, in
-    place.
-
-        moments[e, a, b] += sum over pairs of e of gate^a * ||output||_2^b,   a, b in {0, 1, 2}
-        max_norm[e]       = max(max_norm[e], ||output||_2)
-
-    moments: [E, 3, 3] float64; max_norm: [E] float32; both contiguous.
-    expert_ids: [S] int32 or int64; gates: [S], the coefficient that the model applies, any float dtype.
-    outputs: [S, H] unweighted expert outputs, read once; or norms: [S] their norms, any float dtype.
-    valid: [S] bool; pairs where it is False are not counted, and their ids not looked at.
-
-    Deterministic: same input, same bits, whatever the number of threads. The tables of two splits of the
-    same pairs add up to the table of all, within 1e-12 relative. A NaN output makes its expert's moments and
-    max_norm NaN.
-    On CUDA the check of the ids synchronises with the device once. Sources: arXiv 2606.15716, 2510.13999
-    (methods: scoring).
-
-    Raises ValueError on an id outside [0, E) and on shapes and dtypes that do not fit, before anything is
-    changed.
-    """
     check_shape("max_norm", max_norm, ["E"])
     n_experts = max_norm.shape[0]
     check_shape("moments", moments, [n_experts, 3, 3])
@@ -248,6 +234,42 @@ def routing_moments_(
         outside &= valid
     if outside.any():
         raise ValueError(f"expert_ids contains {int(expert_ids[outside][0])}; expected 0 <= id < E = {n_experts}")
+
+
+@torch.no_grad()
+def routing_moments_(
+    moments: Tensor,
+    max_norm: Tensor,
+    expert_ids: Tensor,
+    gates: Tensor,
+    outputs: Tensor | None = None,
+    *,
+    norms: Tensor | None = None,
+    valid: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Adds S routed (token, expert) pairs to the table that every pruning criterion is an index into, in
+    place.
+
+        moments[e, a, b] += sum over pairs of e of gate^a * ||output||_2^b,   a, b in {0, 1, 2}
+        max_norm[e]       = max(max_norm[e], ||output||_2)
+
+    moments: [E, 3, 3] float64; max_norm: [E] float32; both contiguous.
+    expert_ids: [S] int32 or int64; gates: [S], the coefficient that the model applies, any float dtype.
+    outputs: [S, H] unweighted expert outputs, read once; or norms: [S] their norms, any float dtype.
+    valid: [S] bool; pairs where it is False are not counted, and their ids not looked at.
+
+    Deterministic: same input, same bits, whatever the number of threads. The tables of two splits of the
+    same pairs add up to the table of all, within 1e-12 relative. A NaN output makes its expert's moments and
+    max_norm NaN.
+    On CUDA the check of the ids synchronises with the device once. Sources: arXiv 2606.15716, 2510.13999
+    (methods: scoring).
+
+    Raises ValueError on an id outside [0, E) and on shapes and dtypes that do not fit, before anything is
+    changed.
+    """
+    _check_pairs(moments, max_norm, expert_ids, gates, outputs, norms, valid)
+    n_pairs = expert_ids.shape[0]
     if n_pairs == 0:
         return
 

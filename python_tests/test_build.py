@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -17,6 +18,7 @@ def run(code, **environment):
     return subprocess.run(
         [sys.executable, "-W", "always", "-c", code],
         env={**os.environ, **environment},
+        cwd=tempfile.gettempdir(),  # not the checkout, whose moeprune_ext/ would hide the installed one
         capture_output=True,
         text=True,
         timeout=120,

@@ -174,10 +174,14 @@ def test_bad_requests_get_one_line_and_leave_nothing(work, wrong_models, capsys,
     assert sorted(work.rglob("*")) == before
 
 
-def test_every_verb_has_help_with_an_example():
+def test_every_verb_has_help_with_an_example(tmp_path):
     for verb in ("demo", "info", "calibrate", "score", "search", "export", "eval"):
         shown = subprocess.run(
-            [sys.executable, "-m", "moeprune_ext.cli", verb, "--help"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "moeprune_ext.cli", verb, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
         ).stdout
         assert "example: moeprune " + verb in " ".join(shown.split())
         assert all(option in shown for option in ("--seed", "--device", "--dtype", "--json"))

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -174,7 +173,7 @@ def test_a_search_killed_at_any_moment_ends_with_the_same_plan(small, tmp_path, 
     evaluator, scores = small
     whole = mp.evolve(evaluator, scores, 0.5, population=6, generations=40, elites=2)
     script = KILLED.format(tests=str(Path(__file__).parent), out=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
     history, settings = tmp_path / "history.jsonl", tmp_path / "search.json"
 
     def reached():
