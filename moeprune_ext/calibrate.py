@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from moeprune_ext.data import as_batches
 from moeprune_ext.files import replacing
-from moeprune_ext.masking import ExpertsFunction, intercepted
-from moeprune_ext.moe import LayerShape, find_moe_layers, model_fingerprint
+from moeprune_ext.moe import ExpertsFunction, LayerShape, find_moe_layers, intercepted, model_fingerprint
 from moeprune_ext.ops import routing_moments_
 
 FORMAT = "moeprune.stats/1"

@@ -34,17 +34,16 @@ from moeprune_ext.checkpoint import (
     resize_recorded_,
     skeleton_layers,
 )
-from moeprune_ext.evolve import SearchResult
-from moeprune_ext.masking import check_plan, plan_of
+from moeprune_ext.masking import check_plan
 from moeprune_ext.moe import EXPERT_COUNT_NAMES, MoeLayer
-from moeprune_ext.plan import PruningPlan
+from moeprune_ext.plan import HasPlan, PruningPlan, plan_of
 
 REPLACED = {"config.json", INDEX, "README.md", "pruning_plan.json"}  # written anew, not copied
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 Folder = str | os.PathLike[str]
 
 
-def export(source: Folder, plan: PruningPlan | SearchResult, out: Folder) -> Path:
+def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
     """Writes the pruned checkpoint of a model directory to a new directory; returns its path.
 
     source: a Hugging Face directory with safetensors weights, or an earlier export. out: must not exist, or be empty;

@@ -10,29 +10,24 @@ Source of the rule that a pruned expert is absent from the softmax: EvoESAP, arX
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from moeprune_ext.moe import (
     EXPERT_COUNT_NAMES,
+    ExpertsFunction,
     MoeLayer,
     PerExpertTensor,
     expert_tensors,
     find_moe_layers,
+    intercepted,
     model_fingerprint,
     router_tensors,
 )
-
-if TYPE_CHECKING:
-    from moeprune_ext.evolve import SearchResult
-    from moeprune_ext.plan import PruningPlan
-
-ExpertsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+from moeprune_ext.plan import HasPlan, PruningPlan, plan_of
 
 
 def _slice(tensors: list[PerExpertTensor], kept: Sequence[int]) -> None:
@@ -49,29 +44,6 @@ def _set_expert_count(modules: list[nn.Module], old: int, new: int) -> None:
         for name in EXPERT_COUNT_NAMES:
             if isinstance(getattr(module, name, None), int) and getattr(module, name) == old:
                 setattr(module, name, new)
-
-
-@contextmanager
-def intercepted(
-    experts: nn.Module, function: Callable[[ExpertsFunction, Tensor, Tensor, Tensor], Tensor]
-) -> Iterator[None]:
-    """Routes calls of one experts module through `function(original, hidden, expert_ids, weights)` for a while."""
-    original = experts.forward
-    signature = inspect.signature(original)
-    shadowed = "forward" in experts.__dict__
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        hidden, expert_ids, weights = list(signature.bind(*args, **kwargs).arguments.values())[:3]
-        return function(original, hidden, expert_ids, weights)
-
-    experts.forward = forward
-    try:
-        yield
-    finally:
-        if shadowed:
-            experts.forward = original
-        else:
-            del experts.forward
 
 
 @contextmanager
@@ -98,7 +70,7 @@ def masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def applied(model: nn.Module, plan: PruningPlan | SearchResult) -> Iterator[nn.Module]:
+def applied(model: nn.Module, plan: PruningPlan | HasPlan) -> Iterator[nn.Module]:
     """The model under a plan's mask: inside it computes what the pruned checkpoint computes; afterwards it is
     untouched.
 
@@ -109,11 +81,6 @@ def applied(model: nn.Module, plan: PruningPlan | SearchResult) -> Iterator[nn.M
     check_plan(plan, layers, model_fingerprint(model, layers))
     with masks(layers, plan):
         yield model
-
-
-def plan_of(plan_or_result: Any) -> PruningPlan:
-    """The plan itself, or a search result's."""
-    return getattr(plan_or_result, "plan", plan_or_result)
 
 
 @contextmanager
@@ -148,14 +115,10 @@ def resize_(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> None:
     counts = {len(kept.get(index, range(layer.shape.num_experts))) for index, layer in layers.items()}
     if len(counts) == 1:
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-        for old in {layer.shape.num_experts for layer in layers.values()}:
-            _set_config_count(config, old, counts.copy().pop())
-
-
-def _set_config_count(config: Any, old: int, new: int) -> None:
-    for name in EXPERT_COUNT_NAMES:
-        if getattr(config, name, None) == old:
-            setattr(config, name, new)
+        before = {layer.shape.num_experts for layer in layers.values()}
+        for name in EXPERT_COUNT_NAMES:
+            if getattr(config, name, None) in before:
+                setattr(config, name, *counts)
 
 
 def check_plan(plan: PruningPlan, layers: Mapping[int, MoeLayer], fingerprint: str | None) -> None:

@@ -8,8 +8,10 @@ Nothing here knows a model by name.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,8 @@ EXPERT_COUNT_NAMES = (
     "moe_num_experts",
     "num_routed_experts",
 )
+
+ExpertsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [T, H], expert ids [T, K], weights [T, K]
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,29 @@ def _per_expert_tensors(owners: list[tuple[str, nn.Module]], count: int) -> list
             if axis is not None:
                 found.append(PerExpertTensor(owner, name, f"{path}.{name}".lstrip("."), axis))
     return found
+
+
+@contextmanager
+def intercepted(
+    experts: nn.Module, function: Callable[[ExpertsFunction, Tensor, Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """Routes calls of one experts module through `function(original, hidden, expert_ids, weights)` for a while."""
+    original = experts.forward
+    signature = inspect.signature(original)
+    shadowed = "forward" in experts.__dict__
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        hidden, expert_ids, weights = list(signature.bind(*args, **kwargs).arguments.values())[:3]
+        return function(original, hidden, expert_ids, weights)
+
+    experts.forward = forward
+    try:
+        yield
+    finally:
+        if shadowed:
+            experts.forward = original
+        else:
+            del experts.forward
 
 
 def model_fingerprint(model: nn.Module, layers: Mapping[int, MoeLayer] | None = None) -> str:

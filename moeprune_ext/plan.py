@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -112,6 +113,17 @@ class PruningPlan:
             return cls(kept, num_experts, content.get("model"), content.get("criterion"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is a damaged pruning plan: {error}") from None
+
+
+class HasPlan(Protocol):
+    """A search's result, which may stand wherever its plan may."""
+
+    @property
+    def plan(self) -> PruningPlan: ...
+
+
+def plan_of(plan: PruningPlan | HasPlan) -> PruningPlan:
+    return plan if isinstance(plan, PruningPlan) else plan.plan
 
 
 def pruning_order(values: Tensor, n_group: int = 1) -> list[int]:

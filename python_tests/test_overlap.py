@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeprune_ext import ops, overlap, overlap_from_hidden, reference
+from moeprune_ext import dispatch, ops, overlap, overlap_from_hidden, reference
 
 ALL = ("esap", "kl_pq", "kl_qp", "top1_agree", "nll", "accept")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -335,8 +335,8 @@ def test_from_hidden_gives_a_candidate_the_same_bits_in_any_company():
 def test_without_the_compiled_module_auto_warns_once_and_native_raises(monkeypatch):
     p, q = logits(2, 10), logits(2, 10, seed=1)
     expected = overlap(p, q)["esap"]
-    monkeypatch.setattr(ops, "_C", None)
-    monkeypatch.setattr(ops, "_warned", False)
+    monkeypatch.setattr(dispatch, "_C", None)
+    monkeypatch.setattr(dispatch, "_warned", False)
     with pytest.warns(UserWarning, match="cannot be imported"):
         close(overlap(p, q)["esap"], expected)
     with pytest.raises(RuntimeError, match="reinstall"):
