@@ -20,26 +20,11 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 
-from moeprune_ext import RouterSpec, masked_router, ops, reference
+from moeprune_ext import RouterSpec, masked_router, reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_over_chosen")
 INF, NAN = float("inf"), float("nan")
-
-
-@pytest.fixture(params=ops.build_info()["cpu_isas"])
-def isa(request):
-    before = ops.build_info()["cpu_isa"]
-    ops._C.set_isa(request.param)
-    yield request.param
-    ops._C.set_isa(before)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def random(*shape, seed=0, scale=2.0, dtype=torch.float32):

@@ -15,21 +15,6 @@ ISAS = ops.build_info()["cpu_isas"]
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = ops.build_info()["cpu_isa"]
-    ops._C.set_isa(request.param)
-    yield request.param
-    ops._C.set_isa(before)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def logits(*shape, seed=0, scale=3.0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)

@@ -5,25 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeprune_ext import ops, reference, routing_moments_
+from moeprune_ext import reference, routing_moments_
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INF, NAN = float("inf"), float("nan")
-
-
-@pytest.fixture(params=ops.build_info()["cpu_isas"])
-def isa(request):
-    before = ops.build_info()["cpu_isa"]
-    ops._C.set_isa(request.param)
-    yield request.param
-    ops._C.set_isa(before)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def empty_tables(experts):
