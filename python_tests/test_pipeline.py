@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, VOCABULARY, random_tokens, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 import moeprune_ext as mp
 from moeprune_ext.moe import find_moe_layers, model_fingerprint
@@ -232,3 +232,36 @@ def test_vocabulary_is_checked():
     model = tiny_model("olmoe")
     with pytest.raises(ValueError, match="vocabulary"):
         mp.calibrate(model, [torch.full((1, 4), VOCABULARY)])
+
+
+def test_mxfp4_checkpoints_are_loaded_dequantised_and_exported_as_stored(tmp_path):
+    """GPT-OSS as the hub stores it: experts in packed blocks and scales."""
+    config = GptOssConfig(
+        **(CONFIGS["gpt_oss"]().to_dict() | dict(hidden_size=64, intermediate_size=32, head_dim=16, dtype="bfloat16"))
+    )
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "full")
+    file = tmp_path / "full" / "model.safetensors"
+    tensors = {k: v for k, v in load_file(file).items() if not k.endswith(("gate_up_proj", "down_proj"))}
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(4):
+        for name, rows, columns in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
+            prefix = f"model.layers.{layer}.mlp.experts.{name}"
+            size = (8, rows, columns // 32)
+            tensors[f"{prefix}_blocks"] = torch.randint(0, 256, (*size, 16), generator=generator, dtype=torch.uint8)
+            tensors[f"{prefix}_scales"] = torch.randint(118, 124, size, generator=generator, dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    raw = json.loads((tmp_path / "full" / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]}
+    (tmp_path / "full" / "config.json").write_text(json.dumps(raw))
+
+    full = mp.load(tmp_path / "full")
+    scores = mp.score_experts(mp.calibrate(full, [random_tokens()]))
+    evaluator = mp.CandidateEvaluator(full, [random_tokens(seed=2)])
+    for plan in (mp.uniform_plan(scores, 0.5), mp.PruningPlan.from_pruned_counts(scores, {0: 3, 2: 5})):
+        out = mp.export(tmp_path / "full", plan, tmp_path / f"out-{plan.is_uniform}")
+        stored = load_file(out / "model.safetensors")["model.layers.0.mlp.experts.down_proj_blocks"]
+        assert stored.dtype == torch.uint8 and len(stored) == len(plan.kept[0])
+        p, q = (logits_of(m, random_tokens(seed=2)).flatten(0, 1) for m in (full, mp.load(out)))
+        direct = float(mp.reference.overlap(p.double(), q.double())["esap"].mean())
+        assert evaluator.evaluate([plan])[0].esap == pytest.approx(direct, abs=1e-3)

@@ -1,7 +1,8 @@
 """`moeprune demo`: the whole flow on the embedded model, ending in one table.
 
 Calibrate on the calibration split, score by REAP, and at 25 % and 50 % sparsity: the uniform plan and EvoESAP's,
-exported to disk, loaded again, and measured on text that neither training nor calibration nor search has seen.
+exported to disk, loaded again, and measured on text that neither training nor calibration nor search has seen (ESAP is
+the evaluator's, on the same text: the score of a plan is the score of its checkpoint).
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def run_demo(
     def measure(name: str, candidate: PreTrainedModel, plan: PruningPlan, where: Path) -> DemoRow:
         return DemoRow(
             model=name,
-            esap=judge.evaluate([plan])[0].esap or 0.0,
+            esap=_esap(judge, plan),
             perplexity={domain: perplexity(candidate, batches) for domain, batches in held_out.items()},
             exact_match=accuracy(candidate, arithmetic),
             multiple_choice=accuracy(candidate, word_order),
@@ -174,6 +175,12 @@ def run_demo(
             rows.append(measure(f"{kind} {percent}", load(where, dtype=torch.float32), plan, where))
     step("exported, loaded again and measured")
     return rows
+
+
+def _esap(evaluator: CandidateEvaluator, plan: PruningPlan) -> float:
+    score = evaluator.evaluate([plan])[0].esap
+    assert score is not None
+    return score
 
 
 def format_table(rows: list[DemoRow]) -> str:
