@@ -142,8 +142,11 @@ void refresh(const MaskedRouterArgs& args, const Scratch& s, float running_max, 
     highest = chosen.weight[j] > highest ? chosen.weight[j] : highest;
   }
   chosen.offset = over_chosen ? highest : running_max;
-  if (exponentials)
+  if (is_softmax(args) && args.bias) {  // the bias may choose experts so unlikely that the fast exponential gives 0
+    for (int j = 0; j < k; ++j) chosen.weight[j] = __builtin_expf(chosen.weight[j] - chosen.offset);
+  } else if (exponentials) {
     for (int j = 0; j < k; j += kLanes) store(chosen.weight + j, exp(load(chosen.weight + j) - chosen.offset));
+  }
   chosen.total = 0;
   for (int j = 0; j < k; ++j) chosen.total += chosen.weight[j];
   chosen.stale = false;
@@ -154,13 +157,13 @@ void answer(const MaskedRouterArgs& args, const Scratch& s, Chosen& chosen, cons
             std::int64_t row, std::int32_t slot) {
   if (chosen.stale || (is_softmax(args) && chosen.offset != denominator.highest))
     refresh(args, s, denominator.highest, chosen);
-  float factor = 1.0f, total = chosen.total;
+  double factor = 1.0, total = static_cast<double>(chosen.total);
   if (is_softmax(args)) {
-    factor = static_cast<float>(1.0 / denominator.sum);
+    factor = 1.0 / denominator.sum;
     total *= factor;
   } else if (args.score == Score::softmax_over_chosen) {
-    factor = 1.0f / total;
-    total = 1.0f;
+    factor = 1.0 / total;
+    total = 1.0;
   }
   if (args.renormalize) factor /= total + args.eps;
   factor *= args.scale;
@@ -169,7 +172,7 @@ void answer(const MaskedRouterArgs& args, const Scratch& s, Chosen& chosen, cons
   std::int64_t* __restrict ids = args.ids + at;
   float* __restrict weights = args.weights + at;
   for (int j = 0; j < k; ++j) ids[j] = chosen.id[j];
-  for (int j = 0; j < k; ++j) weights[j] = chosen.weight[j] * factor;
+  for (int j = 0; j < k; ++j) weights[j] = static_cast<float>(static_cast<double>(chosen.weight[j]) * factor);
   if (args.weights_dtype != DType::float32)
     for (int j = 0; j < k; ++j) weights[j] = rounded(weights[j], args.weights_dtype);
 }
@@ -185,8 +188,8 @@ int limit_to_groups(const MaskedRouterArgs& args, const std::int32_t* list, int 
   for (int i = 0; i < n; ++i) {
     const int g = list[i] / group_size;
     const float x = s.place_logit[i];
-    group_key[g] = 1;  // keeps an expert
-    if (x > first[g]) {
+    group_key[g] = 1;              // keeps an expert
+    if (x > first[g] || x != x) {  // a NaN ranks first
       second[g] = first[g];
       first[g] = x;
     } else if (x > second[g]) {

@@ -35,7 +35,7 @@ struct Denominator {
 
   __device__ void add(float x) {
     if (x > highest) {
-      sum = sum * exp(static_cast<double>(highest) - static_cast<double>(x)) + 1;
+      sum = sum * exp(static_cast<double>(highest) - static_cast<double>(x)) + (x == INFINITY ? NAN : 1.0);
       highest = x;
     } else if (x != -INFINITY) {
       sum += expf(x - highest);
@@ -84,7 +84,7 @@ struct RowRouter {
         if (list[i] / group_size != g) continue;
         present = true;
         const float x = args.group_top2_sum && !args.bias ? score(list[i]) : score_for_choice(list[i]);
-        if (x > first) {
+        if (x > first || x != x) {  // a NaN ranks first
           second = first;
           first = x;
         } else if (x > second) {
@@ -122,14 +122,15 @@ struct RowRouter {
       args.weights[at + j] = weight;
       total += weight;
     }
-    float factor = 1;
+    double factor = 1;
     if (over_chosen) {
-      factor /= total;
+      factor /= static_cast<double>(total);
       total = 1;
     }
-    if (args.renormalize) factor /= total + args.eps;
+    if (args.renormalize) factor /= static_cast<double>(total) + args.eps;
     factor *= args.scale;
-    for (int j = 0; j < k; ++j) args.weights[at + j] = rounded(args.weights[at + j] * factor, args.weights_dtype);
+    for (int j = 0; j < k; ++j)
+      args.weights[at + j] = rounded(static_cast<float>(args.weights[at + j] * factor), args.weights_dtype);
   }
 
   __device__ void walk(std::int64_t w) {

@@ -170,7 +170,7 @@ void compare_rows(const OverlapArgs& args, const FloatRow& p, RowSummary p_summa
   const LogProbability log_p(p_summary.lse), log_q(q_summary.lse);
 
   double value[kMetrics] = {};
-  if (p_summary.lse != p_summary.lse || q_summary.lse != q_summary.lse) {
+  if (!__builtin_isfinite(p_summary.lse) || !__builtin_isfinite(q_summary.lse)) {
     for (double& v : value) v = kNan;
   } else {
     Divergences sums;

@@ -36,14 +36,15 @@ __device__ std::int64_t block_argmax(const Row& row) {
 
 // NaN where no softmax exists.
 __device__ double block_log_sum_exp(const Row& row) {
-  float highest = -INFINITY, total = 0;
+  float highest = -INFINITY;
+  double total = 0;  // in float32, rows of equal logits round the same way in every thread
   for (std::int64_t i = threadIdx.x; i < row.size; i += kThreads) {
     const float x = row[i];
     if (x > highest) {
-      total = total * expf(highest - x) + 1;
+      total = total * static_cast<double>(expf(highest - x)) + 1;
       highest = x;
     } else if (!(x == -INFINITY)) {
-      total += expf(x - highest);
+      total += static_cast<double>(expf(x - highest));
     }
   }
   const double block_highest = block_reduce(static_cast<double>(highest), NanMax());
@@ -110,21 +111,21 @@ __global__ void overlap_kernel(OverlapArgs args) {
     const LogProbability log_p(p_lse), log_q(q_lse);
     const bool divergences = args.out[kKlPq] || args.out[kKlQp];
     if (divergences || args.out[kEsap]) {
-      float esap = 0, kl_pq = 0, kl_qp = 0;
+      double esap = 0, kl_pq = 0, kl_qp = 0;
       for (std::int64_t i = threadIdx.x; i < p.size; i += kThreads) {
         const float a = log_p(p[i]), b = log_q(q[i]);
         if (divergences) {
           const float prob_p = expf(a), prob_q = expf(b);
-          esap += prob_q < prob_p ? prob_q : prob_p;  // p where it is NaN
-          kl_pq += kl_term(prob_p, a, b);
-          kl_qp += kl_term(prob_q, b, a);
+          esap += static_cast<double>(prob_q < prob_p ? prob_q : prob_p);  // p where it is NaN
+          kl_pq += static_cast<double>(kl_term(prob_p, a, b));
+          kl_qp += static_cast<double>(kl_term(prob_q, b, a));
         } else {
-          esap += expf(b < a ? b : a);
+          esap += static_cast<double>(expf(b < a ? b : a));
         }
       }
-      value[kEsap] = block_reduce(static_cast<double>(esap), Sum());
-      value[kKlPq] = block_reduce(static_cast<double>(kl_pq), Sum());
-      value[kKlQp] = block_reduce(static_cast<double>(kl_qp), Sum());
+      value[kEsap] = block_reduce(esap, Sum());
+      value[kKlPq] = block_reduce(kl_pq, Sum());
+      value[kKlQp] = block_reduce(kl_qp, Sum());
     }
     if (args.out[kTop1Agree]) value[kTop1Agree] = block_argmax(p) == block_argmax(q);
     if (args.out[kNll] && args.labels[t] >= 0) value[kNll] = q_lse - q[args.labels[t]];
@@ -133,7 +134,7 @@ __global__ void overlap_kernel(OverlapArgs args) {
       const double ratio = exp((p[token] - p_lse) - (q[token] - q_lse));
       value[kAccept] = ratio > 1 ? 1 : ratio;
     }
-    if (p_lse != p_lse || q_lse != q_lse)
+    if (!isfinite(p_lse) || !isfinite(q_lse))
       for (double& v : value) v = NAN;
     for (double& v : value) v *= weight;
   }

@@ -37,7 +37,7 @@ __global__ void norms_kernel(RoutingMomentsArgs args, std::int64_t tile, std::in
 __global__ void accumulate_kernel(RoutingMomentsArgs args, std::int64_t tile, std::int64_t n) {
   const std::int64_t expert = blockIdx.x;
   double sums[9] = {};
-  double highest = 0;
+  double highest = -INFINITY;  // an expert without pairs keeps its entry
   for (std::int64_t i = threadIdx.x; i < n; i += kThreads) {
     if (!valid_at(args.valid, tile + i) || id_at(args.ids, tile + i) != expert) continue;
     const double gate = double_at(args.gates, (tile + i) * args.gates.stride[0]);
@@ -62,8 +62,9 @@ void routing_moments_cuda(const RoutingMomentsArgs& args) {
   const cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
   const std::int64_t n_pairs = args.ids.shape[0];
   if (args.n_experts == 0) return;
-  for (std::int64_t tile = 0; tile < n_pairs; tile += args.workspace_size) {
-    const std::int64_t n = n_pairs - tile < args.workspace_size ? n_pairs - tile : args.workspace_size;
+  const std::int64_t tile_size = args.norms.given() ? n_pairs : args.workspace_size;
+  for (std::int64_t tile = 0; tile < n_pairs; tile += tile_size) {
+    const std::int64_t n = n_pairs - tile < tile_size ? n_pairs - tile : tile_size;
     if (!args.norms.given()) {
       const std::int64_t blocks = (n * 32 + kThreads - 1) / kThreads;
       norms_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args, tile, n);

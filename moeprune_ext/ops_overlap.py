@@ -219,6 +219,8 @@ def overlap_from_hidden(
 
     probe = project(p_hidden[rows_read[:1]])  # one row: the vocabulary and dtype of a callable head
     check_shape("head(hidden)", probe, [1, "V"])
+    if probe.shape[1] == 0:
+        raise ValueError("head(hidden) has no vocabulary (V = 0)")
     _check_overlap_rows(n_rows, probe.shape[1], p_lse, weight, labels, metrics)
     row_bytes = 2 * probe.shape[1] * probe.element_size()
     if chunk_bytes < row_bytes:

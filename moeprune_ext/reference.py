@@ -84,9 +84,18 @@ def draw_uniforms(seed: int, rows: int, device: torch.device | str = "cpu") -> T
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
-    """[..., V] -> [...]; NaN where the softmax does not exist (a NaN, +inf or only -inf in the row)."""
-    lse = torch.logsumexp(_computed(logits), dim=-1)
+    """[..., V] -> float64 [...]; NaN where the softmax does not exist (a NaN, +inf or only -inf in the row)."""
+    x = _computed(logits)
+    highest = x.amax(-1, keepdim=True)
+    lse = highest[..., 0].double() + (x - highest).exp().sum(-1, dtype=torch.float64).log()
     return torch.where(lse.isfinite(), lse, torch.nan)
+
+
+def _log_probabilities(x: Tensor, lse: Tensor) -> Tensor:
+    """x - lse, with lse in two parts so that an offset common to all logits costs no accuracy."""
+    lse = torch.where(lse.isfinite(), lse.double(), torch.nan)
+    high = lse.to(x.dtype)
+    return (x - high[..., None]) - (lse - high.double()).to(x.dtype)[..., None]
 
 
 def overlap(
@@ -106,9 +115,8 @@ def overlap(
     """
     p_logits = _computed(p_logits)
     q_logits = _computed(q_logits if q_logits.dim() == 3 else q_logits[None])
-    lse = log_sum_exp(p_logits) if p_lse is None else p_lse.to(p_logits.dtype)
-    log_p = (p_logits - lse[:, None])[None]  # [1, T, V]
-    log_q = q_logits - log_sum_exp(q_logits)[..., None]  # [C, T, V]
+    log_p = _log_probabilities(p_logits, log_sum_exp(p_logits) if p_lse is None else p_lse)[None]  # [1, T, V]
+    log_q = _log_probabilities(q_logits, log_sum_exp(q_logits))  # [C, T, V]
     p, q = log_p.exp(), log_q.exp()
     undefined = log_p.isnan().any(-1) | log_q.isnan().any(-1)  # [C, T]
 

@@ -383,3 +383,22 @@ def test_bad_requests_are_refused_by_name():
     }.items():
         with pytest.raises(ValueError, match=message):
             RouterSpec(**arguments)
+
+
+@pytest.mark.parametrize(("group_score", "top_k"), [("max", 1), ("top2_sum", 2)])
+def test_a_nan_logit_ranks_its_group_first(isa, group_score, top_k):
+    rows = torch.tensor([[NAN, 0.0, 5.0, 1.0], [0.0, NAN, 5.0, 1.0]])
+    spec = RouterSpec(score="sigmoid", n_group=2, topk_group=1, group_score=group_score)
+    keep = torch.ones(1, 4, dtype=torch.bool)
+    ids, _ = masked_router(rows, top_k=top_k, keep=keep, spec=spec, backend="native")
+    expected, _ = reference.masked_router(rows, top_k=top_k, keep=keep, spec=spec)
+    assert torch.equal(ids, expected) and ids.max() < 2
+
+
+def test_a_bias_may_choose_experts_of_vanishing_probability(isa):
+    rows = torch.tensor([[95.0, 0.0, 0.0, 0.0]])
+    spec = RouterSpec(renormalize=True, correction_bias=torch.tensor([-10.0, 0.0, 0.0, 0.0]))
+    keep = torch.ones(1, 4, dtype=torch.bool)
+    ids, weights = masked_router(rows, top_k=2, keep=keep, spec=spec, backend="native")
+    assert ids.tolist() == [[[1, 2]]]
+    torch.testing.assert_close(weights, torch.tensor([[[0.5, 0.5]]]))

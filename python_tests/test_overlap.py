@@ -327,3 +327,36 @@ def test_without_the_compiled_module_auto_warns_once_and_native_raises(monkeypat
     with pytest.raises(RuntimeError, match="reinstall"):
         overlap(p, q, backend="native")
     assert ops.build_info()["cpu_isa"] == "none"
+
+
+@pytest.mark.parametrize("offset", [0, 30, 1000])
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_an_offset_common_to_all_logits_costs_no_accuracy(backend, offset):
+    p, q = logits(8, 5000, seed=3) + offset, logits(8, 5000, seed=4) + offset
+    assert (overlap(p, p, backend=backend)["esap"] - 1).abs().max() <= 1e-6
+    exact = reference.overlap(p.double(), q.double())["esap"]
+    assert (overlap(p, q, backend=backend)["esap"] - exact).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("columns", [128_256, 151_936, 152_064])
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_flat_rows_of_any_width_overlap_themselves_perfectly(backend, columns):
+    """Equal terms round the same way in every partial sum, which random rows do not show."""
+    rows = torch.zeros(2, columns)
+    rows[1, :256] = 3
+    assert (overlap(rows, rows, backend=backend)["esap"] - 1).abs().max() <= 1e-6
+
+
+def test_a_given_log_sum_exp_that_is_not_finite_gives_nan_in_every_metric():
+    p = torch.tensor([[INF, 1.0, 2.0], [-INF] * 3])
+    q = torch.tensor([[0.0, 1.0, 2.0]] * 2)
+    labels = torch.tensor([0, 1])
+    for backend in ("native", "torch"):
+        results = overlap(p, q, p_lse=torch.logsumexp(p, -1), labels=labels, metrics=ALL, backend=backend)
+        assert all(values.isnan().all() for values in results.values()), backend
+
+
+def test_a_head_without_a_vocabulary_is_refused():
+    hidden = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="V = 0"):
+        overlap_from_hidden(hidden, hidden, lambda h: h[:, :0], p_lse=torch.zeros(2))
