@@ -172,7 +172,12 @@ void answer(const MaskedRouterArgs& args, const Scratch& s, Chosen& chosen, cons
   std::int64_t* __restrict ids = args.ids + at;
   float* __restrict weights = args.weights + at;
   for (int j = 0; j < k; ++j) ids[j] = chosen.id[j];
-  for (int j = 0; j < k; ++j) weights[j] = static_cast<float>(static_cast<double>(chosen.weight[j]) * factor);
+  if (is_softmax(args) && args.bias) {  // vanishing weights need a factor beyond float32
+    for (int j = 0; j < k; ++j) weights[j] = static_cast<float>(static_cast<double>(chosen.weight[j]) * factor);
+  } else {
+    const float narrow = static_cast<float>(factor);
+    for (int j = 0; j < k; ++j) weights[j] = chosen.weight[j] * narrow;
+  }
   if (args.weights_dtype != DType::float32)
     for (int j = 0; j < k; ++j) weights[j] = rounded(weights[j], args.weights_dtype);
 }
