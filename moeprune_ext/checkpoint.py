@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeprune_ext.files import read_json
 from moeprune_ext.masking import resize_
@@ -97,6 +96,8 @@ def recorded_counts(raw: Mapping[str, Any]) -> dict[int, int]:
 
 def read_hf_config(folder: Path) -> Any:
     """The directory's configuration as transformers sees it; ValueError for whatever it does not accept."""
+    from transformers import AutoConfig  # here, because it doubles the time to import this package
+
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each configuration class validates in its own way
@@ -106,6 +107,8 @@ def read_hf_config(folder: Path) -> Any:
 
 def skeleton_layers(config: Any, raw: Mapping[str, Any]) -> dict[int, MoeLayer]:
     """The MoE layers of the model that a configuration describes, without weights."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if CONFIG_KEY in raw:

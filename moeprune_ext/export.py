@@ -15,14 +15,12 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.quantization_config import Mxfp4Config
 
 from moeprune_ext.checkpoint import (
     CONFIG_KEY,
@@ -37,6 +35,9 @@ from moeprune_ext.checkpoint import (
 from moeprune_ext.masking import check_plan
 from moeprune_ext.moe import EXPERT_COUNT_NAMES, MoeLayer
 from moeprune_ext.plan import HasPlan, PruningPlan, plan_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REPLACED = {"config.json", INDEX, "README.md", "pruning_plan.json"}  # written anew, not copied
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
@@ -105,6 +106,9 @@ def load(folder: Folder, **kwargs: Any) -> PreTrainedModel:
     dequantised, because their packed kernels bypass the router. Raises ValueError for a directory that is not a
     model, and when weights are missing, damaged or do not fit.
     """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import Mxfp4Config
+
     folder = Path(folder)
     raw = read_config(folder)
     kwargs = {"local_files_only": True, **kwargs, "output_loading_info": True}
