@@ -39,11 +39,9 @@ def _slice(tensors: list[PerExpertTensor], kept: Sequence[int]) -> None:
         setattr(place.owner, place.name, new)
 
 
-def _set_expert_count(modules: list[nn.Module], old: int, new: int) -> None:
-    for module in modules:
-        for name in EXPERT_COUNT_NAMES:
-            if isinstance(getattr(module, name, None), int) and getattr(module, name) == old:
-                setattr(module, name, new)
+def _expert_counters(modules: list[nn.Module], count: int) -> list[tuple[nn.Module, str]]:
+    """The attributes in which modules store the number of experts."""
+    return [(m, name) for m in modules for name in EXPERT_COUNT_NAMES if getattr(m, name, None) == count]
 
 
 @contextmanager
@@ -52,7 +50,7 @@ def masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
     count = layer.shape.num_experts
     tensors = router_tensors(layer)
     before = [getattr(place.owner, place.name) for place in tensors]
-    modules = [*layer.router.modules(), layer.block]
+    counters = _expert_counters([*layer.router.modules(), layer.block], count)
     kept_ids = torch.tensor(kept, device=before[0].device)
 
     def to_stored_ids(original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
@@ -60,11 +58,13 @@ def masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
 
     try:
         _slice(tensors, kept)
-        _set_expert_count(modules, count, len(kept))
+        for module, name in counters:
+            setattr(module, name, len(kept))
         with intercepted(layer.experts, to_stored_ids):
             yield
     finally:
-        _set_expert_count(modules, len(kept), count)
+        for module, name in counters:
+            setattr(module, name, count)
         for place, tensor in zip(tensors, before, strict=True):
             setattr(place.owner, place.name, tensor)
 
@@ -111,7 +111,8 @@ def resize_(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> None:
         if len(ids) < layer.shape.num_experts:
             _slice(router_tensors(layer) + expert_tensors(layer), ids)
             modules = [*layer.router.modules(), layer.block, layer.experts]
-            _set_expert_count(modules, layer.shape.num_experts, len(ids))
+            for module, name in _expert_counters(modules, layer.shape.num_experts):
+                setattr(module, name, len(ids))
     counts = {len(kept.get(index, range(layer.shape.num_experts))) for index, layer in layers.items()}
     if len(counts) == 1:
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
