@@ -12,7 +12,7 @@ denominator, which no sliced checkpoint computes; the two agree when the bias is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,16 +112,10 @@ class CandidateEvaluator:
         """{decoder layer: what pruning must respect there}."""
         return {index: layer.shape for index, layer in self.layers.items()}
 
-    def evaluate(
-        self,
-        plans: Sequence[PruningPlan],
-        metrics: Sequence[str] = ("esap",),
-        *,
-        progress: Callable[[], Any] | None = None,
-    ) -> list[CandidateScore]:
+    def evaluate(self, plans: Sequence[PruningPlan], metrics: Sequence[str] = ("esap",)) -> list[CandidateScore]:
         """One CandidateScore per plan, in order; a score does not depend on the other plans of the call.
 
-        metrics: any of esap, kl_pq, kl_qp, top1_agree, accept, nll. progress: called once per candidate and batch.
+        metrics: any of esap, kl_pq, kl_qp, top1_agree, accept, nll.
         Raises ValueError, before any work, for an unknown metric or a plan this model cannot carry out.
         """
         if unknown := [name for name in metrics if name not in METRICS]:
@@ -146,8 +140,6 @@ class CandidateEvaluator:
                 for i, plan in enumerate(chosen):
                     with masks(self.layers, plan):
                         q[i] = self._logits(batch)
-                    if progress is not None:
-                        progress()
                 values = overlap(
                     p,
                     q,
@@ -165,7 +157,7 @@ class CandidateEvaluator:
         counts = [predicted if name == "nll" else self.positions for name in metrics]
         return [
             CandidateScore(
-                **{name: (sums[i, m] / counts[m]).item() if counts[m] else math.nan for m, name in enumerate(metrics)},
+                **{name: (sums[i, m] / counts[m]).item() for m, name in enumerate(metrics)},
                 positions=self.positions,
                 nan_rows=int(nan_rows[i]),
             )

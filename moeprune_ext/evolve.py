@@ -122,7 +122,7 @@ def evolve(
     journal = _Journal(Path(out), settings) if out is not None else None
     cache: dict[Counts, float] = journal.read() if journal is not None else {}
 
-    def plan_of(counts: Counts) -> PruningPlan:
+    def to_plan(counts: Counts) -> PruningPlan:
         return PruningPlan.from_pruned_counts(
             scores, {layer: n * unit for layer, n in zip(layers, counts, strict=True)}
         )
@@ -143,7 +143,7 @@ def evolve(
         new = [counts for counts in dict.fromkeys(members) if counts not in cache]
         if new:
             bar.set_postfix_str(f"{len(new)} candidates")
-            results = evaluator.evaluate([plan_of(counts) for counts in new], (fitness,))
+            results = evaluator.evaluate([to_plan(counts) for counts in new], (fitness,))
             cache |= {counts: getattr(result, fitness) for counts, result in zip(new, results, strict=True)}
             if journal is not None:
                 journal.append(generation, {counts: cache[counts] for counts in new})
@@ -156,7 +156,7 @@ def evolve(
     best = survivors[0]
     if math.isnan(cache[best]):
         raise ValueError("every candidate gave NaN logits; use a dtype with more range, such as bfloat16 or float32")
-    plan = plan_of(best)
+    plan = to_plan(best)
     if journal is not None:
         plan.save(journal.folder / "plan.json")
     return SearchResult(plan, cache[best], history)
