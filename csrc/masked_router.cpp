@@ -74,8 +74,8 @@ void prepare_row(const MaskedRouterArgs& args, std::int64_t n, Scratch& s) {
   const int n_experts = static_cast<int>(row.size);
   for (int start = 0; start < n_experts; start += kBlock) {
     const int size = block_size(row, start);
-    alignas(64) float buffer[kBlock];
-    __builtin_memcpy(s.logit + start, read_block(row, start, size, -kInf, buffer), sizeof(float) * size);
+    BlockBuffer buffer;
+    __builtin_memcpy(s.logit + start, converted(row, start, size, Padding::zero, buffer), sizeof(float) * size);
   }
   for (int e = 0; e < n_experts; ++e) {
     const float x = s.logit[e];

@@ -8,7 +8,7 @@
 //
 // Precision. A log-sum-exp is held as hi + lo, two floats: x - hi is exact near hi (Sterbenz), where the
 // probabilities are large, so an offset common to all logits costs nothing. Sums run in float32 within a
-// block of 2,048 elements (4 vectors of partial sums), in float64 across blocks.
+// block of 1,024 elements (a vector of partial sums), in float64 across blocks.
 #include "overlap.h"
 
 #include "parallel.h"
@@ -21,52 +21,109 @@ constexpr float kInf = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
 
 struct RowSummary {
-  double lse;           // NaN: no softmax exists
-  std::int64_t argmax;  // the lowest index of the largest element
+  double lse;                  // NaN: no softmax exists
+  float highest;               // the largest element
+  std::int64_t highest_block;  // where the first block that holds it starts
 };
 
-Vec block_max(const float* x, int n) {
-  Vec best[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
-  for (int i = 0; i < n; i += kStep)
-    for (int u = 0; u < 4; ++u) best[u] = max(load(x + i + u * kLanes), best[u]);  // NaN is passed over
-  return max(max(best[0], best[1]), max(best[2], best[3]));
-}
-
-// Sum of exp(x - offset) over a block.
-double block_exp_sum(const float* x, int n, float offset) {
-  Vec partial[4] = {};
-  for (int i = 0; i < n; i += kStep)
-    for (int u = 0; u < 4; ++u) partial[u] += exp(load(x + i + u * kLanes) - offset);
-  return sum((partial[0] + partial[1]) + (partial[2] + partial[3]));
-}
-
-std::int64_t first_equal(const FloatRow& row, std::int64_t start, float value, float* buffer) {
-  const int n = block_size(row, start);
-  const float* x = read_block(row, start, n, -kInf, buffer);
-  for (int i = 0; i < n; ++i)
-    if (x[i] == value) return start + i;
-  return start;
-}
-
-// One walk: the running maximum is that of the blocks seen, and the sum is rescaled when a block raises it.
-RowSummary summarize(const FloatRow& row, bool with_sum, float* buffer) {
-  float highest = -kInf;
-  std::int64_t highest_block = 0;
-  double total = 0;
-  for (std::int64_t start = 0; start < row.size; start += kBlock) {
-    const int n = block_size(row, start);
-    const float* x = read_block(row, start, n, -kInf, buffer);
-    const float here = largest(block_max(x, rounded_up(n, kStep)));
-    if (here > highest) {
-      total *= __builtin_exp(static_cast<double>(highest) - static_cast<double>(here));
-      highest = here;
-      highest_block = start;
-    }
-    if (with_sum) total += block_exp_sum(x, rounded_up(n, kStep), highest == -kInf ? 0.0f : highest);
+template <class T>
+MOEPRUNE_INLINE float block_max(const T* x, int n) {
+  Vec highest[2] = {splat(-kInf), splat(-kInf)};
+  for (int i = 0; i < n; i += kPair) {
+    const Pair pair = load_pair(x + i);
+    for (int u = 0; u < 2; ++u) highest[u] = max(pair.half[u], highest[u]);  // NaN is passed over
   }
-  double lse = static_cast<double>(highest) + __builtin_log(total);
+  return largest(max(highest[0], highest[1]));
+}
+
+struct BlockSum {
+  DoubleVec sum;  // of exp(x - offset)
+  float highest;
+};
+
+template <class T>
+MOEPRUNE_INLINE BlockSum block_exp_sum(const T* x, int n, float offset) {
+  Vec partial = {}, highest = splat(-kInf);
+  for (int i = 0; i < n; i += kStep) {
+    prefetch_step(x + i);
+    Vec term[4];
+    for (int h = 0; h < 2; ++h) {
+      const Pair pair = load_pair(x + i + h * kPair);
+      for (int u = 0; u < 2; ++u) {
+        highest = max(pair.half[u], highest);  // NaN is passed over here and kept in the sum
+        term[2 * h + u] = exp(pair.half[u] - offset);
+      }
+    }
+    partial += (term[0] + term[1]) + (term[2] + term[3]);
+  }
+  return {widened(partial), largest(highest)};
+}
+
+MOEPRUNE_INLINE float element(const FloatRow& row, std::int64_t index) {
+  switch (row.dtype) {
+    case DType::bfloat16:
+      return to_float(*elements<BFloat16>(row, index));
+    case DType::float16:
+      return to_float(*elements<Float16>(row, index));
+    default:
+      return *elements<float>(row, index);
+  }
+}
+
+// The lowest index of the largest element.
+std::int64_t argmax(const FloatRow& row, const RowSummary& summary) {
+  std::int64_t i = summary.highest_block;
+  while (i + 1 < row.size && element(row, i) != summary.highest) ++i;
+  return i;
+}
+
+// Without the log-sum-exp.
+RowSummary summarize_maximum(const FloatRow& row, BlockBuffer& buffer) {
+  RowSummary summary{0, -kInf, 0};
+  for (std::int64_t start = 0; start < row.size; start += kBlock) {
+    with_block(row, start, block_size(row, start), Padding::minus_infinity, buffer, [&](auto x, int n) {
+      const float here = block_max(x, n);
+      if (here > summary.highest) {
+        summary.highest = here;
+        summary.highest_block = start;
+      }
+    });
+  }
+  return summary;
+}
+
+// Log-sum-exp and maximum in one walk. A block's terms are taken relative to the maximum of the blocks before
+// it, so that maximum and sum need one load; where that was far too low, the block, which is in the cache by
+// then, is summed again.
+RowSummary summarize(const FloatRow& row, BlockBuffer& buffer) {
+  constexpr float kFar = 32;  // terms up to e^32: far from overflow, and the error is relative to the sum
+  float offset = -kInf;       // the maximum of the blocks seen
+  std::int64_t highest_block = 0;
+  DoubleVec total = {};
+  for (std::int64_t start = 0; start < row.size; start += kBlock) {
+    with_block(row, start, block_size(row, start), Padding::minus_infinity, buffer, [&](auto x, int n) {
+      if (offset == -kInf) {
+        offset = block_max(x, n);
+        highest_block = start;
+      }
+      BlockSum block = block_exp_sum(x, n, offset == -kInf ? 0.0f : offset);  // -inf only: terms 0, not NaN
+      if (block.highest > offset) {
+        const double factor = __builtin_exp(static_cast<double>(offset) - static_cast<double>(block.highest));
+        total *= factor;
+        if (block.highest > offset + kFar) {
+          block = block_exp_sum(x, n, block.highest);
+        } else {
+          block.sum *= factor;
+        }
+        offset = block.highest;
+        highest_block = start;
+      }
+      total += block.sum;
+    });
+  }
+  double lse = static_cast<double>(offset) + __builtin_log(sum(total));
   if (!__builtin_isfinite(lse)) lse = __builtin_nan("");
-  return {lse, first_equal(row, highest_block, highest, buffer)};
+  return {lse, offset, highest_block};
 }
 
 // x -> log probability, with the log-sum-exp split in two floats.
@@ -81,23 +138,31 @@ struct LogProbability {
   }
 };
 
-// Sum of min(p, q) over a block. p's low part is left to one factor per block, which saves a subtraction an
+// Sum of min(p, q) over a block. p's low part is left to one factor for the row, which saves a subtraction an
 // element.
-double block_esap(const float* p, const float* q, int n, LogProbability log_p, LogProbability log_q) {
+template <class T>
+MOEPRUNE_INLINE DoubleVec block_esap(const T* p, const T* q, int n, LogProbability log_p, LogProbability log_q) {
   const float lo = log_q.lo - log_p.lo;
-  Vec partial[4] = {};
-  for (int i = 0; i < n; i += kStep)
-    for (int u = 0; u < 4; ++u) {
-      const Vec a = load(p + i + u * kLanes) - log_p.hi;
-      const Vec b = (load(q + i + u * kLanes) - log_q.hi) - lo;
-      partial[u] += exp(min(b, a));  // a where it is NaN; b is not, its log-sum-exp is finite
+  Vec partial = {};
+  for (int i = 0; i < n; i += kStep) {
+    prefetch_step(p + i);
+    prefetch_step(q + i);
+    Vec term[4];
+    for (int h = 0; h < 2; ++h) {
+      const Pair x = load_pair(p + i + h * kPair), y = load_pair(q + i + h * kPair);
+      for (int u = 0; u < 2; ++u) {
+        const Vec a = x.half[u] - log_p.hi;
+        const Vec b = (y.half[u] - log_q.hi) - lo;
+        term[2 * h + u] = exp(min(b, a));  // p where either is NaN
+      }
     }
-  const double total = sum((partial[0] + partial[1]) + (partial[2] + partial[3]));
-  return total * __builtin_exp(-static_cast<double>(log_p.lo));
+    partial += (term[0] + term[1]) + (term[2] + term[3]);
+  }
+  return widened(partial);
 }
 
-struct Divergences {
-  double esap = 0, kl_pq = 0, kl_qp = 0;
+struct Sums {
+  DoubleVec esap = {}, kl_pq = {}, kl_qp = {};
 };
 
 // prob_a (log a - log b), 0 where a is impossible, +inf where b is and a is not.
@@ -106,32 +171,35 @@ MOEPRUNE_INLINE Vec kl_terms(Vec prob_a, Vec log_a, Vec log_b) {
   return log_a == -kInf ? Vec{} : terms;
 }
 
-void add_block(const float* p, const float* q, int n, LogProbability log_p, LogProbability log_q, Divergences& sums) {
+template <class T>
+MOEPRUNE_INLINE void add_block(const T* p, const T* q, int n, LogProbability log_p, LogProbability log_q, Sums& sums) {
   Vec esap[2] = {}, kl_pq[2] = {}, kl_qp[2] = {};
-  for (int i = 0; i < n; i += 2 * kLanes)
+  for (int i = 0; i < n; i += kPair) {
+    const Pair x = load_pair(p + i), y = load_pair(q + i);
     for (int u = 0; u < 2; ++u) {
-      const Vec a = log_p(load(p + i + u * kLanes));
-      const Vec b = log_q(load(q + i + u * kLanes));
+      const Vec a = log_p(x.half[u]);
+      const Vec b = log_q(y.half[u]);
       const Vec prob_p = exp(a), prob_q = exp(b);
       esap[u] += min(prob_q, prob_p);
       kl_pq[u] += kl_terms(prob_p, a, b);
       kl_qp[u] += kl_terms(prob_q, b, a);
     }
-  sums.esap += sum(esap[0]) + sum(esap[1]);
-  sums.kl_pq += sum(kl_pq[0]) + sum(kl_pq[1]);
-  sums.kl_qp += sum(kl_qp[0]) + sum(kl_qp[1]);
+  }
+  sums.esap += widened(esap[0] + esap[1]);
+  sums.kl_pq += widened(kl_pq[0] + kl_pq[1]);
+  sums.kl_qp += widened(kl_qp[0] + kl_qp[1]);
 }
 
 // The first token whose cumulative probability exceeds u; the last possible one where rounding keeps all
 // below u.
-std::int64_t draw(const FloatRow& row, LogProbability log_prob, double u, float* buffer) {
+std::int64_t draw(const FloatRow& row, LogProbability log_prob, double u, BlockBuffer& buffer) {
   const double low_factor = __builtin_exp(-static_cast<double>(log_prob.lo));
   double below = 0;
   std::int64_t last_possible = 0;
   for (std::int64_t start = 0; start < row.size; start += kBlock) {
     const int n = block_size(row, start);
-    const float* x = read_block(row, start, n, -kInf, buffer);
-    const double mass = block_exp_sum(x, rounded_up(n, kStep), log_prob.hi) * low_factor;
+    const float* x = converted(row, start, n, Padding::minus_infinity, buffer);
+    const double mass = sum(block_exp_sum(x, rounded_up(n, kStep), log_prob.hi).sum) * low_factor;
     const bool last_block = start + n == row.size;
     if (below + mass > u || last_block) {
       for (int i = 0; i < n; ++i) {
@@ -152,45 +220,39 @@ std::int64_t draw(const FloatRow& row, LogProbability log_prob, double u, float*
   return last_possible;
 }
 
-MOEPRUNE_INLINE float element(const FloatRow& row, std::int64_t index) {
-  float buffer[kStep];
-  return *read_block(row, index, 1, 0.0f, buffer);
-}
-
 struct Buffers {
-  alignas(64) float p[kBlock];
-  alignas(64) float q[kBlock];
+  BlockBuffer p, q;
 };
 
 void compare_rows(const OverlapArgs& args, const FloatRow& p, RowSummary p_summary, std::int64_t c, std::int64_t t,
                   Buffers& buffers) {
   const std::int64_t n_rows = args.p.shape[0];
   const FloatRow q = row_of(args.q, c * args.q.stride[0] + t * args.q.stride[1]);
-  const RowSummary q_summary = summarize(q, true, buffers.q);
+  const RowSummary q_summary = summarize(q, buffers.q);
   const LogProbability log_p(p_summary.lse), log_q(q_summary.lse);
 
   double value[kMetrics] = {};
   if (!__builtin_isfinite(p_summary.lse) || !__builtin_isfinite(q_summary.lse)) {
     for (double& v : value) v = kNan;
   } else {
-    Divergences sums;
+    Sums sums;
     const bool divergences = args.out[kKlPq] || args.out[kKlQp];
     if (divergences || args.out[kEsap]) {
       for (std::int64_t start = 0; start < q.size; start += kBlock) {
-        const int n = block_size(q, start), padded = rounded_up(n, kStep);
-        const float* x = read_block(p, start, n, -kInf, buffers.p);
-        const float* y = read_block(q, start, n, -kInf, buffers.q);
-        if (divergences) {
-          add_block(x, y, padded, log_p, log_q, sums);
-        } else {
-          sums.esap += block_esap(x, y, padded, log_p, log_q);
-        }
+        with_blocks(p, q, start, block_size(q, start), Padding::minus_infinity, buffers.p, buffers.q, [&](auto x, auto y, int n) {
+          if (divergences) {
+            add_block(x, y, n, log_p, log_q, sums);
+          } else {
+            sums.esap += block_esap(x, y, n, log_p, log_q);
+          }
+        });
       }
     }
-    value[kEsap] = sums.esap;
-    value[kKlPq] = sums.kl_pq;
-    value[kKlQp] = sums.kl_qp;
-    value[kTop1Agree] = p_summary.argmax == q_summary.argmax;
+    value[kEsap] = sum(sums.esap);
+    if (!divergences) value[kEsap] *= __builtin_exp(-static_cast<double>(log_p.lo));
+    value[kKlPq] = sum(sums.kl_pq);
+    value[kKlQp] = sum(sums.kl_qp);
+    if (args.out[kTop1Agree]) value[kTop1Agree] = argmax(p, p_summary) == argmax(q, q_summary);
     if (args.out[kNll] && args.labels[t] >= 0) value[kNll] = -log_q(element(q, args.labels[t]));
     if (args.out[kAccept]) {
       const std::int64_t token = draw(q, log_q, args.uniform[t], buffers.q);
@@ -223,11 +285,12 @@ void overlap(const OverlapArgs& args) {
     }
     Buffers buffers;
     const FloatRow p = row_of(args.p, t * args.p.stride[0]);
-    RowSummary p_summary{args.p_lse ? args.p_lse[t] : 0, 0};
+    RowSummary p_summary{};
     if (!args.p_lse) {
-      p_summary = summarize(p, true, buffers.p);
-    } else if (args.out[kTop1Agree]) {
-      p_summary.argmax = summarize(p, false, buffers.p).argmax;
+      p_summary = summarize(p, buffers.p);
+    } else {
+      if (args.out[kTop1Agree]) p_summary = summarize_maximum(p, buffers.p);
+      p_summary.lse = args.p_lse[t];
     }
     for (std::int64_t c = first; c < last; ++c) compare_rows(args, p, p_summary, c, t, buffers);
   });
@@ -236,8 +299,8 @@ void overlap(const OverlapArgs& args) {
 void log_sum_exp(const LogSumExpArgs& args) {
   const double elements = static_cast<double>(args.logits.shape[0] * args.logits.shape[1]);
   parallel_ranges(args.logits.shape[0], 1, useful_threads(elements, args.threads), [&](std::int64_t r, std::int64_t) {
-    alignas(64) float buffer[kBlock];
-    args.lse[r] = summarize(row_of(args.logits, r * args.logits.stride[0]), true, buffer).lse;
+    BlockBuffer buffer;
+    args.lse[r] = summarize(row_of(args.logits, r * args.logits.stride[0]), buffer).lse;
   });
 }
 

@@ -6,7 +6,7 @@
 // number of threads without atomics or per-thread tables. The threads wait for each other twice a tile, so
 // tiles are as large as the workspace allows.
 //
-// A norm is the square root of a sum of squares in float32 partial sums per 2,048 elements, float64 across
+// A norm is the square root of a sum of squares in float32 partial sums per 1,024 elements, float64 across
 // them. Where that sum overflows or underflows float32 (elements beyond 1e18 or all below 1e-17), the row is
 // read again in float64.
 #include "routing_moments.h"
@@ -19,34 +19,34 @@ namespace {
 
 constexpr int kRows = 16;  // rows that a thread takes at a time
 
-double square_sum(const FloatRow& row, float* buffer) {
-  double total = 0;
+double square_sum(const FloatRow& row, BlockBuffer& buffer) {
+  DoubleVec total = {};
   for (std::int64_t start = 0; start < row.size; start += kBlock) {
-    const int n = block_size(row, start);
-    const float* x = read_block(row, start, n, 0.0f, buffer);
-    Vec partial[4] = {};
-    for (int i = 0; i < n; i += kStep)
-      for (int u = 0; u < 4; ++u) {
-        const Vec v = load(x + i + u * kLanes);
-        partial[u] += v * v;
-      }
-    total += sum((partial[0] + partial[1]) + (partial[2] + partial[3]));
+    with_block(row, start, block_size(row, start), Padding::zero, buffer, [&](auto x, int n) {
+      Vec partial[4] = {};
+      for (int i = 0; i < n; i += kStep)
+        for (int h = 0; h < 2; ++h) {
+          const Pair pair = load_pair(x + i + h * kPair);
+          for (int u = 0; u < 2; ++u) partial[2 * h + u] += pair.half[u] * pair.half[u];
+        }
+      total += widened((partial[0] + partial[1]) + (partial[2] + partial[3]));
+    });
   }
-  return total;
+  return sum(total);
 }
 
-double square_sum_in_double(const FloatRow& row, float* buffer) {
+double square_sum_in_double(const FloatRow& row, BlockBuffer& buffer) {
   double total = 0;
   for (std::int64_t start = 0; start < row.size; start += kBlock) {
     const int n = block_size(row, start);
-    const float* x = read_block(row, start, n, 0.0f, buffer);
+    const float* x = converted(row, start, n, Padding::zero, buffer);
     for (int i = 0; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(x[i]);
   }
   return total;
 }
 
 double norm(const FloatRow& row) {
-  alignas(64) float buffer[kBlock];
+  BlockBuffer buffer;
   double squares = square_sum(row, buffer);
   if (!(squares > 1e-26 && squares < 1e37)) squares = square_sum_in_double(row, buffer);
   return __builtin_sqrt(squares);
