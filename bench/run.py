@@ -91,8 +91,8 @@ def machine(device: str) -> str:
 def heading(device: str) -> str:
     info = mp.build_info()
     return (
-        f"{datetime.date.today()}, {machine(device)}, {info['cpu_isa']}, {info['compiler']}, torch {torch.__version__}, "
-        f"moeprune_ext {mp.__version__}; `python {' '.join(sys.argv)}`\n\n{HEADER}"
+        f"{datetime.date.today()}, {machine(device)}, {info['cpu_isa']}, {info['compiler']}, "
+        f"torch {torch.__version__}, moeprune_ext {mp.__version__}; `python {' '.join(sys.argv)}`\n\n{HEADER}"
     )
 
 

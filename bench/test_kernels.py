@@ -1,0 +1,69 @@
+"""pytest-benchmark groups: native, eager and torch.compile for every case of cases.py, with fewer rows, on the CPU.
+
+pytest bench --benchmark-only       times (a few minutes)
+pytest bench --benchmark-disable    does every contender run, and does native agree with eager? (seconds)
+"""
+
+import pytest
+import torch
+from cases import OLMOE, all_cases
+from measure import compiled, memory_of
+
+
+def all_workloads(config):
+    return all_cases("cpu", shrink=64 if config.getoption("benchmark_disable") else 8)
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        cases = all_workloads(metafunc.config)
+        metafunc.parametrize("case", cases, ids=[case.name.replace(", ", "-") for case in cases], scope="module")
+
+
+@pytest.fixture(scope="module")
+def work(case):
+    torch.manual_seed(0)
+    return case.build()
+
+
+def tensors(answer):
+    return answer if isinstance(answer, tuple) else (answer,)
+
+
+def assert_agrees(actual, expected, rtol):
+    """Nearly everywhere: eager leaves the choice among equals open, and its draws depend on its rounding."""
+    for a, b in zip(tensors(actual), tensors(expected), strict=True):
+        outside = ~torch.isclose(a.double(), b.double().view_as(a), rtol=rtol, atol=rtol)
+        assert outside.double().mean() <= 1e-3
+
+
+@pytest.mark.parametrize("contender", ["native", "eager", "compile"])
+def test_speed(benchmark, case, work, contender):
+    if contender == "compile":
+        if benchmark.disabled and OLMOE.name not in case.name:
+            pytest.skip("one model's compilation is enough to see that it works")
+        function = compiled(*work.compiles) if work.compiles else None
+    else:
+        function = next(f for name, f in work.contenders.items() if name.startswith(contender))
+    if function is None:
+        pytest.skip("nothing to compile, or no compiler")
+    benchmark.group = case.name
+    benchmark.pedantic(function, rounds=5, warmup_rounds=1)
+
+
+def test_native_agrees_with_every_eager_spelling(case):
+    torch.manual_seed(0)
+    work = case.build()  # anew, for some contenders add to what they are given
+    expected = work.contenders.pop("native")()
+    for contender in work.contenders.values():
+        assert_agrees(contender(), expected, case.rtol)
+
+
+def test_memory_of_counts_what_is_allocated_beyond_the_result():
+    a, b = torch.ones(2, 1000, 1000)
+    size = a.nbytes
+    assert memory_of(lambda: a + b, "cpu") == (0, size)
+    assert memory_of(lambda: (a + b) * 2, "cpu") == (size, size)
+    assert memory_of(lambda: a.add_(b), "cpu")[1] == 0
+    extra, result = memory_of(lambda: torch.minimum(a.softmax(-1), b.softmax(-1)).sum(-1), "cpu")
+    assert result == 4000 and 3 * size - 4000 <= extra <= 3.01 * size
