@@ -94,8 +94,7 @@ def metrics_eager(p_logits: Tensor, q_logits: Tensor, labels: Tensor, uniform: T
     log_p, log_q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     difference = log_p - log_q
-    cumulative = q.cumsum(-1, dtype=torch.float64)  # in float32 one draw in twenty would be another token
-    token = torch.searchsorted(cumulative, uniform[:, None], right=True).clamp(max=q.shape[-1] - 1)
+    token = torch.searchsorted(q.cumsum(-1), uniform[:, None].float(), right=True).clamp(max=q.shape[-1] - 1)
     return (
         torch.minimum(p, q).sum(-1),
         (p * difference).sum(-1),
