@@ -26,8 +26,8 @@ fi
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-results=${OUT:-$checkout/bench/results}
-mkdir -p "$results"
+mkdir -p "${OUT:-$checkout/bench/results}"
+results=$(cd "${OUT:-$checkout/bench/results}" && pwd)
 report=$results/gpu-$(tr -cs 'A-Za-z0-9\n' - <<< "$gpu" | tr 'A-Z' 'a-z').md
 failed=0
 export PYTHONPATH=$work/site PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -50,7 +50,7 @@ stage() {
     failed=1
     { printf '\n%s, last lines:\n\n```\n' "$name"; tail -n 40 "$work/$name.log"; printf '```\n'; } >> "$work/failures"
   fi
-  summary=$(grep -E "ERROR SUMMARY|RACECHECK SUMMARY|[0-9]+ (passed|failed|error)|every operation agrees|^Successfully" \
+  summary=$(grep -E "ERROR SUMMARY|RACECHECK SUMMARY|[0-9]+ (passed|failed|error)|every operation agrees|^compute capabilities" \
     "$work/$name.log" | sed 's/^=* *//; s/|/ /g' | tail -n 2 | paste -sd ';')
   say "| $name | $verdict | $((SECONDS - start)) | ${summary:--} |"
   printf '    %s, %s s %s\n' "$verdict" "$((SECONDS - start))" "$summary"
@@ -86,8 +86,13 @@ say "| --- | --- | --- | --- |"
 cp -r "$checkout/python_tests" "$checkout/bench" "$work"
 cd "$work" || exit 1
 
-stage build 140 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --disable-pip-version-check \
+stage build 130 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --disable-pip-version-check \
   --target "$work/site" "$checkout" -C cmake.define.MOEPRUNE_CUDA=ON -C "build-dir=$work/build"
+stage import 30 "$python" -c '
+import sys, moeprune_ext as mp
+info = mp.build_info()
+print("compute capabilities", *info["cuda_archs"], "CUDA", info["cuda_runtime"], "usable:", info["cuda_available"])
+sys.exit(not mp.__file__.startswith(sys.argv[1]))' "$work/site" # what was just built is what is checked
 stage tests 110 "$python" -m pytest -q -p no:cacheprovider --rootdir "$work" -k "$tests" \
   python_tests/test_overlap.py python_tests/test_masked_router.py python_tests/test_routing_moments.py
 sanitizer memcheck 60
@@ -95,9 +100,10 @@ sanitizer racecheck 50 --quick
 sanitizer synccheck 25 --quick
 
 # The benches' own tables go into the report: all cases first, torch.compile where time is left.
-quick=() && [ "$device" = cpu ] && quick=(--quick)
-stage bench 80 "$python" bench/run.py --device "$device" --no-compile "${quick[@]}"
-stage bench-compile 45 "$python" bench/run.py --device "$device" --only "Qwen3.*(C=1,|S=|nested)" "${quick[@]}"
+quick=()
+[ "$device" = cpu ] && quick=(--quick)
+stage bench 75 "$python" bench/run.py --device "$device" --no-compile "${quick[@]}"
+stage bench-compile 45 "$python" bench/run.py --device "$device" --only 'nested.*Qwen3|Qwen3.*(C=1,|S=)' "${quick[@]}"
 
 for table in bench bench-compile; do
   { printf '\n## %s\n\n' "$table"; grep -E '^\||^20[0-9]{2}-' "$work/$table.log" | sed 's/^| operation/\n&/'; } >> "$report"

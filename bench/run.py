@@ -30,6 +30,7 @@ from measure import Times, compiled, measure, memory_of
 
 import moeprune_ext as mp
 
+SECONDS = 15.0  # per case, at most, for as long as three rounds fit
 HEADER = (
     "| operation | ms | eager | torch.compile | of the limit | native over | workspace: native, eager | targets |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -61,19 +62,21 @@ def workspace_cells(work: Work, eager: str, device: str) -> tuple[str, str]:
     return f"{extra / whole:.2%}, {eager_extra / whole:.0%}", f"{text}: {'met' if met else '**missed**'}"
 
 
-def row(case: Case, device: str, rounds: int, seconds: float, with_compile: bool) -> str:
+def row(case: Case, arguments: argparse.Namespace) -> str:
     torch.manual_seed(0)
-    work = case.build()
+    device, work = arguments.device, case.build()
     contenders = {**work.contenders, **work.yardsticks}
-    if with_compile and work.compiles and (fast := compiled(*work.compiles)):
+    if not arguments.no_compile and work.compiles and (fast := compiled(*work.compiles)):
         contenders["compile"] = fast
-    times = measure(contenders, device, rounds, seconds)
+    times = measure(contenders, device, 3 if arguments.quick else arguments.rounds, SECONDS)
     eager = min(times.named("eager"), key=times.median)
     inductor = f"{times.over_native(['compile']):.1f}x" if "compile" in contenders else "-"
     limits = times.named(case.limit)
     others = [f"{name} {1 / times.over_native([name]):.2f}" for name in work.yardsticks if name not in limits]
     workspace, workspace_verdict = workspace_cells(work, eager, device)
     verdicts = [*filter(None, (judged(target, times) for target in case.targets)), workspace_verdict]
+    if arguments.quick:
+        verdicts = ["not judged: small inputs"]
     return (
         f"| {case.name} | {times.median('native') * 1e3:.2f} | {times.over_native([eager]):.1f}x | {inductor} "
         f"| {times.over_native(limits):.2f} | {', '.join(others) or '-'} | {workspace} | {'; '.join(verdicts)} |"
@@ -101,7 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small inputs, few rounds: does it run at all?")
     parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name it is found in")
-    parser.add_argument("--rounds", type=int, default=15, help="fewer, but 3, where a case takes more than 15 s")
+    parser.add_argument("--rounds", type=int, default=15, help="fewer where a case would take longer than 15 s, but 3")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a while")
     return parser.parse_args()
@@ -110,14 +113,13 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    rounds, shrink = (3, 16) if arguments.quick else (arguments.rounds, 1)
     print(heading(arguments.device))
     failures = 0
-    for case in all_cases(arguments.device, shrink):
+    for case in all_cases(arguments.device, shrink=16 if arguments.quick else 1):
         if not re.search(arguments.only, case.name):
             continue
         try:
-            print(row(case, arguments.device, rounds, 15.0, not arguments.no_compile), flush=True)
+            print(row(case, arguments), flush=True)
         except Exception as error:  # a table with a hole says more than none
             failures += 1
             print(f"| {case.name} | failed: {type(error).__name__} | | | | | | |", flush=True)
