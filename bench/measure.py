@@ -43,12 +43,12 @@ def seconds_of(contender: Callable[[], object], device: str) -> float:
         start = time.perf_counter()
         contender()
         return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
     contender()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
 
 
 def measure(contenders: Contenders, device: str, rounds: int, seconds: float) -> Times:

@@ -12,13 +12,9 @@ from measure import compiled, memory_of
 from moeprune_ext.reference import METRICS
 
 
-def all_workloads(config):
-    return all_cases("cpu", shrink=64 if config.getoption("benchmark_disable") else 8)
-
-
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        cases = all_workloads(metafunc.config)
+        cases = all_cases("cpu", shrink=64 if metafunc.config.getoption("benchmark_disable") else 8)
         metafunc.parametrize("case", cases, ids=[case.name.replace(", ", "-") for case in cases], scope="module")
 
 
