@@ -107,7 +107,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="fewer where a case would take longer than 15 s, but 3")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a while")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not mp.build_info()["cuda_available"]:
+        parser.error("--device cuda: no GPU, or a build without CUDA kernels")
+    return arguments
 
 
 def main() -> int:
