@@ -26,7 +26,7 @@ namespace moeprune {
 
 enum class Score : int { softmax, sigmoid, sqrtsoftplus, softmax_over_chosen };
 
-constexpr int kMaxExperts = 4096;  // bounds the rows' scratch, which lives on the stack
+constexpr int kMaxExperts = 1024;  // bounds the rows' scratch, which lives on the stack
 
 struct MaskedRouterArgs {
   TensorView logits;

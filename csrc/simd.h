@@ -38,6 +38,27 @@ MOEPRUNE_INLINE Vec load(const float* from) {
 
 MOEPRUNE_INLINE void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof v); }
 
+MOEPRUNE_INLINE IntVec load(const std::int32_t* from) {
+  IntVec v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+MOEPRUNE_INLINE void store(std::int32_t* to, IntVec v) { __builtin_memcpy(to, &v, sizeof v); }
+
+// Whether any lane of a comparison holds.
+MOEPRUNE_INLINE bool any(IntVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  std::int64_t halves[2];
+  __builtin_memcpy(halves, &mask, sizeof mask);
+  return (halves[0] | halves[1]) != 0;
+#endif
+}
+
 // A Vec's lanes in float64: two registers.
 struct DoubleVec {
   typedef double Half __attribute__((vector_size(4 * kLanes)));
@@ -47,10 +68,15 @@ struct DoubleVec {
     half[0] += other.half[0];
     half[1] += other.half[1];
   }
+  MOEPRUNE_METHOD void operator*=(const DoubleVec& other) {
+    half[0] *= other.half[0];
+    half[1] *= other.half[1];
+  }
   MOEPRUNE_METHOD void operator*=(double factor) {
     half[0] *= factor;
     half[1] *= factor;
   }
+  MOEPRUNE_METHOD double operator[](int lane) const { return half[lane / (kLanes / 2)][lane % (kLanes / 2)]; }
 };
 
 MOEPRUNE_INLINE DoubleVec widened(Vec v) {
@@ -72,6 +98,15 @@ MOEPRUNE_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 MOEPRUNE_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 MOEPRUNE_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 #endif
+
+MOEPRUNE_INLINE Vec reciprocal(const DoubleVec& v) {
+  typedef float FloatHalf __attribute__((vector_size(2 * kLanes)));
+  const FloatHalf half[2] = {__builtin_convertvector(1.0 / v.half[0], FloatHalf),
+                             __builtin_convertvector(1.0 / v.half[1], FloatHalf)};
+  Vec result;
+  __builtin_memcpy(&result, half, sizeof result);
+  return result;
+}
 
 MOEPRUNE_INLINE double sum(const DoubleVec& v) {
   const DoubleVec::Half both = v.half[0] + v.half[1];
