@@ -15,7 +15,8 @@ namespace moeprune::MOEPRUNE_ISA {
 namespace {
 
 constexpr float kLowest = -__FLT_MAX__;
-constexpr int kSortedRows = 128;  // rows among which those of one mask are looked for
+constexpr std::int64_t kStreamedAnswers = 1 << 20;  // 12 MB: more than a core's caches keep for the reader
+constexpr int kSortedRows = 128;                    // rows among which those of one mask are looked for
 
 // The rows that walk together, one to a lane; lanes beyond `count` repeat the first.
 struct Rows {
@@ -26,18 +27,22 @@ struct Rows {
 // By expert, place in the top-k, or group, and then by lane.
 struct Scratch {
   alignas(64) float logit[kMaxExperts * kLanes];
-  alignas(64) float score[kMaxExperts * kLanes];        // sigmoid, sqrtsoftplus
-  alignas(64) std::int32_t key[kMaxExperts * kLanes];   // of what experts are chosen by
+  alignas(64) float score[kMaxExperts * kLanes];            // sigmoid, sqrtsoftplus
+  alignas(64) std::int32_t key[kMaxExperts * kLanes];       // of what experts are chosen by
   alignas(64) std::int32_t best_key[kMaxExperts * kLanes];  // the running top-k, best first
   alignas(64) std::int32_t best_id[kMaxExperts * kLanes];
   alignas(64) float group_first[kMaxExperts * kLanes];
   alignas(64) float group_second[kMaxExperts * kLanes];
   alignas(64) std::int32_t group_key[kMaxExperts * kLanes];
   alignas(64) std::int32_t group_allowed[kMaxExperts * kLanes];
-  // The answer of each lane: the weights before they are scaled, their sum, and the ids.
+  alignas(64) double sum[kMaxExperts * kLanes];    // the denominator up to each place of the walk,
+  alignas(64) float offset[kMaxExperts * kLanes];  // relative to exp(offset)
+  // The answer of each lane: the weights before they are scaled, what they are relative to, their sum, the ids.
   alignas(64) float weight[kLanes][kMaxExperts];
+  alignas(64) float weight_offset[kLanes];
   alignas(64) float total[kLanes];
   alignas(64) std::int64_t id[kLanes][kMaxExperts];
+  bool streaming;  // answers go to memory past the caches
 };
 
 bool is_softmax(const MaskedRouterArgs& args) { return args.score == Score::softmax; }
@@ -78,24 +83,25 @@ MOEPRUNE_INLINE Vec rounded(Vec value, DType dtype) {
 constexpr std::int32_t kNoKey = -0x7FFFFFFF - 1, kNoId = 0x7FFFFFFF;  // lose against every expert
 
 template <class T>
-void transpose_row(const FloatRow& row, int lane, float* to) {
-  const T* from = elements<T>(row, 0);
-  for (std::int64_t e = 0; e < row.size; ++e) to[e * kLanes + lane] = to_float(from[e * row.stride]);
+void transpose(const MaskedRouterArgs& args, const Rows& rows, float* to) {
+  const std::int64_t n_experts = args.logits.shape[1], stride = args.logits.stride[1];
+  const T* from[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane)
+    from[lane] =
+        static_cast<const T*>(args.logits.data) + rows.index[lane < rows.count ? lane : 0] * args.logits.stride[0];
+  for (std::int64_t e = 0; e < n_experts; ++e)
+    for (int lane = 0; lane < kLanes; ++lane) to[e * kLanes + lane] = to_float(from[lane][e * stride]);
 }
 
 // What depends on the rows only: logits, scores, keys.
 void prepare_rows(const MaskedRouterArgs& args, const Rows& rows, Scratch& s) {
   const int n_experts = static_cast<int>(args.logits.shape[1]);
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const std::int64_t index = rows.index[lane < rows.count ? lane : 0];
-    const FloatRow row = row_of(args.logits, index * args.logits.stride[0]);
-    if (row.dtype == DType::float32) {
-      transpose_row<float>(row, lane, s.logit);
-    } else if (row.dtype == DType::bfloat16) {
-      transpose_row<BFloat16>(row, lane, s.logit);
-    } else {
-      transpose_row<Float16>(row, lane, s.logit);
-    }
+  if (args.logits.dtype == DType::float32) {
+    transpose<float>(args, rows, s.logit);
+  } else if (args.logits.dtype == DType::bfloat16) {
+    transpose<BFloat16>(args, rows, s.logit);
+  } else {
+    transpose<Float16>(args, rows, s.logit);
   }
   if (args.score == Score::sigmoid) {
     for (int at = 0; at < n_experts * kLanes; at += kLanes) {
@@ -124,50 +130,59 @@ struct Denominator {
   Vec offset = splat(kLowest);
   DoubleVec sum = {};
 
-  // Returns the lanes whose offset has changed.
-  MOEPRUNE_METHOD IntVec add(Vec x) {
+  MOEPRUNE_METHOD void add(Vec x) {
     const IntVec above = x > offset + 16.0f;
     if (any(above)) {
-      const Vec raised = above ? x : offset;
-      sum *= widened(above ? exp(offset - raised) : splat(1.0f));
+      const Vec raised = select(above, x, offset);
+      sum *= widened(select(above, exp(offset - raised), splat(1.0f)));
       offset = raised;
     }
     sum += widened(exp(x - offset));
-    return above;
   }
 };
+
+// The denominators of all prefixes of the walk. A loop of its own: its exponentials and the comparisons of the
+// top-k would fill the processor's window of instructions, one waiting for the other.
+void sum_prefixes(const std::int32_t* list, int n, Scratch& s) {
+  Denominator denominator;
+  for (int i = 0; i < n; ++i) {
+    denominator.add(load(s.logit + list[i] * kLanes));
+    store(s.sum + i * kLanes, denominator.sum);
+    store(s.offset + i * kLanes, denominator.offset);
+  }
+}
 
 MOEPRUNE_INLINE IntVec beats(IntVec key, IntVec id, IntVec other_key, IntVec other_id) {
   return (key > other_key) | ((key == other_key) & (id < other_id));
 }
 
 // Puts an expert into the top-k of the lanes where it belongs, and returns these lanes.
+template <int kTopK>
 MOEPRUNE_INLINE IntVec insert(IntVec key, IntVec id, int top_k, Scratch& s) {
-  int at = (top_k - 1) * kLanes;
+  int at = ((kTopK > 0 ? kTopK : top_k) - 1) * kLanes;
   IntVec here_key = load(s.best_key + at), here_id = load(s.best_id + at);
   const IntVec enters = beats(key, id, here_key, here_id);
+  if (kTopK == 0 && !any(enters))
+    return enters;          // a short list is gone through faster than such a branch is mispredicted
   IntVec belongs = enters;  // here or before
-  while (any(belongs)) {
-    if (at == 0) {
-      store(s.best_key, belongs ? key : here_key);
-      store(s.best_id, belongs ? id : here_id);
-      break;
-    }
+  for (; at > 0; at -= kLanes) {
     const IntVec before_key = load(s.best_key + at - kLanes), before_id = load(s.best_id + at - kLanes);
     const IntVec moves = beats(key, id, before_key, before_id);  // belongs before: the one before comes here
-    store(s.best_key + at, moves ? before_key : belongs ? key : here_key);
-    store(s.best_id + at, moves ? before_id : belongs ? id : here_id);
+    store(s.best_key + at, select(moves, before_key, select(belongs, key, here_key)));
+    store(s.best_id + at, select(moves, before_id, select(belongs, id, here_id)));
     belongs = moves;
     here_key = before_key;
     here_id = before_id;
-    at -= kLanes;
   }
+  store(s.best_key, select(belongs, key, here_key));
+  store(s.best_id, select(belongs, id, here_id));
   return enters;
 }
 
 // Renews the lane's answer.
+template <int kTopK>
 void refresh(const MaskedRouterArgs& args, int lane, float offset, Scratch& s) {
-  const int k = args.top_k;
+  const int k = kTopK > 0 ? kTopK : args.top_k;
   const bool over_chosen = args.score == Score::softmax_over_chosen;
   const bool exponentials = over_chosen || is_softmax(args);
   float* weight = s.weight[lane];
@@ -180,6 +195,7 @@ void refresh(const MaskedRouterArgs& args, int lane, float offset, Scratch& s) {
                               : score_of_key(s.best_key[j * kLanes + lane]);
     highest = weight[j] > highest ? weight[j] : highest;
   }
+  s.weight_offset[lane] = offset;
   if (over_chosen) offset = highest;
   if (key_depends_on_mask(args)) {  // the bias may choose experts so unlikely that the fast exponential gives 0
     for (int j = 0; j < k; ++j) weight[j] = __builtin_expf(weight[j] - offset);
@@ -192,23 +208,24 @@ void refresh(const MaskedRouterArgs& args, int lane, float offset, Scratch& s) {
   s.total[lane] = total;
 }
 
-// By what the lanes' kept weights are multiplied.
-void factors(const MaskedRouterArgs& args, const Denominator& denominator, const Scratch& s, double* out) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    double factor = 1.0, total = static_cast<double>(s.total[lane]);
-    if (is_softmax(args)) {
-      factor = 1.0 / denominator.sum[lane];
-      total *= factor;
-    } else if (args.score == Score::softmax_over_chosen) {
-      factor = 1.0 / total;
-      total = 1.0;
-    }
-    if (args.renormalize) factor /= total + static_cast<double>(args.eps);
-    out[lane] = factor * static_cast<double>(args.scale);
+// By what the lanes' kept weights are multiplied; `sum` is the denominator, by lane.
+void factors(const MaskedRouterArgs& args, const double* sum, const float* total, double* out) {
+  const double eps = static_cast<double>(args.eps), scale = static_cast<double>(args.scale);
+  double chosen[kLanes];  // the sum of the chosen weights
+  for (int lane = 0; lane < kLanes; ++lane) chosen[lane] = static_cast<double>(total[lane]);
+  if (is_softmax(args)) {
+    for (int lane = 0; lane < kLanes; ++lane) out[lane] = 1.0 / sum[lane];
+  } else if (args.score == Score::softmax_over_chosen) {
+    for (int lane = 0; lane < kLanes; ++lane) out[lane] = 1.0 / chosen[lane];
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane) out[lane] = 1.0;
   }
+  if (args.renormalize)
+    for (int lane = 0; lane < kLanes; ++lane) out[lane] /= chosen[lane] * out[lane] + eps;
+  for (int lane = 0; lane < kLanes; ++lane) out[lane] *= scale;
 }
 
-// One row's answer, written to its slot. kTopK is top_k where that is known to the compiler, otherwise 0.
+// One row's answer, written to its slot.
 template <int kTopK>
 void write(const MaskedRouterArgs& args, const Scratch& s, int lane, double factor, std::int64_t at) {
   const int k = kTopK > 0 ? kTopK : args.top_k;
@@ -221,35 +238,31 @@ void write(const MaskedRouterArgs& args, const Scratch& s, int lane, double fact
   }
   if (args.weights_dtype != DType::float32)
     for (int j = 0; j < k; j += kLanes) store(scaled + j, rounded(load(scaled + j), args.weights_dtype));
-  __builtin_memcpy(args.weights + at, scaled, sizeof(float) * static_cast<std::size_t>(k));
-  __builtin_memcpy(args.ids + at, s.id[lane], sizeof(std::int64_t) * static_cast<std::size_t>(k));
+  if (s.streaming && kTopK == 8) {
+    stream_8(args.weights + at, scaled);
+    stream_8(args.ids + at, s.id[lane]);
+  } else {
+    __builtin_memcpy(args.weights + at, scaled, sizeof(float) * static_cast<std::size_t>(k));
+    __builtin_memcpy(args.ids + at, s.id[lane], sizeof(std::int64_t) * static_cast<std::size_t>(k));
+  }
 }
 
-// The answers of all rows at a stop, first renewed in the lanes that have changed.
-void answer(const MaskedRouterArgs& args, const Rows& rows, IntVec changed, const Denominator& denominator,
-            std::int32_t slot, Scratch& s) {
-  for (int lane = 0; any(changed) && lane < kLanes; ++lane)
-    if (changed[lane]) refresh(args, lane, denominator.offset[lane], s);
+// The answers of all rows at a place of the walk, first renewed in the lanes that have changed.
+template <int kTopK>
+void answer(const MaskedRouterArgs& args, const Rows& rows, IntVec changed, int place, std::int32_t slot, Scratch& s) {
+  const float* offset = s.offset + place * kLanes;
+  if (is_softmax(args)) changed |= load(offset) != load(s.weight_offset);
+  if (any(changed)) {
+    std::int32_t stale[kLanes];
+    store(stale, changed);
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (stale[lane]) refresh<kTopK>(args, lane, offset[lane], s);
+  }
   double factor[kLanes];
-  factors(args, denominator, s, factor);
+  factors(args, s.sum + place * kLanes, s.total, factor);
   for (int lane = 0; lane < rows.count; ++lane) {
     const std::int64_t at = (slot * args.logits.shape[0] + rows.index[lane]) * args.top_k;
-    switch (args.top_k) {
-      case 2:
-        write<2>(args, s, lane, factor[lane], at);
-        break;
-      case 4:
-        write<4>(args, s, lane, factor[lane], at);
-        break;
-      case 6:
-        write<6>(args, s, lane, factor[lane], at);
-        break;
-      case 8:
-        write<8>(args, s, lane, factor[lane], at);
-        break;
-      default:
-        write<0>(args, s, lane, factor[lane], at);
-    }
+    write<kTopK>(args, s, lane, factor[lane], at);
   }
 }
 
@@ -271,8 +284,8 @@ void allow_groups(const MaskedRouterArgs& args, const std::int32_t* list, int n,
     if (args.bias) x += args.bias[list[i]];
     const Vec first = load(s.group_first + at), second = load(s.group_second + at);
     const IntVec leads = (x > first) | (x != x);  // a NaN ranks first
-    store(s.group_second + at, leads ? first : x > second ? x : second);
-    store(s.group_first + at, leads ? x : first);
+    store(s.group_second + at, select(leads, first, select(x > second, x, second)));
+    store(s.group_first + at, select(leads, x, first));
   }
   for (int g = 0; g < args.n_group; ++g) {
     const Vec first = load(s.group_first + g * kLanes), second = load(s.group_second + g * kLanes);
@@ -288,7 +301,8 @@ void allow_groups(const MaskedRouterArgs& args, const std::int32_t* list, int n,
   }
 }
 
-// Routes the rows along one walk.
+// Routes the rows along one walk. kTopK is top_k where that is known to the compiler, otherwise 0.
+template <int kTopK>
 void walk(const MaskedRouterArgs& args, const Rows& rows, std::int64_t w, Scratch& s) {
   const std::int32_t* list = args.lists + w * args.logits.shape[1];
   const std::int32_t* stops = args.stops + w * args.n_stops;
@@ -296,16 +310,15 @@ void walk(const MaskedRouterArgs& args, const Rows& rows, std::int64_t w, Scratc
   const int n = stops[args.n_stops - 1];
   const bool grouped = args.n_group > 1;
   const bool needs_probabilities = is_softmax(args) && (args.bias || (grouped && args.group_top2_sum));
-  const bool carries_sum = is_softmax(args) && !needs_probabilities;
-  Denominator denominator;
+  if (is_softmax(args)) sum_prefixes(list, n, s);
   if (needs_probabilities) {  // one stop, then
-    for (int i = 0; i < n; ++i) denominator.add(load(s.logit + list[i] * kLanes));
-    const Vec inverse = reciprocal(denominator.sum);
+    const int last = (n - 1) * kLanes;
     for (int i = 0; i < n; ++i) {
       const int at = list[i] * kLanes;
-      const Vec probability = exp(load(s.logit + at) - denominator.offset) * inverse;
-      store(s.score + at, probability);
-      if (args.bias) store(s.key + at, key_of(probability + args.bias[list[i]]));
+      const Vec terms = exp(load(s.logit + at) - load(s.offset + last));
+      for (int lane = 0; lane < kLanes; ++lane)
+        s.score[at + lane] = static_cast<float>(static_cast<double>(terms[lane]) / s.sum[last + lane]);
+      if (args.bias) store(s.key + at, key_of(load(s.score + at) + args.bias[list[i]]));
     }
   }
   if (grouped) allow_groups(args, list, n, s);
@@ -322,13 +335,12 @@ void walk(const MaskedRouterArgs& args, const Rows& rows, std::int64_t w, Scratc
     IntVec key = load(s.key + expert * kLanes), id = splat_bits(expert);
     if (grouped) {
       const IntVec allowed = load(s.group_allowed + expert / group_size * kLanes);
-      key = allowed ? key : splat_bits(kNoKey);
-      id = allowed ? id : splat_bits(kNoId);
+      key = select(allowed, key, splat_bits(kNoKey));
+      id = select(allowed, id, splat_bits(kNoId));
     }
-    if (carries_sum) changed |= denominator.add(load(s.logit + expert * kLanes));
-    changed |= insert(key, id, args.top_k, s);
+    changed |= insert<kTopK>(key, id, args.top_k, s);
     for (; stop < args.n_stops && stops[stop] == i + 1; ++stop) {
-      answer(args, rows, changed, denominator, slots[stop], s);
+      answer<kTopK>(args, rows, changed, i, slots[stop], s);
       changed = IntVec{};
     }
   }
@@ -339,7 +351,7 @@ void route(const MaskedRouterArgs& args, std::int64_t first, std::int64_t last, 
   bool done[kSortedRows] = {};
   for (std::int64_t row = first; row < last; ++row) {
     if (done[row - first]) continue;
-    Rows rows;
+    Rows rows{};
     for (std::int64_t other = row; other < last && rows.count < kLanes; ++other) {
       if (done[other - first] || (args.assigned && args.assigned[other] != args.assigned[row])) continue;
       done[other - first] = true;
@@ -348,7 +360,24 @@ void route(const MaskedRouterArgs& args, std::int64_t first, std::int64_t last, 
     prepare_rows(args, rows, s);
     const std::int64_t first_walk = args.assigned ? args.assigned[row] : 0;
     const std::int64_t end = args.assigned ? first_walk + 1 : args.n_walks;
-    for (std::int64_t w = first_walk; w < end; ++w) walk(args, rows, w, s);
+    for (std::int64_t w = first_walk; w < end; ++w) {
+      switch (args.top_k) {
+        case 2:
+          walk<2>(args, rows, w, s);
+          break;
+        case 4:
+          walk<4>(args, rows, w, s);
+          break;
+        case 6:
+          walk<6>(args, rows, w, s);
+          break;
+        case 8:
+          walk<8>(args, rows, w, s);
+          break;
+        default:
+          walk<0>(args, rows, w, s);
+      }
+    }
   }
 }
 
@@ -361,9 +390,14 @@ void masked_router(const MaskedRouterArgs& args) {
   const double per_walk = static_cast<double>(args.logits.shape[1] + args.n_stops * args.top_k);
   const int threads = useful_threads(static_cast<double>(n_rows * walks) * per_walk, args.threads);
   const std::int64_t grain = args.assigned ? kSortedRows : 2 * kLanes;
+  const std::int64_t answers = n_rows * (args.assigned ? 1 : args.n_walks * args.n_stops) * args.top_k;
+  const auto aligned = [](const void* to) { return reinterpret_cast<std::uintptr_t>(to) % 32 == 0; };
+  const bool streaming = answers >= kStreamedAnswers && aligned(args.ids) && aligned(args.weights);
   parallel_ranges(n_rows, grain, threads, [&](std::int64_t first, std::int64_t last) {
     Scratch s;
+    s.streaming = streaming;
     route(args, first, last, s);
+    if (streaming) stream_fence();
   });
 }
 

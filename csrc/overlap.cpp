@@ -239,13 +239,14 @@ void compare_rows(const OverlapArgs& args, const FloatRow& p, RowSummary p_summa
     const bool divergences = args.out[kKlPq] || args.out[kKlQp];
     if (divergences || args.out[kEsap]) {
       for (std::int64_t start = 0; start < q.size; start += kBlock) {
-        with_blocks(p, q, start, block_size(q, start), Padding::minus_infinity, buffers.p, buffers.q, [&](auto x, auto y, int n) {
-          if (divergences) {
-            add_block(x, y, n, log_p, log_q, sums);
-          } else {
-            sums.esap += block_esap(x, y, n, log_p, log_q);
-          }
-        });
+        with_blocks(p, q, start, block_size(q, start), Padding::minus_infinity, buffers.p, buffers.q,
+                    [&](auto x, auto y, int n) {
+                      if (divergences) {
+                        add_block(x, y, n, log_p, log_q, sums);
+                      } else {
+                        sums.esap += block_esap(x, y, n, log_p, log_q);
+                      }
+                    });
       }
     }
     value[kEsap] = sum(sums.esap);

@@ -46,6 +46,20 @@ MOEPRUNE_INLINE IntVec load(const std::int32_t* from) {
 
 MOEPRUNE_INLINE void store(std::int32_t* to, IntVec v) { __builtin_memcpy(to, &v, sizeof v); }
 
+// a where the comparison holds, b elsewhere: for comparisons combined with & and |, which the compiler does not
+// recognise as such in `mask ? a : b`.
+MOEPRUNE_INLINE IntVec select(IntVec mask, IntVec a, IntVec b) {
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_mask_blend_epi32(_mm512_movepi32_mask((__m512i)mask), (__m512i)b, (__m512i)a);
+#elif defined(__AVX2__)
+  return (IntVec)_mm256_blendv_epi8((__m256i)b, (__m256i)a, (__m256i)mask);
+#else
+  return (mask & a) | (~mask & b);
+#endif
+}
+
+MOEPRUNE_INLINE Vec select(IntVec mask, Vec a, Vec b) { return (Vec)select(mask, (IntVec)a, (IntVec)b); }
+
 // Whether any lane of a comparison holds.
 MOEPRUNE_INLINE bool any(IntVec mask) {
 #if defined(__AVX512F__)
@@ -62,28 +76,58 @@ MOEPRUNE_INLINE bool any(IntVec mask) {
 // A Vec's lanes in float64: two registers.
 struct DoubleVec {
   typedef double Half __attribute__((vector_size(4 * kLanes)));
-  Half half[2];
+  Half low, high;
 
   MOEPRUNE_METHOD void operator+=(const DoubleVec& other) {
-    half[0] += other.half[0];
-    half[1] += other.half[1];
+    low += other.low;
+    high += other.high;
   }
   MOEPRUNE_METHOD void operator*=(const DoubleVec& other) {
-    half[0] *= other.half[0];
-    half[1] *= other.half[1];
+    low *= other.low;
+    high *= other.high;
   }
   MOEPRUNE_METHOD void operator*=(double factor) {
-    half[0] *= factor;
-    half[1] *= factor;
+    low *= factor;
+    high *= factor;
   }
-  MOEPRUNE_METHOD double operator[](int lane) const { return half[lane / (kLanes / 2)][lane % (kLanes / 2)]; }
 };
 
 MOEPRUNE_INLINE DoubleVec widened(Vec v) {
+#if defined(__AVX512F__)
+  return {_mm512_maskz_cvtps_pd(0xFF, _mm512_maskz_extractf32x8_ps(0xFF, v, 0)),
+          _mm512_maskz_cvtps_pd(0xFF, _mm512_maskz_extractf32x8_ps(0xFF, v, 1))};
+#elif defined(__AVX2__)
+  return {_mm256_cvtps_pd(_mm256_extractf128_ps(v, 0)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))};
+#else
   typedef float FloatHalf __attribute__((vector_size(2 * kLanes)));
   FloatHalf half[2];
   __builtin_memcpy(half, &v, sizeof v);
-  return {{__builtin_convertvector(half[0], DoubleVec::Half), __builtin_convertvector(half[1], DoubleVec::Half)}};
+  return {__builtin_convertvector(half[0], DoubleVec::Half), __builtin_convertvector(half[1], DoubleVec::Half)};
+#endif
+}
+
+MOEPRUNE_INLINE void store(double* to, const DoubleVec& v) {
+  __builtin_memcpy(to, &v.low, sizeof v.low);
+  __builtin_memcpy(to + kLanes / 2, &v.high, sizeof v.high);
+}
+
+// Eight elements to memory past the caches, for outputs larger than these; `to` is aligned to 32 bytes.
+template <class T>
+MOEPRUNE_INLINE void stream_8(T* to, const T* from) {
+#if defined(__AVX2__)
+  for (int i = 0; i < 8; i += 32 / static_cast<int>(sizeof(T)))
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+#else
+  __builtin_memcpy(to, from, 8 * sizeof(T));
+#endif
+}
+
+// Streamed stores are seen before what this thread stores afterwards.
+MOEPRUNE_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 // The smaller and the larger; b where either is NaN (the x86 instructions' rule, kept on every target). The
@@ -99,17 +143,8 @@ MOEPRUNE_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 MOEPRUNE_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 #endif
 
-MOEPRUNE_INLINE Vec reciprocal(const DoubleVec& v) {
-  typedef float FloatHalf __attribute__((vector_size(2 * kLanes)));
-  const FloatHalf half[2] = {__builtin_convertvector(1.0 / v.half[0], FloatHalf),
-                             __builtin_convertvector(1.0 / v.half[1], FloatHalf)};
-  Vec result;
-  __builtin_memcpy(&result, half, sizeof result);
-  return result;
-}
-
 MOEPRUNE_INLINE double sum(const DoubleVec& v) {
-  const DoubleVec::Half both = v.half[0] + v.half[1];
+  const DoubleVec::Half both = v.low + v.high;
   double total = 0;
   for (int lane = 0; lane < kLanes / 2; ++lane) total += both[lane];
   return total;
