@@ -61,10 +61,16 @@ struct StaticShared {
   std::size_t offset;
 };
 
-// An order of 0 .. n - 1: start, start + step, ... modulo n.
+// An order of 0 .. n - 1: at, at + step, ... modulo n.
 struct Order {
-  std::size_t n, start, step;
-  std::size_t operator[](std::size_t i) const { return (start + i * step) % n; }
+  std::size_t n, at, step;
+
+  std::size_t next() {
+    const std::size_t result = at;
+    at += step;
+    if (at >= n) at -= n;
+    return result;
+  }
 };
 
 // One grid runs at a time; this is all its state. Fibers and their stacks are kept for the next one.
@@ -90,7 +96,7 @@ char* shared_base(std::size_t block) { return reinterpret_cast<char*>(&shared_me
 
 Order order_of(std::size_t n) {
   if (schedule == 0) return {n, 0, 1};
-  if (schedule == 1) return {n, n - 1, n - 1 == 0 ? 1 : n - 1};
+  if (schedule == 1) return {n, n - 1, n == 1 ? 1 : n - 1};
   std::size_t step = 1 + shuffler() % n;
   while (std::gcd(step, n) != 1) step = 1 + shuffler() % n;
   return {n, shuffler() % n, step};
@@ -133,7 +139,8 @@ void fiber_main() {
   ucontext_t context{};
   getcontext(&context);
   context.uc_stack.ss_sp = fiber.memory + kGuardPage;
-  context.uc_stack.ss_size = kStack;
+  // Stacks that all began at the same place of a page would compete for the same lines of the cache.
+  context.uc_stack.ss_size = kStack - (fiber.block * threads + fiber.thread) % 32 * 128;
   context.uc_link = nullptr;
   makecontext(&context, fiber_main, 0);
   setcontext(&context);
@@ -157,9 +164,11 @@ void wait(State state, Place place) {
 
 // ---- meetings
 
+bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 bool same_place(const Fiber& a, const Fiber& b) {
-  return a.state == b.state && a.place.line == b.place.line && a.mask == b.mask &&
-         std::strcmp(a.place.file, b.place.file) == 0 && std::strcmp(a.place.operation, b.place.operation) == 0;
+  return a.state == b.state && a.mask == b.mask && a.place.line == b.place.line &&
+         same_text(a.place.file, b.place.file) && same_text(a.place.operation, b.place.operation);
 }
 
 // Those who must meet with a waiting fiber, as a range of fibers and a mask within it.
@@ -246,9 +255,9 @@ void run_cluster() {
   for (std::size_t i = 0; i < active; ++i) fibers[i]->state = State::ready;
   std::size_t left = active;
   while (left != 0) {
-    const Order order = order_of(active);
+    Order order = order_of(active);
     for (std::size_t i = 0; i < active; ++i) {
-      Fiber& fiber = *fibers[order[i]];
+      Fiber& fiber = *fibers[order.next()];
       if (fiber.state != State::ready) continue;
       enter_fiber(fiber);
       if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
@@ -346,10 +355,10 @@ void run(const LaunchShape& shape, const std::function<void()>& thread) {
   gridDim = shape.grid;
   blockDim = dim3(static_cast<unsigned>(threads));
   const std::size_t columns = shape.grid.x / cluster, rows = std::size_t{shape.grid.y} * shape.grid.z;
-  const Order order = order_of(columns * rows);
+  Order order = order_of(columns * rows);
   try {
     for (std::size_t i = 0; i < columns * rows; ++i) {
-      const std::size_t column = order[i] % columns, row = order[i] / columns;
+      const std::size_t at = order.next(), column = at % columns, row = at / columns;
       first_block_x = static_cast<unsigned>(column * cluster);
       blockIdx.y = static_cast<unsigned>(row % shape.grid.y);
       blockIdx.z = static_cast<unsigned>(row / shape.grid.y);
