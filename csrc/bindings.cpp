@@ -163,7 +163,7 @@ class OnDevice {
     // torch restores the device before, without making a context on one that was never used.
     guard_ = cuda.attr("device")(device);
     guard_.attr("__enter__")();
-    const cudaError_t status = cudaSetDevice(device);  // our copy of the runtime does not see torch's choice
+    const cudaError_t status = cudaSetDevice(device);  // our own copy of the runtime is told too
     if (status == cudaSuccess) return;
     leave();
     throw std::runtime_error(cudaGetErrorString(status));
