@@ -1,6 +1,9 @@
 // The Python module moeprune_ext._C: reads torch tensors through their Python attributes, checks what would
 // otherwise be a crash, picks the kernel by device and instruction set. Meaning and friendly messages are the
 // business of moeprune_ext/ops.py, the only caller.
+//
+// With MOEPRUNE_CUDA_EMULATED it is the test module moeprune_ext._C_emulated instead, which has no CPU kernels:
+// there the CUDA kernels, emulated, take the tensors of the CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,8 +23,15 @@
 namespace py = pybind11;
 using namespace moeprune;
 
+#if defined(MOEPRUNE_CUDA_EMULATED)
+namespace moeprune {
+void add_emulator(py::module_& m);  // emulator_module.cpp
+}
+#endif
+
 namespace {
 
+#if !defined(MOEPRUNE_CUDA_EMULATED)
 // ---- instruction sets
 
 enum class Isa { portable, avx2, avx512 };
@@ -58,28 +68,7 @@ std::atomic<Isa>& current_isa() {
   return isa;
 }
 
-// The same function of each instruction set, called with the GIL released.
-template <class Args>
-struct CpuKernel {
-  using Function = void (*)(const Args&);
-  Function portable, avx2, avx512;
-
-  void operator()(const Args& args) const {
-    py::gil_scoped_release release;
-    const Isa isa = current_isa();
-    (isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : portable)(args);
-  }
-};
-
-#if defined(__x86_64__)
-#define MOEPRUNE_CPU_KERNEL(name) {portable::name, avx2::name, avx512::name}
-#else
-#define MOEPRUNE_CPU_KERNEL(name) {portable::name, nullptr, nullptr}
 #endif
-const CpuKernel<OverlapArgs> overlap_cpu MOEPRUNE_CPU_KERNEL(overlap);
-const CpuKernel<LogSumExpArgs> log_sum_exp_cpu MOEPRUNE_CPU_KERNEL(log_sum_exp);
-const CpuKernel<MaskedRouterArgs> masked_router_cpu MOEPRUNE_CPU_KERNEL(masked_router);
-const CpuKernel<RoutingMomentsArgs> routing_moments_cpu MOEPRUNE_CPU_KERNEL(routing_moments);
 
 // ---- tensors
 
@@ -162,51 +151,85 @@ class Unpacker {
 
 const std::vector<DType> kFloats = {DType::float32, DType::bfloat16, DType::float16};
 
-// ---- CUDA
+// ---- kernels
 
 #if defined(MOEPRUNE_CUDA)
 // Makes the tensors' device current for the scope and finds torch's current stream on it.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
-    stream = reinterpret_cast<void*>(
-        py::module_::import("torch.cuda").attr("current_stream")(device).attr("cuda_stream").cast<std::uintptr_t>());
-    check(cudaGetDevice(&before_));
-    check(cudaSetDevice(device));
+    const py::module_ cuda = py::module_::import("torch.cuda");
+    stream = reinterpret_cast<void*>(cuda.attr("current_stream")(device).attr("cuda_stream").cast<std::uintptr_t>());
+    // torch restores the device before, without making a context on one that was never used.
+    guard_ = cuda.attr("device")(device);
+    guard_.attr("__enter__")();
+    const cudaError_t status = cudaSetDevice(device);  // our own copy of the runtime is told too
+    if (status == cudaSuccess) return;
+    leave();
+    throw std::runtime_error(cudaGetErrorString(status));
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() { leave(); }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
   void* stream;
 
  private:
-  static void check(cudaError_t status) {
-    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+  void leave() noexcept {
+    try {
+      guard_.attr("__exit__")(py::none(), py::none(), py::none());
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("moeprune_ext: back to the device before");
+    }
   }
-  int before_ = 0;
+
+  py::object guard_;
 };
 #endif
 
+// One operation's kernels, called with the GIL released.
 template <class Args>
-void launch(Args& args, int device, const CpuKernel<Args>& cpu,
-            [[maybe_unused]] typename CpuKernel<Args>::Function cuda) {
-  if (device < 0) return cpu(args);
-#if defined(MOEPRUNE_CUDA)
-  const OnDevice guard(device);
-  args.stream = guard.stream;
-  py::gil_scoped_release release;
-  cuda(args);
-#else
-  throw std::invalid_argument("this build of moeprune_ext has no CUDA kernels");
+struct Kernels {
+  using Function = void (*)(const Args&);
+#if !defined(MOEPRUNE_CUDA_EMULATED)
+  Function portable, avx2, avx512;
 #endif
-}
+  Function cuda;
 
-#if defined(MOEPRUNE_CUDA)
-#define MOEPRUNE_CUDA_KERNEL(name) name##_cuda
-#else
-#define MOEPRUNE_CUDA_KERNEL(name) nullptr
+  void operator()(Args& args, [[maybe_unused]] int device) const {
+#if !defined(MOEPRUNE_CUDA_EMULATED)
+    if (device < 0) {
+      py::gil_scoped_release release;
+      const Isa isa = current_isa();
+      return (isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : portable)(args);
+    }
 #endif
+#if defined(MOEPRUNE_CUDA)
+    const OnDevice guard(device);
+    args.stream = guard.stream;
+#endif
+    if (!cuda) throw std::invalid_argument("this build of moeprune_ext has no CUDA kernels");
+    py::gil_scoped_release release;
+    cuda(args);
+  }
+};
+
+#if defined(MOEPRUNE_CUDA_EMULATED)
+#define MOEPRUNE_CPU_KERNELS(name)
+#elif defined(__x86_64__)
+#define MOEPRUNE_CPU_KERNELS(name) portable::name, avx2::name, avx512::name,
+#else
+#define MOEPRUNE_CPU_KERNELS(name) portable::name, nullptr, nullptr,
+#endif
+#if defined(MOEPRUNE_CUDA) || defined(MOEPRUNE_CUDA_EMULATED)
+#define MOEPRUNE_KERNELS(name) {MOEPRUNE_CPU_KERNELS(name) name##_cuda}
+#else
+#define MOEPRUNE_KERNELS(name) {MOEPRUNE_CPU_KERNELS(name) nullptr}
+#endif
+const Kernels<OverlapArgs> overlap_kernels MOEPRUNE_KERNELS(overlap);
+const Kernels<LogSumExpArgs> log_sum_exp_kernels MOEPRUNE_KERNELS(log_sum_exp);
+const Kernels<MaskedRouterArgs> masked_router_kernels MOEPRUNE_KERNELS(masked_router);
+const Kernels<RoutingMomentsArgs> routing_moments_kernels MOEPRUNE_KERNELS(routing_moments);
 
 // ---- operations
 
@@ -228,7 +251,7 @@ void overlap(const py::object& p, const py::object& q, const py::object& p_lse, 
   if ((args.out[kNll] && !args.labels) || (args.out[kAccept] && !args.uniform))
     throw std::invalid_argument("overlap: nll needs labels and accept needs uniform");
   args.threads = threads;
-  launch(args, unpack.device, overlap_cpu, MOEPRUNE_CUDA_KERNEL(overlap));
+  overlap_kernels(args, unpack.device);
 }
 
 void log_sum_exp(const py::object& logits, const py::object& lse, int threads) {
@@ -238,7 +261,7 @@ void log_sum_exp(const py::object& logits, const py::object& lse, int threads) {
   args.lse = unpack.contiguous<double>(lse, "lse", DType::float64, {args.logits.shape[0]});
   if (args.logits.shape[0] == 0) return;
   args.threads = threads;
-  launch(args, unpack.device, log_sum_exp_cpu, MOEPRUNE_CUDA_KERNEL(log_sum_exp));
+  log_sum_exp_kernels(args, unpack.device);
 }
 
 void masked_router(const py::object& logits, const py::object& lists, const py::object& stops, const py::object& slots,
@@ -271,7 +294,7 @@ void masked_router(const py::object& logits, const py::object& lists, const py::
   args.weights = unpack.contiguous<float>(weights, "weights", DType::float32, {-1, rows, top_k});
   if (rows == 0 || args.n_walks == 0 || args.n_stops == 0) return;
   args.threads = threads;
-  launch(args, unpack.device, masked_router_cpu, MOEPRUNE_CUDA_KERNEL(masked_router));
+  masked_router_kernels(args, unpack.device);
 }
 
 void routing_moments(const py::object& moments, const py::object& max_norm, const py::object& ids,
@@ -295,7 +318,7 @@ void routing_moments(const py::object& moments, const py::object& max_norm, cons
   if (args.workspace_size < 1 || outputs.is_none() == norms.is_none())
     throw std::invalid_argument("routing_moments_: needs a workspace, and either outputs or norms");
   args.threads = threads;
-  launch(args, unpack.device, routing_moments_cpu, MOEPRUNE_CUDA_KERNEL(routing_moments));
+  routing_moments_kernels(args, unpack.device);
 }
 
 py::dict build_info() {
@@ -314,9 +337,13 @@ py::dict build_info() {
   info["cuda"] = false;
 #endif
   info["cuda_archs"] = archs;
+#if defined(MOEPRUNE_CUDA_EMULATED)
+  info["cpu_isa"] = "cuda-emulated";
+#else
   for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512})
     if (supported(isa)) isas.append(kIsaNames[static_cast<int>(isa)]);
   info["cpu_isa"] = kIsaNames[static_cast<int>(current_isa().load())];
+#endif
   info["cpu_isas"] = isas;
 #if defined(_OPENMP)
   info["openmp"] = true;
@@ -329,12 +356,16 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(MOEPRUNE_MODULE, m) {
   m.doc() = "The compiled core of moeprune_ext; use it through moeprune_ext.ops";
-  current_isa();  // an unusable MOEPRUNE_ISA fails the import, not the first call
   m.attr("MAX_EXPERTS") = kMaxExperts;
   m.def("build_info", &build_info);
+#if defined(MOEPRUNE_CUDA_EMULATED)
+  add_emulator(m);
+#else
+  current_isa();  // an unusable MOEPRUNE_ISA fails the import, not the first call
   m.def("set_isa", [](const std::string& name) { current_isa() = isa_named(name); });
+#endif
   m.def("overlap", &overlap);
   m.def("log_sum_exp", &log_sum_exp);
   m.def("masked_router", &masked_router);

@@ -24,8 +24,8 @@ __device__ std::int32_t expert_of(std::uint64_t key) {
 }
 
 __device__ float rounded(float value, DType dtype) {
-  if (dtype == DType::bfloat16) return __bfloat162float(__float2bfloat16_rn(value));
-  if (dtype == DType::float16) return __half2float(__float2half_rn(value));
+  if (dtype == DType::bfloat16) return round_to_bfloat16(value);
+  if (dtype == DType::float16) return round_to_float16(value);
   return value;
 }
 
@@ -172,8 +172,7 @@ void masked_router_cuda(const MaskedRouterArgs& args) {
   const std::int64_t work = args.logits.shape[0] * (args.assigned ? 1 : args.n_walks);
   const std::int64_t blocks = (work + kThreads - 1) / kThreads;
   if (blocks > 0x7FFFFFFF) throw std::invalid_argument("masked_router: too many rows in one call on CUDA");
-  masked_router_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(args);
-  MOEPRUNE_CUDA_CHECK(cudaGetLastError());
+  launch(masked_router_kernel, {dim3(static_cast<unsigned>(blocks)), kThreads}, args.stream, args);
 }
 
 }  // namespace moeprune

@@ -66,10 +66,14 @@ __device__ float kl_term(float prob_a, float log_a, float log_b) {
   return log_b == -INFINITY ? INFINITY : prob_a * (log_a - log_b);
 }
 
+struct DrawnToken {
+  std::int64_t value;
+};
+
 // The first token whose cumulative probability exceeds u; the last possible one where rounding keeps all
 // below u.
 __device__ std::int64_t block_draw(const Row& row, LogProbability log_prob, double u) {
-  __shared__ std::int64_t token;
+  std::int64_t& token = block_shared<DrawnToken>().value;
   constexpr int kTile = 8 * kThreads;
   double below = 0;
   if (threadIdx.x == 0) token = -1;
@@ -155,15 +159,13 @@ __global__ void log_sum_exp_kernel(LogSumExpArgs args) {
 void overlap_cuda(const OverlapArgs& args) {
   const std::int64_t blocks = args.p.shape[0] * args.q.shape[0];
   if (blocks > 0x7FFFFFFF) throw std::invalid_argument("overlap: more than 2^31 - 1 rows in one call on CUDA");
-  overlap_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(args);
-  MOEPRUNE_CUDA_CHECK(cudaGetLastError());
+  launch(overlap_kernel, {dim3(static_cast<unsigned>(blocks)), kThreads}, args.stream, args);
 }
 
 void log_sum_exp_cuda(const LogSumExpArgs& args) {
   const std::int64_t blocks = args.logits.shape[0];
   if (blocks > 0x7FFFFFFF) throw std::invalid_argument("log_sum_exp: more than 2^31 - 1 rows in one call on CUDA");
-  log_sum_exp_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(args);
-  MOEPRUNE_CUDA_CHECK(cudaGetLastError());
+  launch(log_sum_exp_kernel, {dim3(static_cast<unsigned>(blocks)), kThreads}, args.stream, args);
 }
 
 }  // namespace moeprune

@@ -59,7 +59,6 @@ __global__ void accumulate_kernel(RoutingMomentsArgs args, std::int64_t tile, st
 }  // namespace
 
 void routing_moments_cuda(const RoutingMomentsArgs& args) {
-  const cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
   const std::int64_t n_pairs = args.ids.shape[0];
   if (args.n_experts == 0) return;
   const std::int64_t tile_size = args.norms.given() ? n_pairs : args.workspace_size;
@@ -67,11 +66,9 @@ void routing_moments_cuda(const RoutingMomentsArgs& args) {
     const std::int64_t n = n_pairs - tile < tile_size ? n_pairs - tile : tile_size;
     if (!args.norms.given()) {
       const std::int64_t blocks = (n * 32 + kThreads - 1) / kThreads;
-      norms_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args, tile, n);
-      MOEPRUNE_CUDA_CHECK(cudaGetLastError());
+      launch(norms_kernel, {dim3(static_cast<unsigned>(blocks)), kThreads}, args.stream, args, tile, n);
     }
-    accumulate_kernel<<<static_cast<unsigned>(args.n_experts), kThreads, 0, stream>>>(args, tile, n);
-    MOEPRUNE_CUDA_CHECK(cudaGetLastError());
+    launch(accumulate_kernel, {dim3(static_cast<unsigned>(args.n_experts)), kThreads}, args.stream, args, tile, n);
   }
 }
 

@@ -1,17 +1,98 @@
-"""Fixtures of the kernel tests: every instruction set of this machine, and the number of threads."""
+"""Fixtures of the kernel tests: every implementation of the kernels that this machine can run, and the number of
+threads."""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
 
 import pytest
 import torch
 
-from moeprune_ext import ops
+from moeprune_ext import dispatch, ops
+from moeprune_ext.reference import RouterSpec
+
+ISAS = ops.build_info()["cpu_isas"]
+EMULATED = importlib.util.find_spec("moeprune_ext._C_emulated") is not None  # built with MOEPRUNE_EMULATOR=ON
+CUDA = ops.build_info()["cuda_available"] and torch.cuda.is_available()
+OPERATIONS = ("log_sum_exp", "masked_router", "overlap", "overlap_from_hidden", "routing_moments_")
 
 
-@pytest.fixture(params=ops.build_info()["cpu_isas"])
+def to_gpu(value):
+    """Tensors with their strides and offsets, also inside of lists, specs and functions of tensors."""
+    if isinstance(value, torch.Tensor):
+        elements = value.untyped_storage().nbytes() // value.element_size()
+        storage = torch.as_strided(value.detach(), (elements,), (1,), 0).cuda()
+        return torch.as_strided(storage, value.shape, value.stride(), value.storage_offset())
+    if isinstance(value, RouterSpec):
+        return dataclasses.replace(value, correction_bias=to_gpu(value.correction_bias))
+    if callable(value):
+        return lambda *arguments: to_gpu(value(*(to_cpu(argument) for argument in arguments)))
+    return value
+
+
+def to_cpu(value):
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(to_cpu(item) for item in value)
+    return value
+
+
+def on_gpu(operation):
+    """The operation for tensors on the CPU, run by the CUDA kernels."""
+
+    @functools.wraps(operation)
+    def run(*arguments, backend="auto", **options):
+        moved = [to_gpu(argument) for argument in arguments]
+        options = {name: to_gpu(option) for name, option in options.items()}
+        result = operation(*moved, backend="torch" if backend == "torch" else "native", **options)
+        if operation.__name__.endswith("_"):  # works in place
+            for before, after in zip(arguments, moved, strict=True):
+                if isinstance(before, torch.Tensor) and before.is_contiguous():
+                    before.copy_(after)
+        return to_cpu(result)
+
+    return run
+
+
+@pytest.fixture(params=ISAS)
 def isa(request):
+    """The CPU kernels, once for every instruction set."""
     before = ops.build_info()["cpu_isa"]
     ops._C.set_isa(request.param)
     yield request.param
     ops._C.set_isa(before)
+
+
+@pytest.fixture(params=[*ISAS, *["cuda-emulated"] * EMULATED, *["cuda"] * CUDA])
+def core(request, monkeypatch):
+    """All kernels: of the CPU, of CUDA emulated on the CPU, and of CUDA where there is a GPU. The operations under
+    test take tensors on the CPU in any case."""
+    if request.param == "cuda-emulated":
+        emulated = importlib.import_module("moeprune_ext._C_emulated")
+        monkeypatch.setattr(dispatch, "_C", emulated)
+        monkeypatch.setattr(ops, "_C", emulated)
+        yield request.param
+    elif request.param == "cuda":
+        for owner in (ops, request.module):
+            for name in OPERATIONS:
+                if hasattr(owner, name):
+                    monkeypatch.setattr(owner, name, on_gpu(getattr(owner, name)))
+        yield request.param
+    else:
+        before = ops.build_info()["cpu_isa"]
+        ops._C.set_isa(request.param)
+        yield request.param
+        ops._C.set_isa(before)
+
+
+@pytest.fixture
+def sized(core):
+    """sized(n, m): n, or m where the kernels are emulated, which takes its time."""
+    return lambda full, emulated: emulated if core == "cuda-emulated" else full
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""routing_moments_: the table behind every criterion, on every instruction set that this processor has."""
+"""routing_moments_: the table behind every criterion, by every implementation of the kernel."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moeprune_ext import reference, routing_moments_
@@ -33,7 +33,7 @@ def same_bits(a, b):
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
-def test_of_three_pairs_worked_out_by_hand(backend):
+def test_of_three_pairs_worked_out_by_hand(core, backend):
     ids, gates = torch.tensor([1, 0, 1]), torch.tensor([0.5, 1.0, 0.25])
     outputs = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0]])  # norms 5, 0, 2
     moments, max_norm = empty_tables(3)
@@ -49,7 +49,7 @@ def test_of_three_pairs_worked_out_by_hand(backend):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("hidden", [0, 1, 2, 3, 31, 129, 2048, 2051, 5000])
-def test_agrees_with_the_definition(isa, dtype, hidden):
+def test_agrees_with_the_definition(core, dtype, hidden):
     ids, gates, outputs = random_pairs(70, hidden, 5, dtype=dtype)
     valid = torch.arange(70) % 6 != 0
     moments, max_norm = tables(5, ids.int(), gates, outputs, valid=valid, backend="native")
@@ -69,9 +69,18 @@ def test_threads_and_repetition_do_not_change_a_bit(isa, threads, dtype):
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
-@settings(max_examples=30, deadline=None)
+def test_more_pairs_than_the_workspace_holds(core):
+    ids, gates, outputs = random_pairs(9001, 20, 6)  # three tiles
+    moments, max_norm = tables(6, ids, gates, outputs, backend="native")
+    expected, expected_max = empty_tables(6)
+    reference.routing_moments_(expected, expected_max, ids, gates, outputs.double())
+    torch.testing.assert_close(moments, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(max_norm, expected_max, rtol=1e-6, atol=0)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 300), st.integers(1, 9), st.lists(st.integers(0, 300), max_size=4), st.integers(0, 99))
-def test_tables_of_any_split_add_up(count, experts, cuts, seed):
+def test_tables_of_any_split_add_up(core, count, experts, cuts, seed):
     pairs = random_pairs(count, 17, experts, seed)
     moments, max_norm = tables(experts, *pairs)
     bounds = [0, *sorted(min(cut, count) for cut in cuts), count]
@@ -99,7 +108,7 @@ def test_an_id_outside_changes_nothing(backend, bad):
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
-def test_norms_may_be_given_instead_of_outputs(backend):
+def test_norms_may_be_given_instead_of_outputs(core, backend):
     ids, gates, outputs = random_pairs(200, 33, 6)
     norms = outputs.double().norm(dim=-1)
     expected = tables(6, ids, gates, outputs, backend=backend)
@@ -108,7 +117,7 @@ def test_norms_may_be_given_instead_of_outputs(backend):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 
-def test_gates_in_half_precision_count_at_their_value(isa):
+def test_gates_in_half_precision_count_at_their_value(core):
     ids, gates, outputs = random_pairs(100, 9, 3)
     for dtype in (torch.bfloat16, torch.float16):
         rounded = gates.to(dtype)
@@ -116,7 +125,7 @@ def test_gates_in_half_precision_count_at_their_value(isa):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_strided_views_give_the_bits_of_their_copies(isa, dtype):
+def test_strided_views_give_the_bits_of_their_copies(core, dtype):
     ids, gates, outputs = random_pairs(120, 120, 5, dtype=dtype)
     expanded = ids[:1].expand(60), gates[:1].expand(60), outputs[:1].expand(60, 120)
     for view in (
@@ -130,7 +139,7 @@ def test_strided_views_give_the_bits_of_their_copies(isa, dtype):
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30, 3e-23, 1e18, 0.0])
-def test_norms_beyond_the_range_of_float32_squares(isa, scale):
+def test_norms_beyond_the_range_of_float32_squares(core, scale):
     ids, gates, outputs = random_pairs(40, 50, 3)
     outputs *= scale
     moments, max_norm = tables(3, ids, gates, outputs)
@@ -141,7 +150,7 @@ def test_norms_beyond_the_range_of_float32_squares(isa, scale):
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
-def test_nan_and_infinity_stay_with_their_expert(backend):
+def test_nan_and_infinity_stay_with_their_expert(core, backend):
     ids = torch.tensor([0, 1, 1, 2, 1])
     outputs = torch.ones(5, 20)
     outputs[2, 11], outputs[3, 0] = NAN, INF
@@ -153,7 +162,7 @@ def test_nan_and_infinity_stay_with_their_expert(backend):
     assert (moments[2, :, 1:] == INF).all() and max_norm[2] == INF
 
 
-def test_no_pairs_change_nothing():
+def test_no_pairs_change_nothing(core):
     moments, max_norm = tables(3, *random_pairs(20, 4, 3))
     before = moments.clone(), max_norm.clone()
     none = torch.zeros(0, dtype=torch.int64)
