@@ -164,6 +164,8 @@ inline float fast_exp2(float x) {
   return result < 0x1p-126f ? 0.0f : result;  // false for NaN
 }
 
+inline float min_or_nan(float a, float b) { return a != a ? a : b != b ? b : a < b ? a : b; }
+
 inline float float16_to_float(std::uint16_t bits) {
   const unsigned sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7FFFu) << 13;
   // 2^112 moves the exponent's bias from 15 to 127, for subnormal numbers too.

@@ -75,6 +75,12 @@ __device__ inline float fast_exp2(float x) {
   return result;
 }
 
+__device__ inline float min_or_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 __device__ inline float float16_to_float(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
 // To the nearest float16, ties to even.

@@ -8,6 +8,7 @@
 //                       cluster_sync() before the first and after the last use
 //   load16[_streaming]  16 aligned bytes that no thread writes meanwhile; streaming: not needed again
 //   fast_exp2           2^x within 2 ulp, subnormal results are 0
+//   min_or_nan          the smaller, NaN where either is NaN
 //   launch(kernel, shape, stream, arguments...)    a grid of no blocks launches nothing
 #pragma once
 
@@ -58,27 +59,31 @@ __device__ inline double double_at(const TensorView& tensor, std::int64_t at) {
 
 template <class T>
 struct ReductionSpace {
-  T partial[kThreads];
+  T partial[32];  // a warp each
 };
 
 // Combines one value per thread over the block in a fixed tree, hence deterministically; every thread gets
-// the result. combine must be associative and commutative up to rounding.
+// the result. Blocks are of whole warps. combine must be associative and commutative up to rounding.
 template <class T, class Combine>
 __device__ T block_reduce(T value, Combine combine) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) value = combine(value, __shfl_xor_sync(0xFFFFFFFFu, value, lanes));
   auto& partial = block_shared<ReductionSpace<T>>().partial;
   __syncthreads();  // the previous reduction's result has been read
-  partial[threadIdx.x] = value;
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
   __syncthreads();
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    if (static_cast<int>(threadIdx.x) < width)
-      partial[threadIdx.x] = combine(partial[threadIdx.x], partial[threadIdx.x + width]);
-    __syncthreads();
-  }
-  return partial[0];
+  value = partial[0];
+  for (unsigned warp = 1; warp < blockDim.x / 32; ++warp) value = combine(value, partial[warp]);
+  return value;
 }
 
 struct Sum {
   __device__ double operator()(double a, double b) const { return a + b; }
+};
+
+// The larger; of floats, the one that is a number.
+struct Max {
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+  __device__ std::uint64_t operator()(std::uint64_t a, std::uint64_t b) const { return a > b ? a : b; }
 };
 
 // The larger; NaN wins.

@@ -1,16 +1,22 @@
-// masked_router on CUDA: plain, not yet tuned.
+// masked_router on CUDA.
 //
-// One thread routes one row along one walk, with the running top-k in its local memory, as keys whose integer
-// order is "higher score, then lower id" (see masked_router.cpp). The softmax's denominator is carried
-// relative to the running maximum, so that a walk answers at every stop; where the choice itself needs the
-// denominator (softmax plus bias) or the groups, the list is walked before.
+// A thread routes a row. A block first brings its rows' logits into shared memory, by experts, so that a step of the
+// walk reads neighbouring words; then its threads walk the list together, each with the running top-k of its row in
+// registers, as keys whose integer order is "higher score, then lower id" (see masked_router.cpp): an expert sinks to
+// its place by a maximum and a minimum at each. The softmax's denominator is carried along, so that a walk answers at
+// every stop; where the choice itself needs the denominator (softmax plus bias, sums of scores of groups), the list is
+// walked before. Answers, which are most of the traffic, leave by way of shared memory, a warp's rows as one run of
+// consecutive words.
 #include "cuda_utils.cuh"
 #include "masked_router.h"
 
 namespace moeprune {
 namespace {
 
+constexpr int kWarp = 32;
 constexpr int kMaxTopK = 64, kMaxGroups = 64;  // the thread's local arrays
+constexpr int kRowsOfBlock = 64;               // two warps: many small blocks, since they wait for memory
+constexpr std::uint64_t kNoKey = 0;            // below every key
 
 __device__ std::uint64_t key_of(float score, std::int32_t expert) {
   const std::uint32_t raw = __float_as_uint(score + 0.0f);  // -0 and +0 are equal scores
@@ -29,35 +35,78 @@ __device__ float rounded(float value, DType dtype) {
   return value;
 }
 
+// A running sum of exp(x - offset). The offset follows the largest x at a distance, so that the sum is hardly ever
+// rescaled and neither overflows nor vanishes.
 struct Denominator {
+  float offset = -3.4028235e38f;
   double sum = 0;
-  float highest = -INFINITY;
 
   __device__ void add(float x) {
-    if (x > highest) {
-      sum = sum * exp(static_cast<double>(highest) - static_cast<double>(x)) + (x == INFINITY ? NAN : 1.0);
-      highest = x;
-    } else if (x != -INFINITY) {
-      sum += expf(x - highest);
+    if (x > offset + 16.0f) {
+      sum *= exp(static_cast<double>(offset) - static_cast<double>(x));
+      offset = x;
     }
+    sum += static_cast<double>(expf(x - offset));  // NaN for NaN and +inf
   }
 };
 
+// The block's shared memory, in this order: logits [E][rows + 1] where they fit (one more, against bank conflicts),
+// and for each warp the answers of its rows on their way out: ids [32][K + 1], weights [32][K + 1].
+struct Layout {
+  int rows;     // of a block, and its threads
+  bool staged;  // whether the logits are brought into shared memory
+
+  __host__ __device__ std::size_t logits(int n_experts) const {
+    return staged ? sizeof(float) * static_cast<std::size_t>(n_experts) * (rows + 1) : 0;
+  }
+  __host__ __device__ std::size_t answers(int top_k) const {
+    return (sizeof(std::int32_t) + sizeof(float)) * static_cast<std::size_t>(rows) * (top_k + 1);
+  }
+};
+
+// The running top-k: in registers where top_k is known to the compiler, otherwise (kTopK = 0) in local memory.
+template <int kTopK>
+struct Best {
+  std::uint64_t key[kTopK > 0 ? kTopK : kMaxTopK];
+
+  __device__ void clear(int top_k) {
+#pragma unroll
+    for (int j = 0; j < (kTopK > 0 ? kTopK : top_k); ++j) key[j] = kNoKey;
+  }
+  // Keys are distinct: each place keeps its own, or takes the smaller of the new key and the one before it.
+  __device__ void insert(std::uint64_t entering, int top_k) {
+    const int last = (kTopK > 0 ? kTopK : top_k) - 1;
+    if (entering <= key[last]) return;
+#pragma unroll
+    for (int j = last; j > 0; --j) {
+      const std::uint64_t sinking = key[j - 1] < entering ? key[j - 1] : entering;
+      key[j] = key[j] > sinking ? key[j] : sinking;
+    }
+    key[0] = key[0] > entering ? key[0] : entering;
+  }
+};
+
+template <int kTopK>
 struct RowRouter {
   const MaskedRouterArgs& args;
-  std::int64_t row;
+  const Layout& layout;
+  std::int64_t row;  // of the tensor; rows beyond its end repeat the last and are not written
   Denominator denominator;
-  std::uint64_t best[kMaxTopK];
+  Best<kTopK> best;
+
+  __device__ int top_k() const { return kTopK > 0 ? kTopK : args.top_k; }
+  __device__ int n_experts() const { return static_cast<int>(args.logits.shape[1]); }
 
   __device__ float logit(std::int32_t expert) const {
+    if (layout.staged)
+      return reinterpret_cast<const float*>(dynamic_shared())[expert * (layout.rows + 1) + threadIdx.x];
     return float_at(args.logits, row * args.logits.stride[0] + expert * args.logits.stride[1]);
   }
 
-  __device__ float score(std::int32_t expert) const {
-    const float x = logit(expert);
+  __device__ float score(float x) const {
     switch (args.score) {
       case Score::softmax:
-        return static_cast<float>(expf(x - denominator.highest) / denominator.sum);
+        return static_cast<float>(static_cast<double>(expf(x - denominator.offset)) / denominator.sum);
       case Score::sigmoid: {
         const float t = expf(-fabsf(x));
         return (x < 0 ? t : 1.0f) / (1.0f + t);
@@ -69,57 +118,54 @@ struct RowRouter {
     }
   }
 
-  __device__ float score_for_choice(std::int32_t expert) const {
-    return args.bias ? score(expert) + args.bias[expert] : logit(expert);
-  }
+  // What ranks an expert of this logit.
+  __device__ float choice(float x, std::int32_t expert) const { return args.bias ? score(x) + args.bias[expert] : x; }
 
   // The groups that may be chosen from, as bits.
   __device__ std::uint64_t best_groups(const std::int32_t* list, int n) const {
-    const int group_size = static_cast<int>(args.logits.shape[1]) / args.n_group;
-    std::uint64_t group_key[kMaxGroups];
-    for (int g = 0; g < args.n_group; ++g) {
-      float first = -INFINITY, second = -INFINITY;
-      bool present = false;
-      for (int i = 0; i < n; ++i) {
-        if (list[i] / group_size != g) continue;
-        present = true;
-        const float x = args.group_top2_sum && !args.bias ? score(list[i]) : score_for_choice(list[i]);
-        if (x > first || x != x) {  // a NaN ranks first
-          second = first;
-          first = x;
-        } else if (x > second) {
-          second = x;
-        }
+    const int group_size = n_experts() / args.n_group;
+    float first[kMaxGroups], second[kMaxGroups];
+    std::uint64_t present = 0, key[kMaxGroups];
+    for (int g = 0; g < args.n_group; ++g) first[g] = second[g] = -INFINITY;
+    for (int i = 0; i < n; ++i) {
+      const int g = list[i] / group_size;
+      present |= std::uint64_t{1} << g;
+      const float logit_here = logit(list[i]);
+      const float x = args.group_top2_sum && !args.bias ? score(logit_here) : choice(logit_here, list[i]);
+      if (x > first[g] || x != x) {  // a NaN ranks first
+        second[g] = first[g];
+        first[g] = x;
+      } else if (x > second[g]) {
+        second[g] = x;
       }
-      group_key[g] = present ? key_of(args.group_top2_sum ? first + second : first, g) : 0;
     }
+    for (int g = 0; g < args.n_group; ++g)
+      key[g] = present >> g & 1 ? key_of(args.group_top2_sum ? first[g] + second[g] : first[g], g) : kNoKey;
     std::uint64_t allowed = 0;
     for (int g = 0; g < args.n_group; ++g) {
       int better = 0;
-      for (int other = 0; other < args.n_group; ++other) better += group_key[other] > group_key[g];
-      if (group_key[g] != 0 && better < args.topk_group) allowed |= std::uint64_t{1} << g;
+      for (int other = 0; other < args.n_group; ++other) better += key[other] > key[g];
+      if (key[g] != kNoKey && better < args.topk_group) allowed |= std::uint64_t{1} << g;
     }
     return allowed;
   }
 
-  __device__ void insert(std::uint64_t key) {
-    int j = args.top_k - 1;
-    if (key <= best[j]) return;
-    for (; j > 0 && best[j - 1] < key; --j) best[j] = best[j - 1];
-    best[j] = key;
-  }
-
-  __device__ void answer(std::int32_t slot) const {
-    const int k = args.top_k;
-    const std::int64_t at = (slot * args.logits.shape[0] + row) * k;
+  // This row's ids and weights, into the warp's shared memory.
+  __device__ void stage(std::int32_t* ids, float* weights) const {
     const bool over_chosen = args.score == Score::softmax_over_chosen;
     float highest = -INFINITY, total = 0;
-    for (int j = 0; over_chosen && j < k; ++j) highest = fmaxf(highest, logit(expert_of(best[j])));
-    for (int j = 0; j < k; ++j) {
-      const std::int32_t expert = expert_of(best[j]);
-      const float weight = over_chosen ? expf(logit(expert) - highest) : score(expert);
-      args.ids[at + j] = expert;
-      args.weights[at + j] = weight;
+    if (over_chosen)
+      for (int j = 0; j < top_k(); ++j) highest = fmaxf(highest, logit(expert_of(best.key[j])));
+    const double inverse = args.score == Score::softmax ? 1.0 / denominator.sum : 1.0;
+#pragma unroll
+    for (int j = 0; j < top_k(); ++j) {
+      const std::int32_t expert = expert_of(best.key[j]);
+      const float x = logit(expert);
+      const float weight = over_chosen                    ? expf(x - highest)
+                           : args.score == Score::softmax ? static_cast<float>(expf(x - denominator.offset) * inverse)
+                                                          : score(x);
+      ids[j] = expert;
+      weights[j] = weight;
       total += weight;
     }
     double factor = 1;
@@ -127,41 +173,101 @@ struct RowRouter {
       factor /= static_cast<double>(total);
       total = 1;
     }
-    if (args.renormalize) factor /= static_cast<double>(total) + args.eps;
-    factor *= args.scale;
-    for (int j = 0; j < k; ++j)
-      args.weights[at + j] = rounded(static_cast<float>(args.weights[at + j] * factor), args.weights_dtype);
+    if (args.renormalize) factor /= static_cast<double>(total) + static_cast<double>(args.eps);
+    factor *= static_cast<double>(args.scale);
+#pragma unroll
+    for (int j = 0; j < top_k(); ++j)
+      weights[j] = rounded(static_cast<float>(static_cast<double>(weights[j]) * factor), args.weights_dtype);
+  }
+
+  // The warp's answers to one slot: staged, then written as runs of consecutive words.
+  __device__ void answer(std::int32_t slot) const {
+    const int k = top_k(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    std::int32_t* ids =
+        reinterpret_cast<std::int32_t*>(dynamic_shared() + layout.logits(n_experts())) + warp * kWarp * (k + 1);
+    float* weights = reinterpret_cast<float*>(dynamic_shared() + layout.logits(n_experts())) +
+                     (layout.rows + warp * kWarp) * (k + 1);
+    stage(ids + lane * (k + 1), weights + lane * (k + 1));
+    __syncwarp();
+    const std::int64_t n_rows = args.logits.shape[0];
+    const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.x) * layout.rows + warp * kWarp;
+    const std::int64_t rows_left = n_rows - first_row;
+    const int words = static_cast<int>(rows_left < kWarp ? rows_left : kWarp) * k;  // below 0 for a warp without rows
+    const std::int64_t to = (slot * n_rows + first_row) * k;
+    for (int i = lane; i < words; i += kWarp) {
+      const int from = i + i / k;  // rows are k + 1 words apart
+      args.ids[to + i] = ids[from];
+      args.weights[to + i] = weights[from];
+    }
+    __syncwarp();  // before the next answer is staged
   }
 
   __device__ void walk(std::int64_t w) {
-    const std::int64_t n_experts = args.logits.shape[1];
-    const std::int32_t* list = args.lists + w * n_experts;
+    const std::int32_t* list = args.lists + w * n_experts();
     const std::int32_t* stops = args.stops + w * args.n_stops;
     const std::int32_t* slots = args.slots + w * args.n_stops;
     const int n = stops[args.n_stops - 1];
     const bool softmax = args.score == Score::softmax;
     const bool denominator_first = softmax && (args.n_group > 1 || args.bias);
+    denominator = Denominator();
     for (int i = 0; denominator_first && i < n; ++i) denominator.add(logit(list[i]));
     const std::uint64_t allowed = args.n_group > 1 ? best_groups(list, n) : ~std::uint64_t{0};
-    const int group_size = static_cast<int>(n_experts) / args.n_group;
+    const int group_size = n_experts() / args.n_group;
     std::int64_t stop = 0;
-    for (int j = 0; j < args.top_k; ++j) best[j] = 0;  // below every key
+    best.clear(top_k());
     for (int i = 0; i < n; ++i) {
       const std::int32_t expert = list[i];
-      if (softmax && !denominator_first) denominator.add(logit(expert));
-      if (args.n_group == 1 || allowed >> (expert / group_size) & 1) insert(key_of(score_for_choice(expert), expert));
+      const float x = logit(expert);
+      if (softmax && !denominator_first) denominator.add(x);
+      if (args.n_group == 1 || allowed >> (expert / group_size) & 1)
+        best.insert(key_of(choice(x, expert), expert), top_k());
+      // The rows of a warp share their list, or (assigned) have one stop each, taken below.
+      if (args.assigned) continue;
       for (; stop < args.n_stops && stops[stop] == i + 1; ++stop) answer(slots[stop]);
+    }
+    if (args.assigned) {
+      __syncwarp();
+      answer(slots[0]);
     }
   }
 };
 
-__global__ void masked_router_kernel(MaskedRouterArgs args) {
-  const std::int64_t n_rows = args.logits.shape[0];
-  const std::int64_t walks = args.assigned ? 1 : args.n_walks;
-  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= n_rows * walks) return;
-  RowRouter router{args, index % n_rows, {}, {}};
-  router.walk(args.assigned ? args.assigned[router.row] : index / n_rows);
+// The block's rows of logits into shared memory; rows beyond the end repeat the last.
+__device__ void stage_logits(const MaskedRouterArgs& args, const Layout& layout) {
+  float* staged = reinterpret_cast<float*>(dynamic_shared());
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * layout.rows, last = args.logits.shape[0] - 1;
+  const int n_experts = static_cast<int>(args.logits.shape[1]), warps = layout.rows / kWarp;
+  for (int r = threadIdx.x / kWarp; r < layout.rows; r += warps) {
+    const std::int64_t row = first + r < last ? first + r : last;
+    for (int e = threadIdx.x % kWarp; e < n_experts; e += kWarp)
+      staged[e * (layout.rows + 1) + r] =
+          float_at(args.logits, row * args.logits.stride[0] + e * args.logits.stride[1]);
+  }
+  __syncthreads();
+}
+
+// A block to `rows` rows; the blocks of one x share its rows' walks among them.
+template <int kTopK>
+__global__ void __launch_bounds__(kRowsOfBlock) masked_router_kernel(MaskedRouterArgs args, Layout layout) {
+  if (layout.staged) stage_logits(args, layout);
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * layout.rows + threadIdx.x;
+  const std::int64_t last = args.logits.shape[0] - 1;
+  RowRouter<kTopK> router{args, layout, row < last ? row : last, {}, {}};
+  if (args.assigned) {
+    router.walk(args.assigned[router.row]);
+  } else {
+    for (std::int64_t w = blockIdx.y; w < args.n_walks; w += gridDim.y) router.walk(w);
+  }
+}
+
+// The rows of a block: as many as leave room for several blocks on a multiprocessor, half where they would not, and
+// the logits read where they lie where even those are too many.
+Layout layout_of(const MaskedRouterArgs& args, std::size_t shared_per_block) {
+  const int n_experts = static_cast<int>(args.logits.shape[1]);
+  const Layout whole{kRowsOfBlock, true}, half{kRowsOfBlock / 2, true};
+  if (whole.logits(n_experts) + whole.answers(args.top_k) <= shared_per_block / 3) return whole;
+  if (half.logits(n_experts) + half.answers(args.top_k) <= shared_per_block) return half;
+  return {kRowsOfBlock / 2, false};
 }
 
 }  // namespace
@@ -169,10 +275,30 @@ __global__ void masked_router_kernel(MaskedRouterArgs args) {
 void masked_router_cuda(const MaskedRouterArgs& args) {
   if (args.top_k > kMaxTopK || args.n_group > kMaxGroups)
     throw std::invalid_argument("masked_router: the CUDA kernel takes top_k and n_group up to 64");
-  const std::int64_t work = args.logits.shape[0] * (args.assigned ? 1 : args.n_walks);
-  const std::int64_t blocks = (work + kThreads - 1) / kThreads;
+  const DeviceInfo device = device_info();
+  const Layout layout = layout_of(args, device.shared_per_block);
+  const std::int64_t blocks = (args.logits.shape[0] + layout.rows - 1) / layout.rows;
   if (blocks > 0x7FFFFFFF) throw std::invalid_argument("masked_router: too many rows in one call on CUDA");
-  launch(masked_router_kernel, {dim3(static_cast<unsigned>(blocks)), kThreads}, args.stream, args);
+  // Few rows: their walks go to several blocks each, which bring in the logits each for itself.
+  const std::int64_t wanted = (8 * device.multiprocessors + blocks - 1) / blocks;
+  const std::int64_t walks = args.assigned ? 1 : args.n_walks;
+  const std::int64_t per_rows = wanted < walks ? wanted : walks;
+  const LaunchShape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(per_rows)), layout.rows,
+                          layout.logits(static_cast<int>(args.logits.shape[1])) + layout.answers(args.top_k)};
+  switch (args.top_k) {
+    case 1:
+      return launch(masked_router_kernel<1>, shape, args.stream, args, layout);
+    case 2:
+      return launch(masked_router_kernel<2>, shape, args.stream, args, layout);
+    case 4:
+      return launch(masked_router_kernel<4>, shape, args.stream, args, layout);
+    case 6:
+      return launch(masked_router_kernel<6>, shape, args.stream, args, layout);
+    case 8:
+      return launch(masked_router_kernel<8>, shape, args.stream, args, layout);
+    default:
+      return launch(masked_router_kernel<0>, shape, args.stream, args, layout);
+  }
 }
 
 }  // namespace moeprune

@@ -156,6 +156,12 @@ MOEPRUNE_INLINE float largest(Vec v) {
   return result;
 }
 
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
 // 2^(j/4), j the two low bits of each lane, as bits of its mantissa less j << 21.
 MOEPRUNE_INLINE IntVec quarter_powers(IntVec j) {
   constexpr std::int32_t kOne = 0x3F800000;
@@ -184,9 +190,12 @@ MOEPRUNE_INLINE IntVec quarter_powers(IntVec j) {
 // them, are exactly 0 at no further cost. NaN stays NaN because the factor is multiplied, not added to the bits.
 MOEPRUNE_INLINE Vec exp(Vec x) {
   const Vec shift = splat(12582912.0f + 4 * 127.0f);  // 1.5 * 2^23
-  const Vec quarters = max(splat(-88.03f), x) * 5.77078016f;
-  const Vec shifted = quarters + shift;
-  const Vec r = quarters - (shifted - shift);
+  const Vec clamped = max(splat(-88.03f), x);
+  const Vec shifted = clamped * 5.77078016f + shift;
+  const Vec n = shifted - shift;
+  // Without fused multiply-add, ln 2 / 4 in two parts, the first so short that n times it is exact.
+  const Vec r =
+      kFused ? clamped * 5.77078016f - n : ((clamped - n * 0.17327880859375f) - n * 7.98654624e-6f) * 5.77078016f;
   Vec poly = r * 8.66925902e-4f + 1.50235539e-2f;
   poly = poly * r + 1.73286907e-1f;
   poly = poly * r + 0.999999707f;
@@ -284,7 +293,7 @@ MOEPRUNE_INLINE FloatRow row_of(const TensorView& tensor, std::int64_t offset) {
 // Rows are walked in blocks, short enough for float32 partial sums and for a copy in the first-level cache;
 // kStep is what the unrolled loops take at a time.
 constexpr int kPair = 2 * kLanes, kStep = 2 * kPair;
-constexpr int kBlock = 1024;
+constexpr int kBlock = kLanes > 4 ? 1024 : 512;
 static_assert(kBlock % kStep == 0, "a full block is whole steps");
 
 struct alignas(64) BlockBuffer {

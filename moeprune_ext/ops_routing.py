@@ -276,11 +276,12 @@ def routing_moments_(
     # The norms' and gates' own dtypes are all handled; the kernels' limits concern the outputs.
     core = kernels(backend, outputs if outputs is not None else max_norm)
     if core is not None:
-        # One norm per pair of a tile; a tile is what keeps the workspace under 1 % of the outputs, in sane
-        # bounds.
+        # What a tile of pairs keeps between reading its outputs and adding up: norms in float64 and, on CUDA, ids.
+        # It stays under 1 % of the outputs, and on the CPU in the cache.
+        on_cpu = gates.device.type == "cpu"
         input_bytes = 0 if outputs is None else outputs.shape[1] * outputs.element_size() * n_pairs
-        tile = min(n_pairs, max(4096, min(65_536, input_bytes // 800)))
-        workspace = torch.empty(tile, dtype=torch.float64, device=gates.device)
+        tile = min(n_pairs, 65_536) if on_cpu else n_pairs * 5 // 4 + 8
+        workspace = torch.empty(max(64, min(tile, input_bytes // 800)), dtype=torch.float64, device=gates.device)
         core.routing_moments(
             moments,
             max_norm,
