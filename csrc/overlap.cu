@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kBlock = 512;  // threads
 constexpr int kMaxCluster = 8;
+constexpr int kFew = 5, kMany = 10;  // vectors of q that a thread holds: few let two blocks share a multiprocessor
 constexpr float kLog2E = 1.44269504f;
 
 // ---- rows
@@ -42,47 +43,57 @@ template <class T>
 constexpr int kPerVector = 16 / static_cast<int>(sizeof(typename T::Bits));
 
 struct Row {
-  const TensorView* tensor;
-  std::int64_t offset, stride;
+  const char* first;  // the first element
+  std::int64_t stride;
   int size;
+  DType dtype;
+  int loadable;  // bytes that a vector of it can be loaded in at a time: 16, 4, or 0 for element by element
 
-  __device__ float operator[](std::int64_t i) const { return float_at(*tensor, offset + i * stride); }
+  __device__ Row(const TensorView& tensor, std::int64_t offset)
+      : stride(tensor.stride[tensor.dim - 1]),
+        size(static_cast<int>(tensor.shape[tensor.dim - 1])),
+        dtype(tensor.dtype) {
+    first = static_cast<const char*>(tensor.data) + offset * (dtype == DType::float32 ? 4 : 2);
+    const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(first);
+    loadable = stride != 1 ? 0 : address % 16 == 0 ? 16 : address % 4 == 0 ? 4 : 0;
+  }
+
   template <class T>
-  __device__ const typename T::Bits* at(std::int64_t i) const {
-    return static_cast<const typename T::Bits*>(tensor->data) + offset + i * stride;
+  __device__ typename T::Bits bits(int i) const {
+    return __ldg(reinterpret_cast<const typename T::Bits*>(first) + i * stride);
+  }
+  __device__ float operator[](int i) const {
+    return dtype == DType::float32    ? __uint_as_float(bits<Float32>(i))
+           : dtype == DType::bfloat16 ? bfloat16_to_float(bits<BFloat16>(i))
+                                      : float16_to_float(bits<Float16>(i));
   }
 };
 
-__device__ Row p_row(const OverlapArgs& args, std::int64_t t) {
-  return {&args.p, t * args.p.stride[0], args.p.stride[1], static_cast<int>(args.p.shape[1])};
-}
+__device__ Row p_row(const OverlapArgs& args, std::int64_t t) { return Row(args.p, t * args.p.stride[0]); }
 
 __device__ Row q_row(const OverlapArgs& args, std::int64_t c, std::int64_t t) {
-  return {&args.q, c * args.q.stride[0] + t * args.q.stride[1], args.q.stride[2], static_cast<int>(args.q.shape[2])};
+  return Row(args.q, c * args.q.stride[0] + t * args.q.stride[1]);
 }
 
-// Vector `v`, elements [v * kPerVector, ...), of a row of T; -inf beyond the row's end. One load of 16 bytes where
-// the row is aligned to that, four of 4 bytes where to those, otherwise element by element.
+// Vector `v`, elements [v * kPerVector, ...), of a row of T; -inf beyond the row's end.
 template <class T, bool kOnce>
 __device__ Vec16 load_vector(const Row& row, int v) {
-  constexpr int n = kPerVector<T>, bits = 8 * static_cast<int>(sizeof(typename T::Bits));
-  const std::int64_t first = static_cast<std::int64_t>(v) * n;
-  const auto* from = row.at<T>(first);
-  const bool whole = first + n <= row.size && row.stride == 1;
-  if (whole && reinterpret_cast<std::uintptr_t>(from) % 16 == 0) return kOnce ? load16_streaming(from) : load16(from);
+  constexpr int n = kPerVector<T>, width = 8 * static_cast<int>(sizeof(typename T::Bits));
+  const char* from = row.first + static_cast<std::int64_t>(v) * 16;
+  const bool whole = (v + 1) * n <= row.size;
+  if (whole && row.loadable == 16) return kOnce ? load16_streaming(from) : load16(from);
   Vec16 vector;
-  if (whole && reinterpret_cast<std::uintptr_t>(from) % 4 == 0) {
-    const auto* words = reinterpret_cast<const std::uint32_t*>(from);
+  if (whole && row.loadable == 4) {
 #pragma unroll
-    for (int w = 0; w < 4; ++w) vector.word[w] = __ldg(words + w);
+    for (int w = 0; w < 4; ++w) vector.word[w] = __ldg(reinterpret_cast<const std::uint32_t*>(from) + w);
     return vector;
   }
 #pragma unroll
   for (int w = 0; w < 4; ++w) vector.word[w] = 0;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    const std::uint32_t element = first + i < row.size ? __ldg(row.at<T>(first + i)) : T::minus_infinity;
-    vector.word[i * bits / 32] |= element << (i * bits % 32);
+    const std::uint32_t element = v * n + i < row.size ? row.bits<T>(v * n + i) : T::minus_infinity;
+    vector.word[i * width / 32] |= element << (i * width % 32);
   }
   return vector;
 }
@@ -101,16 +112,12 @@ __device__ void unpack(const Vec16& vector, float (&x)[kPerVector<T>]) {
   }
 }
 
-// The elements of vector `v` of a row of T in a row of any dtype.
+// The elements of vector `v` of a row of T in a row of another dtype.
 template <class T>
-__device__ void read_like(const Row& row, int v, float (&x)[kPerVector<T>]) {
-  if (row.tensor->dtype == T::dtype) {
-    unpack<T>(load_vector<T, false>(row, v), x);
-    return;
-  }
+__device__ void gather_vector(const Row& row, int v, float (&x)[kPerVector<T>]) {
 #pragma unroll
   for (int i = 0; i < kPerVector<T>; ++i) {
-    const std::int64_t at = static_cast<std::int64_t>(v) * kPerVector<T> + i;
+    const int at = v * kPerVector<T> + i;
     x[i] = at < row.size ? row[at] : -INFINITY;
   }
 }
@@ -124,10 +131,16 @@ __device__ float tree_sum(float (&x)[n]) {
   return x[0];
 }
 
-// The k-th vector of this thread: neighbours in memory go to neighbouring threads, then to the cluster's blocks.
-__device__ int vector_index(int k) {
-  return static_cast<int>((k * cluster_size() + cluster_rank()) * blockDim.x + threadIdx.x);
-}
+// The vectors of a row that are this thread's: neighbours in memory go to neighbouring threads, then to the
+// cluster's blocks, then round again.
+struct Share {
+  int first, step;
+
+  __device__ Share()
+      : first(static_cast<int>(cluster_rank() * blockDim.x + threadIdx.x)),
+        step(static_cast<int>(cluster_size() * blockDim.x)) {}
+  __device__ int operator[](int k) const { return first + k * step; }
+};
 
 template <class T>
 __device__ int vectors_of(const Row& row) {
@@ -201,19 +214,29 @@ __device__ double combined_lse(const Terms& terms, int slot) {
 // Reading the row, holding nothing of it.
 template <class T>
 __device__ double streamed_lse(const Row& row, int slot) {
-  Terms terms;
+  constexpr int kAtOnce = 4;  // loads in flight
+  const Share share;
   const int vectors = vectors_of<T>(row);
-#pragma unroll 4
-  for (int k = 0; vector_index(k) < vectors; ++k) {
-    float x[kPerVector<T>];
-    unpack<T>(load_vector<T, false>(row, vector_index(k)), x);
-    terms.add(x);
+  Terms terms;
+  for (int v = share.first; v < vectors; v += kAtOnce * share.step) {
+    Vec16 loaded[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      if (v + u * share.step < vectors) loaded[u] = load_vector<T, false>(row, v + u * share.step);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (v + u * share.step < vectors) {
+        float x[kPerVector<T>];
+        unpack<T>(loaded[u], x);
+        terms.add(x);
+      }
+    }
   }
   return combined_lse(terms, slot);
 }
 
 __device__ double streamed_lse(const Row& row, int slot) {
-  switch (row.tensor->dtype) {
+  switch (row.dtype) {
     case DType::bfloat16:
       return streamed_lse<BFloat16>(row, slot);
     case DType::float16:
@@ -311,7 +334,7 @@ __device__ void combine(const Sums& sums) {
 
 // One cluster per row of q, in the order of t, then c. kHeld vectors of q stay in each thread's registers.
 template <class T, int kHeld, bool kEsapOnly>
-__global__ void __launch_bounds__(kBlock, kHeld > 5 ? 1 : 2) overlap_kernel(OverlapArgs args) {
+__global__ void __launch_bounds__(kBlock, kEsapOnly&& kHeld == kFew ? 2 : 1) overlap_kernel(OverlapArgs args) {
   constexpr int n = kPerVector<T>;
   const std::int64_t n_candidates = args.q.shape[0], n_rows = args.p.shape[0];
   const std::int64_t pair = blockIdx.x / cluster_size();
@@ -324,50 +347,64 @@ __global__ void __launch_bounds__(kBlock, kHeld > 5 ? 1 : 2) overlap_kernel(Over
     return;
   }
   const Row p = p_row(args, t), q = q_row(args, c, t);
+  const bool alike = p.dtype == T::dtype;
+  const Share share;
   const int vectors = vectors_of<T>(q);
   Vec16 held[kHeld];
 #pragma unroll
   for (int k = 0; k < kHeld; ++k)
-    if (vector_index(k) < vectors) held[k] = load_vector<T, true>(q, vector_index(k));
+    if (share[k] < vectors) held[k] = load_vector<T, true>(q, share[k]);
   const double p_lse = args.p_lse ? args.p_lse[t] : streamed_lse(p, 0);
 
   Terms terms;
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
-    if (vector_index(k) >= vectors) break;
+    if (share[k] >= vectors) break;
     float y[n];
     unpack<T>(held[k], y);
     terms.add(y);
   }
-  for (int k = kHeld; vector_index(k) < vectors; ++k) {
+  for (int k = kHeld; share[k] < vectors; ++k) {
     float y[n];
-    unpack<T>(load_vector<T, false>(q, vector_index(k)), y);
+    unpack<T>(load_vector<T, false>(q, share[k]), y);
     terms.add(y);
   }
+  Vec16 held_p[kHeld];  // on its way while the log-sum-exp is put together
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k)
+    if (alike && share[k] < vectors) held_p[k] = load_vector<T, false>(p, share[k]);
   const double q_lse = combined_lse(terms, 1);
 
   const LogProbability log_p(p_lse), log_q(q_lse);
   Sums sums;
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
-    if (vector_index(k) >= vectors) break;
+    if (share[k] >= vectors) break;
     float x[n], y[n];
-    read_like<T>(p, vector_index(k), x);
+    if (alike) {
+      unpack<T>(held_p[k], x);
+    } else {
+      gather_vector<T>(p, share[k], x);
+    }
     unpack<T>(held[k], y);
-    sums.template add<kEsapOnly>(x, y, vector_index(k) * n, log_p, log_q);
+    sums.template add<kEsapOnly>(x, y, share[k] * n, log_p, log_q);
   }
-  for (int k = kHeld; vector_index(k) < vectors; ++k) {
+  for (int k = kHeld; share[k] < vectors; ++k) {
     float x[n], y[n];
-    read_like<T>(p, vector_index(k), x);
-    unpack<T>(load_vector<T, false>(q, vector_index(k)), y);
-    sums.template add<kEsapOnly>(x, y, vector_index(k) * n, log_p, log_q);
+    if (alike) {
+      unpack<T>(load_vector<T, false>(p, share[k]), x);
+    } else {
+      gather_vector<T>(p, share[k], x);
+    }
+    unpack<T>(load_vector<T, false>(q, share[k]), y);
+    sums.template add<kEsapOnly>(x, y, share[k] * n, log_p, log_q);
   }
   combine<kEsapOnly>(sums);
   if (writes) {
     const Exchange& total = exchange();
     double value[kAccept] = {total.sums[0], total.sums[1], total.sums[2], 0, 0};
     value[kTop1Agree] = total.best[0] << 32 == total.best[1] << 32;  // the same index
-    if (args.out[kNll] && args.labels[t] >= 0) value[kNll] = q_lse - q[args.labels[t]];
+    if (args.out[kNll] && args.labels[t] >= 0) value[kNll] = q_lse - q[static_cast<int>(args.labels[t])];
     const bool exists = isfinite(p_lse) && isfinite(q_lse);
     for (int metric = 0; metric < kAccept; ++metric)
       if (args.out[metric])
@@ -379,7 +416,7 @@ __global__ void __launch_bounds__(kBlock, kHeld > 5 ? 1 : 2) overlap_kernel(Over
 // One cluster per row.
 __global__ void __launch_bounds__(kBlock) log_sum_exp_kernel(LogSumExpArgs args) {
   const std::int64_t r = blockIdx.x / cluster_size();
-  const Row row{&args.logits, r * args.logits.stride[0], args.logits.stride[1], static_cast<int>(args.logits.shape[1])};
+  const Row row(args.logits, r * args.logits.stride[0]);
   const double lse = streamed_lse(row, 0);
   if (cluster_rank() == 0 && threadIdx.x == 0) args.lse[r] = lse;
   cluster_sync();
@@ -389,9 +426,9 @@ __global__ void __launch_bounds__(kBlock) log_sum_exp_kernel(LogSumExpArgs args)
 
 // The first token whose cumulative probability exceeds u, the last possible one where rounding keeps all below u;
 // the same in every thread. The block adds up pieces of the row until one passes u, and one thread walks that one.
-__device__ std::int64_t draw(const Row& row, LogProbability log_prob, double u) {
+__device__ int draw(const Row& row, LogProbability log_prob, double u) {
   constexpr int kPiece = 4096;
-  std::int64_t& token = block_shared<std::int64_t>();
+  int& token = block_shared<int>();
   double below = 0;
   for (int start = 0; start < row.size; start += kPiece) {
     const int end = start + kPiece < row.size ? start + kPiece : row.size;
@@ -425,7 +462,7 @@ __global__ void __launch_bounds__(kBlock) accept_kernel(OverlapArgs args) {
   if (weight != 0) {
     const Row p = p_row(args, t), q = q_row(args, c, t);
     const double p_lse = args.p_lse ? args.p_lse[t] : streamed_lse(p, 0), q_lse = streamed_lse(q, 1);
-    const std::int64_t token = draw(q, LogProbability(q_lse), args.uniform[t]);
+    const int token = draw(q, LogProbability(q_lse), args.uniform[t]);
     const double ratio = exp((p[token] - p_lse) - (q[token] - q_lse));
     value = weight * (ratio > 1 ? 1 : ratio);
     if (!isfinite(p_lse) || !isfinite(q_lse)) value = NAN;
@@ -434,8 +471,6 @@ __global__ void __launch_bounds__(kBlock) accept_kernel(OverlapArgs args) {
 }
 
 // ---- launching
-
-constexpr int kFew = 5, kMany = 10;  // vectors held by a thread: with room for two blocks on a multiprocessor, or one
 
 struct Layout {
   int cluster;
