@@ -234,7 +234,8 @@ const Kernels<RoutingMomentsArgs> routing_moments_kernels MOEPRUNE_KERNELS(routi
 // ---- operations
 
 void overlap(const py::object& p, const py::object& q, const py::object& p_lse, const py::object& weight,
-             const py::object& labels, const py::object& uniform, const std::vector<py::object>& out, int threads) {
+             const py::object& labels, const py::object& uniform, const py::object& workspace,
+             const std::vector<py::object>& out, int threads) {
   Unpacker unpack("overlap");
   OverlapArgs args{};
   args.p = unpack.strided(p, "p_logits", kFloats, {-1, -1});
@@ -244,6 +245,8 @@ void overlap(const py::object& p, const py::object& q, const py::object& p_lse, 
   args.weight = unpack.contiguous<double>(weight, "weight", DType::float64, {rows});
   args.labels = unpack.contiguous<std::int64_t>(labels, "labels", DType::int64, {rows});
   args.uniform = unpack.contiguous<double>(uniform, "uniform", DType::float64, {rows});
+  args.workspace = unpack.contiguous<float>(workspace, "workspace", DType::float32, {-1});
+  if (args.workspace) args.workspace_size = view(workspace).shape[0];
   if (out.size() != kMetrics) throw std::invalid_argument("overlap: one output or None per metric");
   for (int metric = 0; metric < kMetrics; ++metric)
     args.out[metric] = unpack.contiguous<float>(out[metric], "out", DType::float32, {args.q.shape[0], rows});

@@ -3,8 +3,9 @@
 // The rows are long (V up to 152k) and the arithmetic on each element is small, so what counts is reading
 // memory once and keeping the vector units busy. A row of q is walked twice: for its log-sum-exp, which comes
 // from memory, then for the metrics, which finds it in the cache. A row of p is walked once and stays in the
-// cache for a block of candidates. Since min(exp a, exp b) = exp(min(a, b)), the metric esap costs one
-// exponential an element in the second walk; the divergences need both.
+// cache for a block of candidates. An element needs one exponential for q's log-sum-exp and one of p: the first is
+// kept until the comparison, the second for all candidates of the row, as far as the workspace goes (a row's
+// exponentials fit the second- or third-level cache). The divergences compute theirs anew.
 //
 // Precision. A log-sum-exp is held as hi + lo, two floats: x - hi is exact near hi (Sterbenz), where the
 // probabilities are large, so an offset common to all logits costs nothing. Sums run in float32 within a
@@ -41,8 +42,9 @@ struct BlockSum {
   float highest;
 };
 
-template <class T>
-MOEPRUNE_INLINE BlockSum block_exp_sum(const T* x, int n, float offset) {
+// With the terms themselves left in `out`, if there is one, in the order of load_pair.
+template <bool kStore, class T>
+MOEPRUNE_NOINLINE BlockSum block_exp_sum(const T* x, int n, float offset, float* out = nullptr) {
   Vec partial = {}, highest = splat(-kInf);
   for (int i = 0; i < n; i += kStep) {
     prefetch_step(x + i);
@@ -52,6 +54,7 @@ MOEPRUNE_INLINE BlockSum block_exp_sum(const T* x, int n, float offset) {
       for (int u = 0; u < 2; ++u) {
         highest = max(pair.half[u], highest);  // NaN is passed over here and kept in the sum
         term[2 * h + u] = exp(pair.half[u] - offset);
+        if (kStore) store(out + i + (2 * h + u) * kLanes, term[2 * h + u]);
       }
     }
     partial += (term[0] + term[1]) + (term[2] + term[3]);
@@ -94,36 +97,50 @@ RowSummary summarize_maximum(const FloatRow& row, BlockBuffer& buffer) {
 
 // Log-sum-exp and maximum in one walk. A block's terms are taken relative to the maximum of the blocks before
 // it, so that maximum and sum need one load; where that was far too low, the block, which is in the cache by
-// then, is summed again.
-RowSummary summarize(const FloatRow& row, BlockBuffer& buffer) {
-  constexpr float kFar = 32;  // terms up to e^32: far from overflow, and the error is relative to the sum
-  float offset = -kInf;       // the maximum of the blocks seen
+// then, is summed again. The same blocks give the same terms, whenever they are walked.
+struct ExpWalk {
+  float highest = -kInf;  // of the blocks seen
   std::int64_t highest_block = 0;
   DoubleVec total = {};
-  for (std::int64_t start = 0; start < row.size; start += kBlock) {
-    with_block(row, start, block_size(row, start), Padding::minus_infinity, buffer, [&](auto x, int n) {
-      if (offset == -kInf) {
-        offset = block_max(x, n);
-        highest_block = start;
-      }
-      BlockSum block = block_exp_sum(x, n, offset == -kInf ? 0.0f : offset);  // -inf only: terms 0, not NaN
-      if (block.highest > offset) {
-        const double factor = __builtin_exp(static_cast<double>(offset) - static_cast<double>(block.highest));
-        total *= factor;
-        if (block.highest > offset + kFar) {
-          block = block_exp_sum(x, n, block.highest);
-        } else {
-          block.sum *= factor;
-        }
+
+  // Returns what the terms left in `out` are relative to.
+  template <bool kStore, class T>
+  MOEPRUNE_METHOD float add(const T* x, int n, std::int64_t start, float* out = nullptr) {
+    constexpr float kFar = 32;  // terms up to e^32: far from overflow, and the error is relative to the sum
+    if (highest == -kInf) {
+      highest = block_max(x, n);
+      highest_block = start;
+    }
+    float offset = highest == -kInf ? 0.0f : highest;  // -inf only: terms 0, not NaN
+    BlockSum block = block_exp_sum<kStore>(x, n, offset, out);
+    if (block.highest > highest) {
+      const double factor = __builtin_exp(static_cast<double>(highest) - static_cast<double>(block.highest));
+      total *= factor;
+      if (block.highest > highest + kFar) {
         offset = block.highest;
-        highest_block = start;
+        block = block_exp_sum<kStore>(x, n, offset, out);
+      } else {
+        block.sum *= factor;
       }
-      total += block.sum;
-    });
+      highest = block.highest;
+      highest_block = start;
+    }
+    total += block.sum;
+    return offset;
   }
-  double lse = static_cast<double>(offset) + __builtin_log(sum(total));
-  if (!__builtin_isfinite(lse)) lse = __builtin_nan("");
-  return {lse, offset, highest_block};
+
+  RowSummary summary() const {
+    const double lse = static_cast<double>(highest) + __builtin_log(sum(total));
+    return {__builtin_isfinite(lse) ? lse : __builtin_nan(""), highest, highest_block};
+  }
+};
+
+RowSummary summarize(const FloatRow& row, BlockBuffer& buffer) {
+  ExpWalk walk;
+  for (std::int64_t start = 0; start < row.size; start += kBlock)
+    with_block(row, start, block_size(row, start), Padding::minus_infinity, buffer,
+               [&](auto x, int n) { walk.add<false>(x, n, start); });
+  return walk.summary();
 }
 
 // x -> log probability, with the log-sum-exp split in two floats.
@@ -138,24 +155,45 @@ struct LogProbability {
   }
 };
 
-// Sum of min(p, q) over a block. p's low part is left to one factor for the row, which saves a subtraction an
-// element.
+// Exponentials of a row's first blocks, kept where there is room: the teacher's for all candidates of a row, a
+// candidate's from its log-sum-exp to its comparison. Those of later blocks are computed again, to the same bits.
+struct Kept {
+  float* terms = nullptr;    // [blocks][kBlock]
+  float* offsets = nullptr;  // [blocks]: terms are exp(x - offset)
+  std::int64_t blocks = 0;
+
+  Kept(float* room, std::int64_t size) : blocks(size / (kBlock + 1)) {
+    terms = room;
+    offsets = room + blocks * kBlock;
+  }
+  float* block(std::int64_t start) const { return start / kBlock < blocks ? terms + start : nullptr; }
+};
+
+// Sum of min(p, q) over a block, q as exp(x - offset) still to be multiplied by `scale`. p where either is NaN.
 template <class T>
-MOEPRUNE_INLINE DoubleVec block_esap(const T* p, const T* q, int n, LogProbability log_p, LogProbability log_q) {
-  const float lo = log_q.lo - log_p.lo;
+MOEPRUNE_NOINLINE DoubleVec block_esap(const T* p, const float* q_terms, int n, float p_offset, float scale) {
   Vec partial = {};
   for (int i = 0; i < n; i += kStep) {
     prefetch_step(p + i);
-    prefetch_step(q + i);
+    prefetch_step(q_terms + i);
     Vec term[4];
     for (int h = 0; h < 2; ++h) {
-      const Pair x = load_pair(p + i + h * kPair), y = load_pair(q + i + h * kPair);
-      for (int u = 0; u < 2; ++u) {
-        const Vec a = x.half[u] - log_p.hi;
-        const Vec b = (y.half[u] - log_q.hi) - lo;
-        term[2 * h + u] = exp(min(b, a));  // p where either is NaN
-      }
+      const Pair x = load_pair(p + i + h * kPair), y = load_pair(q_terms + i + h * kPair);
+      for (int u = 0; u < 2; ++u) term[2 * h + u] = min(y.half[u] * scale, exp(x.half[u] - p_offset));
     }
+    partial += (term[0] + term[1]) + (term[2] + term[3]);
+  }
+  return widened(partial);
+}
+
+// The same with p's exponentials kept.
+MOEPRUNE_NOINLINE DoubleVec block_esap(const float* p_terms, const float* q_terms, int n, float scale) {
+  Vec partial = {};
+  for (int i = 0; i < n; i += kStep) {
+    prefetch_step(p_terms + i);
+    prefetch_step(q_terms + i);
+    Vec term[4];
+    for (int u = 0; u < 4; ++u) term[u] = min(load(q_terms + i + u * kLanes) * scale, load(p_terms + i + u * kLanes));
     partial += (term[0] + term[1]) + (term[2] + term[3]);
   }
   return widened(partial);
@@ -199,7 +237,7 @@ std::int64_t draw(const FloatRow& row, LogProbability log_prob, double u, BlockB
   for (std::int64_t start = 0; start < row.size; start += kBlock) {
     const int n = block_size(row, start);
     const float* x = converted(row, start, n, Padding::minus_infinity, buffer);
-    const double mass = sum(block_exp_sum(x, rounded_up(n, kStep), log_prob.hi).sum) * low_factor;
+    const double mass = sum(block_exp_sum<false>(x, rounded_up(n, kStep), log_prob.hi).sum) * low_factor;
     const bool last_block = start + n == row.size;
     if (below + mass > u || last_block) {
       for (int i = 0; i < n; ++i) {
@@ -222,41 +260,107 @@ std::int64_t draw(const FloatRow& row, LogProbability log_prob, double u, BlockB
 
 struct Buffers {
   BlockBuffer p, q;
+  alignas(64) float terms[kBlock];
 };
 
-void compare_rows(const OverlapArgs& args, const FloatRow& p, RowSummary p_summary, std::int64_t c, std::int64_t t,
-                  Buffers& buffers) {
-  const std::int64_t n_rows = args.p.shape[0];
+// What a thread needs to compare a row of p with candidates.
+struct Task {
+  FloatRow p;
+  RowSummary p_summary;
+  std::int64_t t;
+  Kept kept_p, kept_q;
+  bool in_order;       // the rows' dtypes differ, so their loads come in the order of memory
+  float kept_highest;  // of q's kept blocks, where computing again goes on
+  Buffers& buffers;
+};
+
+// Leaves exp(p - hi) of the blocks that there is room for.
+void keep_teacher(Task& task) {
+  const float hi = LogProbability(task.p_summary.lse).hi;
+  for (std::int64_t start = 0; start < task.p.size && task.kept_p.block(start); start += kBlock)
+    with_block(
+        task.p, start, block_size(task.p, start), Padding::minus_infinity, task.buffers.p,
+        [&](auto x, int n) { block_exp_sum<true>(x, n, hi, task.kept_p.block(start)); }, task.in_order);
+}
+
+RowSummary summarize_and_keep(const FloatRow& q, Task& task) {
+  ExpWalk walk;
+  task.kept_highest = walk.highest;
+  for (std::int64_t start = 0; start < q.size; start += kBlock)
+    with_block(
+        q, start, block_size(q, start), Padding::minus_infinity, task.buffers.q,
+        [&](auto x, int n) {
+          float* kept = task.kept_q.block(start);
+          const float offset = walk.add<true>(x, n, start, kept ? kept : task.buffers.terms);
+          if (!kept) return;
+          task.kept_q.offsets[start / kBlock] = offset;
+          task.kept_highest = walk.highest;
+        },
+        task.in_order);
+  return walk.summary();
+}
+
+double esap(const FloatRow& q, RowSummary q_summary, Task& task) {
+  const LogProbability log_p(task.p_summary.lse);
+  const double low = static_cast<double>(log_p.lo);  // common to all of p: a factor of the result
+  ExpWalk walk;                                      // over the blocks that were not kept
+  walk.highest = task.kept_highest;
+  float offset = kNan, scale = 0;
+  DoubleVec total = {};
+  for (std::int64_t start = 0; start < q.size; start += kBlock) {
+    const int n = block_size(q, start);
+    const float* q_terms = task.kept_q.block(start);
+    float q_offset = 0;
+    if (q_terms) {
+      q_offset = task.kept_q.offsets[start / kBlock];
+    } else {
+      with_block(
+          q, start, n, Padding::minus_infinity, task.buffers.q,
+          [&](auto x, int size) { q_offset = walk.add<true>(x, size, start, task.buffers.terms); }, task.in_order);
+      q_terms = task.buffers.terms;
+    }
+    if (q_offset != offset) {
+      offset = q_offset;
+      scale = static_cast<float>(__builtin_exp(static_cast<double>(offset) - q_summary.lse + low));
+    }
+    if (const float* p_terms = task.kept_p.block(start)) {
+      total += block_esap(p_terms, q_terms, rounded_up(n, kStep), scale);
+    } else {
+      with_block(
+          task.p, start, n, Padding::minus_infinity, task.buffers.p,
+          [&](auto x, int size) { total += block_esap(x, q_terms, size, log_p.hi, scale); }, task.in_order);
+    }
+  }
+  return sum(total) * __builtin_exp(-low);
+}
+
+void compare_rows(const OverlapArgs& args, std::int64_t c, Task& task) {
+  const std::int64_t n_rows = args.p.shape[0], t = task.t;
+  const FloatRow& p = task.p;
   const FloatRow q = row_of(args.q, c * args.q.stride[0] + t * args.q.stride[1]);
-  const RowSummary q_summary = summarize(q, buffers.q);
-  const LogProbability log_p(p_summary.lse), log_q(q_summary.lse);
+  const bool divergences = args.out[kKlPq] || args.out[kKlQp];
+  const bool esap_only = args.out[kEsap] && !divergences;
+  const RowSummary q_summary = esap_only ? summarize_and_keep(q, task) : summarize(q, task.buffers.q);
+  const LogProbability log_p(task.p_summary.lse), log_q(q_summary.lse);
 
   double value[kMetrics] = {};
-  if (!__builtin_isfinite(p_summary.lse) || !__builtin_isfinite(q_summary.lse)) {
+  if (!__builtin_isfinite(task.p_summary.lse) || !__builtin_isfinite(q_summary.lse)) {
     for (double& v : value) v = kNan;
   } else {
-    Sums sums;
-    const bool divergences = args.out[kKlPq] || args.out[kKlQp];
-    if (divergences || args.out[kEsap]) {
-      for (std::int64_t start = 0; start < q.size; start += kBlock) {
-        with_blocks(p, q, start, block_size(q, start), Padding::minus_infinity, buffers.p, buffers.q,
-                    [&](auto x, auto y, int n) {
-                      if (divergences) {
-                        add_block(x, y, n, log_p, log_q, sums);
-                      } else {
-                        sums.esap += block_esap(x, y, n, log_p, log_q);
-                      }
-                    });
-      }
+    if (esap_only) value[kEsap] = esap(q, q_summary, task);
+    if (divergences) {
+      Sums sums;
+      for (std::int64_t start = 0; start < q.size; start += kBlock)
+        with_blocks(p, q, start, block_size(q, start), Padding::minus_infinity, task.buffers.p, task.buffers.q,
+                    [&](auto x, auto y, int n) { add_block(x, y, n, log_p, log_q, sums); });
+      value[kEsap] = sum(sums.esap);
+      value[kKlPq] = sum(sums.kl_pq);
+      value[kKlQp] = sum(sums.kl_qp);
     }
-    value[kEsap] = sum(sums.esap);
-    if (!divergences) value[kEsap] *= __builtin_exp(-static_cast<double>(log_p.lo));
-    value[kKlPq] = sum(sums.kl_pq);
-    value[kKlQp] = sum(sums.kl_qp);
-    if (args.out[kTop1Agree]) value[kTop1Agree] = argmax(p, p_summary) == argmax(q, q_summary);
+    if (args.out[kTop1Agree]) value[kTop1Agree] = argmax(p, task.p_summary) == argmax(q, q_summary);
     if (args.out[kNll] && args.labels[t] >= 0) value[kNll] = -log_q(element(q, args.labels[t]));
     if (args.out[kAccept]) {
-      const std::int64_t token = draw(q, log_q, args.uniform[t], buffers.q);
+      const std::int64_t token = draw(q, log_q, args.uniform[t], task.buffers.q);
       const double ratio = __builtin_exp(log_p(element(p, token)) - log_q(element(q, token)));
       value[kAccept] = ratio > 1 ? 1 : ratio;
     }
@@ -276,24 +380,29 @@ void overlap(const OverlapArgs& args) {
   const bool enough_rows = n_rows >= 4 * threads;
   const std::int64_t per_task = enough_rows ? n_candidates : 1 + (n_candidates - 1) / threads;
   const std::int64_t blocks = per_task > 0 ? (n_candidates + per_task - 1) / per_task : 0;
-  parallel_ranges(n_rows * blocks, 1, threads, [&](std::int64_t task, std::int64_t) {
-    const std::int64_t t = task / blocks, first = task % blocks * per_task;
+  const std::int64_t room = args.workspace_size / threads;
+  parallel_ranges(n_rows * blocks, 1, threads, [&](std::int64_t index, std::int64_t) {
+    const std::int64_t t = index / blocks, first = index % blocks * per_task;
     const std::int64_t last = first + per_task < n_candidates ? first + per_task : n_candidates;
     if (args.weight && args.weight[t] == 0) {
       for (float* out : args.out)
         for (std::int64_t c = first; out && c < last; ++c) out[c * n_rows + t] = 0;
       return;
     }
+    // The thread's room is q's, or half of it p's where p meets several candidates.
+    float* mine = args.workspace + thread_index() * room;
+    const std::int64_t for_q = last - first > 1 ? room / 2 / 16 * 16 : room;
     Buffers buffers;
-    const FloatRow p = row_of(args.p, t * args.p.stride[0]);
-    RowSummary p_summary{};
+    Task task{row_of(args.p, t * args.p.stride[0]), {},    t,      Kept(mine + for_q, room - for_q), Kept(mine, for_q),
+              args.p.dtype != args.q.dtype,         -kInf, buffers};
     if (!args.p_lse) {
-      p_summary = summarize(p, buffers.p);
+      task.p_summary = summarize(task.p, task.buffers.p);
     } else {
-      if (args.out[kTop1Agree]) p_summary = summarize_maximum(p, buffers.p);
-      p_summary.lse = args.p_lse[t];
+      if (args.out[kTop1Agree]) task.p_summary = summarize_maximum(task.p, task.buffers.p);
+      task.p_summary.lse = args.p_lse[t];
     }
-    for (std::int64_t c = first; c < last; ++c) compare_rows(args, p, p_summary, c, t, buffers);
+    if (args.out[kEsap] && !args.out[kKlPq] && !args.out[kKlQp]) keep_teacher(task);
+    for (std::int64_t c = first; c < last; ++c) compare_rows(args, c, task);
   });
 }
 

@@ -22,10 +22,12 @@ enum Metric : int { kEsap, kKlPq, kKlQp, kTop1Agree, kNll, kAccept, kMetrics };
 
 struct OverlapArgs {
   TensorView p, q;
-  const double* p_lse;         // [T], log sum exp of p's rows; null: computed here
-  const double* weight;        // [T] or null: all 1
-  const std::int64_t* labels;  // [T], needed for nll
-  const double* uniform;       // [T] in [0, 1), needed for accept
+  const double* p_lse;          // [T], log sum exp of p's rows; null: computed here
+  const double* weight;         // [T] or null: all 1
+  const std::int64_t* labels;   // [T], needed for nll
+  const double* uniform;        // [T] in [0, 1), needed for accept
+  float* workspace;             // [workspace_size], CPU only; any size, without changing the results. Useful: the V of
+  std::int64_t workspace_size;  // a row and a little for each thread, twice that with several candidates
   float* out[kMetrics];
   int threads;
   void* stream;

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace moeprune::MOEPRUNE_ISA {
 
@@ -10,6 +13,15 @@ namespace moeprune::MOEPRUNE_ISA {
 inline int useful_threads(double nanoseconds, int threads) {
   const double shares = nanoseconds / 50'000;
   return shares >= threads ? threads : shares < 1 ? 1 : static_cast<int>(shares);
+}
+
+// Of the calling thread, within a parallel_ranges.
+inline int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
 // body(first, last) on consecutive ranges of at most `grain` items; which thread takes a range is not

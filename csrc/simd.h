@@ -24,6 +24,7 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 
 #define MOEPRUNE_INLINE static inline __attribute__((always_inline))
+#define MOEPRUNE_NOINLINE static __attribute__((noinline))  // loops that want all registers for themselves
 #define MOEPRUNE_METHOD inline __attribute__((always_inline))
 
 MOEPRUNE_INLINE Vec splat(float x) { return x - Vec{}; }
@@ -346,13 +347,14 @@ MOEPRUNE_INLINE const float* converted(const FloatRow& row, std::int64_t start, 
   return buffer.element;
 }
 
-// body(x, size) on elements [start, start + n) of a row, padded to `size`, x a pointer to the row's dtype.
+// body(x, size) on elements [start, start + n) of a row, padded to `size`, x a pointer to the row's dtype, or to
+// float32 where pairs of loads are to come in the order of memory.
 template <class Body>
 MOEPRUNE_INLINE void with_block(const FloatRow& row, std::int64_t start, int n, Padding padding, BlockBuffer& buffer,
-                                const Body& body) {
+                                const Body& body, bool in_order = false) {
   const int size = rounded_up(n, kStep);
-  if (row.dtype == DType::float32) {
-    body(whole_steps<float>(row, start, n, padding, buffer), size);
+  if (row.dtype == DType::float32 || (in_order && row.dtype == DType::bfloat16)) {
+    body(converted(row, start, n, padding, buffer), size);
   } else if (row.dtype == DType::bfloat16) {
     body(whole_steps<BFloat16>(row, start, n, padding, buffer), size);
   } else {

@@ -115,6 +115,17 @@ def overlap(
     return _overlap(p_logits, q_logits, p_lse, weight, labels, uniform, metrics, backend)
 
 
+def _overlap_workspace(p_logits: Tensor, q_logits: Tensor) -> Tensor | None:
+    """Room for exponentials that the CPU kernel would otherwise compute twice: those of a row of q, and of p where it
+    meets several candidates, for each thread, but never more than 1 % of the inputs."""
+    if p_logits.device.type != "cpu":
+        return None
+    rows = torch.get_num_threads() * (1 if q_logits.shape[0] == 1 else 2)
+    row_size = p_logits.shape[1] * 33 // 32 + 2048  # in whole blocks, with what each is relative to
+    input_bytes = p_logits.numel() * p_logits.element_size() + q_logits.numel() * q_logits.element_size()
+    return torch.empty(min(rows * row_size, input_bytes // 400), dtype=torch.float32)
+
+
 def _overlap(
     p_logits: Tensor,
     q_logits: Tensor,
@@ -139,6 +150,7 @@ def _overlap(
             weight,
             labels if "nll" in metrics else None,
             uniform,
+            _overlap_workspace(p_logits, q_logits),
             [results.get(metric) for metric in METRICS],
             torch.get_num_threads(),
         )
@@ -185,11 +197,11 @@ def overlap_from_hidden(
 
     p_hidden: [T, H]; q_hidden: [C, T, H], or [T, H] for one candidate: last hidden states, any float dtype.
     head: the output weight [V, H], or a callable from hidden states [n, H] to logits [n, V].
-    chunk_bytes: bound on the logits in flight (p's and one candidate's, for as many rows as fit). The rows
+    chunk_bytes: bound on the memory in flight (logits of p and of one candidate, for as many rows as fit). The rows
         of a chunk do not depend on C, so a candidate's matrix products, hence its results, do not either.
     The other arguments and the results are those of `overlap`. Rows of weight 0 are not projected.
 
-    Raises ValueError as `overlap` does, and if chunk_bytes does not hold two rows of logits.
+    Raises ValueError as `overlap` does, and if chunk_bytes does not hold a row of p and of q.
     """
     check_shape("p_hidden", p_hidden, ["T", "H"])
     n_rows, n_hidden = p_hidden.shape
@@ -222,13 +234,15 @@ def overlap_from_hidden(
     if probe.shape[1] == 0:
         raise ValueError("head(hidden) has no vocabulary (V = 0)")
     _check_overlap_rows(n_rows, probe.shape[1], p_lse, weight, labels, metrics)
-    row_bytes = 2 * probe.shape[1] * probe.element_size()
+    # A row in flight: its logits of p and of one candidate, what the kernel keeps of them (1 %), vectors of the row,
+    # and, where rows are left out, copies of its hidden states.
+    row_bytes = 2 * probe.shape[1] * probe.element_size() * 101 // 100 + 64
+    if weight is not None:
+        row_bytes += n_hidden * (p_hidden.element_size() + q_hidden.element_size())
     if chunk_bytes < row_bytes:
-        raise ValueError(
-            f"chunk_bytes is {chunk_bytes}; two rows of logits take {row_bytes} bytes, allow at least that"
-        )
+        raise ValueError(f"chunk_bytes is {chunk_bytes}; a row of p and of q takes {row_bytes} bytes, allow that")
     for chunk in row_chunks(len(rows_read), row_bytes, chunk_bytes):
-        rows = rows_read[chunk]
+        rows = chunk if weight is None else rows_read[chunk]
         p_logits = project(p_hidden[rows])
         chunk_lse = log_sum_exp(p_logits, backend=backend) if p_lse is None else p_lse[rows]
         for c in range(n_candidates):
