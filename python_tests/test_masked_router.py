@@ -204,7 +204,9 @@ def test_nan_and_infinite_logits_never_yield_a_pruned_or_repeated_expert(core, s
     assert weights[:, clean].isfinite().all()
 
 
-@pytest.mark.parametrize("experts,top_k", [(1, 1), (2, 2), (3, 1), (7, 7), (129, 8), (151, 151), (512, 10)])
+@pytest.mark.parametrize(
+    "experts,top_k", [(1, 1), (2, 2), (3, 1), (7, 7), (64, 2), (64, 4), (64, 6), (129, 8), (151, 151), (512, 10)]
+)
 def test_any_number_of_experts(core, experts, top_k):
     logits = random(17, experts)
     keep = torch.cat([torch.ones(1, experts, dtype=torch.bool), random_masks(2, experts, top_k)])
@@ -214,6 +216,29 @@ def test_any_number_of_experts(core, experts, top_k):
         return
     actual = masked_router(logits, top_k=top_k, keep=keep)
     assert_same(actual, reference.masked_router(logits.double(), top_k=top_k, keep=keep))
+
+
+@pytest.mark.parametrize("step", [0.5, 5.0, 40.0, -40.0])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_logits_that_rise_or_fall_along_the_walk(core, step, renormalize):
+    """The denominator of a walk is carried relative to an offset that rises with the logits."""
+    logits = torch.arange(96) * step + random(5, 96)
+    order, counts = torch.arange(96), [96, 8, 9, 40, 41, 95]
+    spec = RouterSpec(renormalize=renormalize)
+    actual = masked_router(logits, top_k=8, order=order, counts=counts, spec=spec)
+    assert_same(actual, reference.masked_router(logits.double(), top_k=8, order=order, counts=counts, spec=spec))
+
+
+@pytest.mark.parametrize("rows", [2056, 2051])
+def test_answers_beyond_the_caches(isa, rows):
+    """Large answers are written past the caches: the same bits as those of a part of the rows."""
+    logits, order, counts = random(rows, 96), torch.randperm(96), range(32, 97)
+    ids, weights = masked_router(logits, top_k=8, order=order, counts=counts)
+    assert ids.numel() > 2**20
+    for start in range(0, rows, 1000):
+        part = slice(start, start + 1000)
+        part_ids, part_weights = masked_router(logits[part], top_k=8, order=order, counts=counts)
+        assert torch.equal(ids[:, part], part_ids) and torch.equal(weights[:, part], part_weights)
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])

@@ -57,7 +57,7 @@ def test_agrees_with_the_definition_in_float64(core, dtype, vocabulary):
         close(actual[metric], expected[metric])
 
 
-@pytest.mark.parametrize("shape", ["peaked", "flat", "random", "nearly equal"])
+@pytest.mark.parametrize("shape", ["peaked", "flat", "random", "nearly equal", "tied", "far from zero"])
 @pytest.mark.parametrize("vocabulary", [50_304, 151_936])
 def test_large_vocabularies_stay_within_2e_6(core, vocabulary, shape):
     p, q = logits(2, vocabulary), logits(2, vocabulary, seed=1)
@@ -65,6 +65,10 @@ def test_large_vocabularies_stay_within_2e_6(core, vocabulary, shape):
         p[:, 17], q[:, 17] = 40.0, 39.0
     elif shape == "flat":
         p, q = p * 1e-3, q * 1e-3
+    elif shape == "tied":
+        p, q = p.round(), q.round()
+    elif shape == "far from zero":
+        p, q = p + 4096, q - 4096
     elif shape == "nearly equal":
         q = p + 1e-2 * q
     actual = overlap(p, q)["esap"]
