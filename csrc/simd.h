@@ -68,9 +68,10 @@ MOEPRUNE_INLINE bool any(IntVec mask) {
 #elif defined(__AVX2__)
   return _mm256_movemask_ps((__m256)mask) != 0;
 #else
-  std::int64_t halves[2];
-  __builtin_memcpy(halves, &mask, sizeof mask);
-  return (halves[0] | halves[1]) != 0;
+  std::int64_t words[sizeof mask / 8], all = 0;
+  __builtin_memcpy(words, &mask, sizeof mask);
+  for (std::int64_t word : words) all |= word;
+  return all != 0;
 #endif
 }
 
