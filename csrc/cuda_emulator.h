@@ -196,6 +196,14 @@ inline Vec16 load16(const void* from) {
 
 inline Vec16 load16_streaming(const void* from) { return load16(from); }
 
+// Done at once; that a kernel waits before it reads is not checked.
+inline void copy16_async(void* shared, const void* from) {
+  if (reinterpret_cast<std::uintptr_t>(shared) % 16 != 0) emulator::fail("copies 16 bytes to a misaligned address");
+  *static_cast<Vec16*>(shared) = load16(from);
+}
+
+inline void wait_for_copies() {}
+
 template <class T>
 T __ldg(const T* from) {
   return *from;
@@ -212,6 +220,11 @@ void __stcs(T* to, T value) {
 }
 
 // ---- launching
+
+template <class... Parameters>
+bool clusters_in(void (*)(Parameters...)) {
+  return device_info().major >= 9;
+}
 
 struct LaunchShape {
   dim3 grid;

@@ -100,6 +100,13 @@ __device__ inline Vec16 load16_streaming(const void* from) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
+__device__ inline void copy16_async(void* shared, const void* from) {
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // ---- the device and launching
 
 struct DeviceInfo {
@@ -117,6 +124,14 @@ inline DeviceInfo device_info() {
   MOEPRUNE_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   info.shared_per_block = static_cast<std::size_t>(shared);
   return info;
+}
+
+// Whether the device runs clusters of this kernel: a build for older chips only has code without them.
+template <class... Parameters>
+bool clusters_in(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  MOEPRUNE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return device_info().major >= 9 && attributes.ptxVersion >= 90;
 }
 
 struct LaunchShape {

@@ -7,8 +7,10 @@
 //                       rank) is the same object of another block, which must have started and not yet ended:
 //                       cluster_sync() before the first and after the last use
 //   load16[_streaming]  16 aligned bytes that no thread writes meanwhile; streaming: not needed again
+//   copy16_async        16 aligned bytes to shared memory; its thread may read them after wait_for_copies()
 //   fast_exp2           2^x within 2 ulp, subnormal results are 0
 //   min_or_nan          the smaller, NaN where either is NaN
+//   clusters_in(kernel) whether it can be launched in clusters: by the device, and by what it was compiled for
 //   launch(kernel, shape, stream, arguments...)    a grid of no blocks launches nothing
 #pragma once
 

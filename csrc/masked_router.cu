@@ -150,34 +150,51 @@ struct RowRouter {
     return allowed;
   }
 
-  // This row's ids and weights, into the warp's shared memory.
+  // This row's ids and weights, into the warp's shared memory. One loop a step, so that the experts' chains of
+  // operations run beside each other.
   __device__ void stage(std::int32_t* ids, float* weights) const {
-    const bool over_chosen = args.score == Score::softmax_over_chosen;
-    float highest = -INFINITY, total = 0;
-    if (over_chosen)
-      for (int j = 0; j < top_k(); ++j) highest = fmaxf(highest, logit(expert_of(best.key[j])));
-    const double inverse = args.score == Score::softmax ? 1.0 / denominator.sum : 1.0;
+    const int k = top_k();
+    float w[kTopK > 0 ? kTopK : kMaxTopK];
 #pragma unroll
-    for (int j = 0; j < top_k(); ++j) {
+    for (int j = 0; j < k; ++j) {
       const std::int32_t expert = expert_of(best.key[j]);
-      const float x = logit(expert);
-      const float weight = over_chosen                    ? expf(x - highest)
-                           : args.score == Score::softmax ? static_cast<float>(expf(x - denominator.offset) * inverse)
-                                                          : score(x);
       ids[j] = expert;
-      weights[j] = weight;
-      total += weight;
+      w[j] = logit(expert);
     }
     double factor = 1;
-    if (over_chosen) {
-      factor /= static_cast<double>(total);
-      total = 1;
+    if (args.score == Score::softmax || args.score == Score::softmax_over_chosen) {
+      float offset = denominator.offset;
+      if (args.score == Score::softmax_over_chosen) {
+        offset = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < k; ++j) offset = fmaxf(offset, w[j]);
+      } else {
+        factor = 1.0 / denominator.sum;
+      }
+#pragma unroll
+      for (int j = 0; j < k; ++j) w[j] = expf(w[j] - offset);
+    } else {
+#pragma unroll
+      for (int j = 0; j < k; ++j) w[j] = score(w[j]);
     }
-    if (args.renormalize) factor /= static_cast<double>(total) + static_cast<double>(args.eps);
+    float total = 0;
+#pragma unroll
+    for (int j = 0; j < k; ++j) total += w[j];
+    double chosen = factor * static_cast<double>(total);  // the sum of the weights before they are renormalized
+    if (args.score == Score::softmax_over_chosen) {
+      factor = 1.0 / static_cast<double>(total);
+      chosen = 1;
+    }
+    if (args.renormalize) factor /= chosen + static_cast<double>(args.eps);
     factor *= static_cast<double>(args.scale);
 #pragma unroll
-    for (int j = 0; j < top_k(); ++j)
-      weights[j] = rounded(static_cast<float>(static_cast<double>(weights[j]) * factor), args.weights_dtype);
+    for (int j = 0; j < k; ++j) w[j] = static_cast<float>(static_cast<double>(w[j]) * factor);
+    if (args.weights_dtype != DType::float32) {
+#pragma unroll
+      for (int j = 0; j < k; ++j) w[j] = rounded(w[j], args.weights_dtype);
+    }
+#pragma unroll
+    for (int j = 0; j < k; ++j) weights[j] = w[j];
   }
 
   // The warp's answers to one slot: staged, then written as runs of consecutive words.
@@ -232,24 +249,45 @@ struct RowRouter {
   }
 };
 
-// The block's rows of logits into shared memory; rows beyond the end repeat the last.
+__device__ float to_float(std::uint32_t bits, DType) { return __uint_as_float(bits); }
+__device__ float to_float(std::uint16_t bits, DType dtype) {
+  return dtype == DType::bfloat16 ? bfloat16_to_float(bits) : float16_to_float(bits);
+}
+
+// The block's rows of logits into shared memory, as many loads in flight as a thread has registers for; rows beyond
+// the end repeat the last.
+template <class Bits>
 __device__ void stage_logits(const MaskedRouterArgs& args, const Layout& layout) {
+  constexpr int kAtOnce = 16;
+  static_assert(kWarp % kAtOnce == 0, "each warp stages 32 rows");
   float* staged = reinterpret_cast<float*>(dynamic_shared());
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * layout.rows, last = args.logits.shape[0] - 1;
-  const int n_experts = static_cast<int>(args.logits.shape[1]), warps = layout.rows / kWarp;
-  for (int r = threadIdx.x / kWarp; r < layout.rows; r += warps) {
-    const std::int64_t row = first + r < last ? first + r : last;
-    for (int e = threadIdx.x % kWarp; e < n_experts; e += kWarp)
-      staged[e * (layout.rows + 1) + r] =
-          float_at(args.logits, row * args.logits.stride[0] + e * args.logits.stride[1]);
-  }
+  const Bits* logits = static_cast<const Bits*>(args.logits.data);
+  const std::int64_t last = args.logits.shape[0] - 1;
+  const int n_experts = static_cast<int>(args.logits.shape[1]), first = threadIdx.x / kWarp * kWarp;
+  for (int r = first; r < first + kWarp; r += kAtOnce)
+    for (int e = threadIdx.x % kWarp; e < n_experts; e += kWarp) {
+      Bits bits[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const std::int64_t here = static_cast<std::int64_t>(blockIdx.x) * layout.rows + r + u;
+        bits[u] = __ldg(logits + (here < last ? here : last) * args.logits.stride[0] + e * args.logits.stride[1]);
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) staged[e * (layout.rows + 1) + r + u] = to_float(bits[u], args.logits.dtype);
+    }
   __syncthreads();
 }
 
 // A block to `rows` rows; the blocks of one x share its rows' walks among them.
 template <int kTopK>
-__global__ void __launch_bounds__(kRowsOfBlock) masked_router_kernel(MaskedRouterArgs args, Layout layout) {
-  if (layout.staged) stage_logits(args, layout);
+__global__ void __launch_bounds__(kRowsOfBlock, 6) masked_router_kernel(MaskedRouterArgs args, Layout layout) {
+  if (layout.staged) {
+    if (args.logits.dtype == DType::float32) {
+      stage_logits<std::uint32_t>(args, layout);
+    } else {
+      stage_logits<std::uint16_t>(args, layout);
+    }
+  }
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * layout.rows + threadIdx.x;
   const std::int64_t last = args.logits.shape[0] - 1;
   RowRouter<kTopK> router{args, layout, row < last ? row : last, {}, {}};

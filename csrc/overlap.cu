@@ -3,8 +3,8 @@
 // A row of logits is long (V = 152k is 300 KB in bfloat16) and is needed twice: for its log-sum-exp, then for the
 // metrics. So a row of q is read once and held: in the registers of one block or, on Hopper, of a cluster of up to
 // eight, each of which has a share of every row's vectors of 16 bytes. What does not fit, on older chips or beyond
-// 300k tokens, is read again, from the second-level cache if all goes well. p is read where the metrics are taken;
-// the candidates of a row run side by side and find it in that cache.
+// 300k tokens, is read again, from the second-level cache if all goes well. A row of p is held likewise, for all of its
+// candidates, which come one after the other, the next being fetched while one is compared.
 //
 // Blocks and clusters exchange a maximum and a sum, then the metrics' sums. Which thread takes an element depends on
 // its index and on V only, never on addresses, so strided and unaligned rows give the bits of their copies. Sums run
@@ -42,48 +42,58 @@ struct Float16 {
 template <class T>
 constexpr int kPerVector = 16 / static_cast<int>(sizeof(typename T::Bits));
 
+// A row of a tensor of which it is the last dimension, kLast.
+template <int kLast>
 struct Row {
+  const TensorView& tensor;
   const char* first;  // the first element
-  std::int64_t stride;
-  int size;
-  DType dtype;
-  int loadable;  // bytes that a vector of it can be loaded in at a time: 16, 4, or 0 for element by element
 
-  __device__ Row(const TensorView& tensor, std::int64_t offset)
-      : stride(tensor.stride[tensor.dim - 1]),
-        size(static_cast<int>(tensor.shape[tensor.dim - 1])),
-        dtype(tensor.dtype) {
-    first = static_cast<const char*>(tensor.data) + offset * (dtype == DType::float32 ? 4 : 2);
-    const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(first);
-    loadable = stride != 1 ? 0 : address % 16 == 0 ? 16 : address % 4 == 0 ? 4 : 0;
-  }
+  __device__ Row(const TensorView& of, std::int64_t offset)
+      : tensor(of), first(static_cast<const char*>(of.data) + offset * (of.dtype == DType::float32 ? 4 : 2)) {}
 
+  __device__ int size() const { return static_cast<int>(tensor.shape[kLast]); }
+  __device__ DType dtype() const { return tensor.dtype; }
   template <class T>
   __device__ typename T::Bits bits(int i) const {
-    return __ldg(reinterpret_cast<const typename T::Bits*>(first) + i * stride);
+    return __ldg(reinterpret_cast<const typename T::Bits*>(first) + i * tensor.stride[kLast]);
   }
   __device__ float operator[](int i) const {
-    return dtype == DType::float32    ? __uint_as_float(bits<Float32>(i))
-           : dtype == DType::bfloat16 ? bfloat16_to_float(bits<BFloat16>(i))
-                                      : float16_to_float(bits<Float16>(i));
+    return dtype() == DType::float32    ? __uint_as_float(bits<Float32>(i))
+           : dtype() == DType::bfloat16 ? bfloat16_to_float(bits<BFloat16>(i))
+                                        : float16_to_float(bits<Float16>(i));
+  }
+
+  // Where vector `v` of a row of T is, if all its elements lie there side by side, at a multiple of `alignment`;
+  // otherwise null.
+  template <class T>
+  __device__ const char* vector_at(int v, int alignment) const {
+    const bool aligned = reinterpret_cast<std::uintptr_t>(first) % alignment == 0;
+    const bool whole = (v + 1) * kPerVector<T> <= size() && tensor.stride[kLast] == 1;
+    return aligned && whole ? first + static_cast<std::int64_t>(v) * 16 : nullptr;
   }
 };
 
-__device__ Row p_row(const OverlapArgs& args, std::int64_t t) { return Row(args.p, t * args.p.stride[0]); }
+using RowOfP = Row<1>;
+using RowOfQ = Row<2>;
 
-__device__ Row q_row(const OverlapArgs& args, std::int64_t c, std::int64_t t) {
-  return Row(args.q, c * args.q.stride[0] + t * args.q.stride[1]);
+__device__ RowOfP p_row(const OverlapArgs& args, std::int64_t t) { return RowOfP(args.p, t * args.p.stride[0]); }
+
+__device__ RowOfQ q_row(const OverlapArgs& args, std::int64_t c, std::int64_t t) {
+  return RowOfQ(args.q, c * args.q.stride[0] + t * args.q.stride[1]);
 }
 
-// Vector `v`, elements [v * kPerVector, ...), of a row of T; -inf beyond the row's end.
-template <class T, bool kOnce>
-__device__ Vec16 load_vector(const Row& row, int v) {
+// Vector `v`, elements [v * kPerVector, ...), of a row of T; -inf beyond the row's end. kWhole: it is known to be
+// loadable as it lies, which keeps the code for all else out of the kernel, and its registers.
+template <class T, bool kWhole, bool kOnce, class AnyRow>
+__device__ Vec16 load_vector(const AnyRow& row, int v) {
   constexpr int n = kPerVector<T>, width = 8 * static_cast<int>(sizeof(typename T::Bits));
-  const char* from = row.first + static_cast<std::int64_t>(v) * 16;
-  const bool whole = (v + 1) * n <= row.size;
-  if (whole && row.loadable == 16) return kOnce ? load16_streaming(from) : load16(from);
+  if constexpr (kWhole) {
+    const char* from = row.first + static_cast<std::int64_t>(v) * 16;
+    return kOnce ? load16_streaming(from) : load16(from);
+  }
+  if (const char* from = row.template vector_at<T>(v, 16)) return kOnce ? load16_streaming(from) : load16(from);
   Vec16 vector;
-  if (whole && row.loadable == 4) {
+  if (const char* from = row.template vector_at<T>(v, 4)) {
 #pragma unroll
     for (int w = 0; w < 4; ++w) vector.word[w] = __ldg(reinterpret_cast<const std::uint32_t*>(from) + w);
     return vector;
@@ -92,7 +102,7 @@ __device__ Vec16 load_vector(const Row& row, int v) {
   for (int w = 0; w < 4; ++w) vector.word[w] = 0;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    const std::uint32_t element = v * n + i < row.size ? row.bits<T>(v * n + i) : T::minus_infinity;
+    const std::uint32_t element = v * n + i < row.size() ? row.template bits<T>(v * n + i) : T::minus_infinity;
     vector.word[i * width / 32] |= element << (i * width % 32);
   }
   return vector;
@@ -113,12 +123,12 @@ __device__ void unpack(const Vec16& vector, float (&x)[kPerVector<T>]) {
 }
 
 // The elements of vector `v` of a row of T in a row of another dtype.
-template <class T>
-__device__ void gather_vector(const Row& row, int v, float (&x)[kPerVector<T>]) {
+template <class T, class AnyRow>
+__device__ void gather_vector(const AnyRow& row, int v, float (&x)[kPerVector<T>]) {
 #pragma unroll
   for (int i = 0; i < kPerVector<T>; ++i) {
     const int at = v * kPerVector<T> + i;
-    x[i] = at < row.size ? row[at] : -INFINITY;
+    x[i] = at < row.size() ? row[at] : -INFINITY;
   }
 }
 
@@ -142,9 +152,9 @@ struct Share {
   __device__ int operator[](int k) const { return first + k * step; }
 };
 
-template <class T>
-__device__ int vectors_of(const Row& row) {
-  return (row.size + kPerVector<T> - 1) / kPerVector<T>;
+template <class T, class AnyRow>
+__device__ int vectors_of(const AnyRow& row) {
+  return (row.size() + kPerVector<T> - 1) / kPerVector<T>;
 }
 
 // ---- log-sum-exp
@@ -169,15 +179,17 @@ struct Terms {
   }
 };
 
-struct BlockTerms {
+// Sums of exponentials relative to the largest of their terms, of many threads.
+struct ManyTerms {
   float highest;
   double sum;
 };
 
-// What the blocks of a cluster tell each other. A row's log-sum-exp is exchanged in a slot of its own, so that
-// nobody writes what a neighbour may still be reading.
+// What the blocks of a cluster tell each other. A field is written by thread 0 before a cluster_sync() and read by
+// other blocks before the next, so it may be written again after that.
 struct Exchange {
-  BlockTerms terms[2];
+  ManyTerms warps[kBlock / 32];  // within the block
+  ManyTerms terms[2];            // of p, of q
   double lse[2];
   double sums[3];
   std::uint64_t best[2];
@@ -185,35 +197,43 @@ struct Exchange {
 
 __device__ Exchange& exchange() { return block_shared<Exchange>(); }
 
+// The warp's terms together, in every lane; each lane brings some, or {-INFINITY, 0}.
+__device__ ManyTerms warp_combine(ManyTerms mine) {
+  float highest = mine.highest;
+  for (int lanes = 16; lanes > 0; lanes /= 2) highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, lanes));
+  // Also -inf only, where highest - highest is no number, and sums that are NaN already.
+  const bool scaled = mine.sum == 0 || mine.highest == highest;
+  double sum = scaled ? mine.sum : mine.sum * static_cast<double>(exp2f((mine.highest - highest) * kLog2E));
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
+  return {highest, sum};
+}
+
 // The log-sum-exp of the cluster's threads' terms, in every thread; NaN where no softmax exists.
 __device__ double combined_lse(const Terms& terms, int slot) {
-  const float highest = block_reduce(terms.highest, Max());
-  const bool vanishes = terms.sum == 0 || highest == -INFINITY;  // exp(-inf - -inf) is no number
-  const double scaled = vanishes ? terms.sum : terms.sum * exp2f((terms.highest - highest) * kLog2E);
-  const double sum = block_reduce(scaled, Sum());
   Exchange& mine = exchange();
-  if (threadIdx.x == 0) mine.terms[slot] = {highest, sum};
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const ManyTerms of_warp = warp_combine({terms.highest, static_cast<double>(terms.sum)});
+  if (lane == 0) mine.warps[warp] = of_warp;
+  __syncthreads();
+  if (warp == 0) {
+    const ManyTerms of_block = warp_combine(lane < kBlock / 32 ? mine.warps[lane] : ManyTerms{-INFINITY, 0});
+    if (lane == 0) mine.terms[slot] = of_block;
+  }
   cluster_sync();
-  if (threadIdx.x == 0) {
-    float top = -INFINITY;
-    for (unsigned rank = 0; rank < cluster_size(); ++rank)
-      top = fmaxf(top, cluster_shared(&mine, rank)->terms[slot].highest);
-    double total = 0;
-    for (unsigned rank = 0; rank < cluster_size(); ++rank) {
-      const BlockTerms theirs = cluster_shared(&mine, rank)->terms[slot];
-      if (theirs.sum == 0) continue;
-      total += theirs.highest == top ? theirs.sum : theirs.sum * exp(static_cast<double>(theirs.highest) - top);
-    }
-    const double lse = top + log(total);
-    mine.lse[slot] = isfinite(lse) ? lse : static_cast<double>(NAN);
+  if (warp == 0) {  // a lane to a block: one round trip for all
+    const bool present = static_cast<unsigned>(lane) < cluster_size();
+    const ManyTerms of_cluster =
+        warp_combine(present ? cluster_shared(&mine, lane)->terms[slot] : ManyTerms{-INFINITY, 0});
+    const double lse = static_cast<double>(of_cluster.highest) + log(of_cluster.sum);
+    if (lane == 0) mine.lse[slot] = isfinite(lse) ? lse : static_cast<double>(NAN);
   }
   __syncthreads();
   return mine.lse[slot];
 }
 
 // Reading the row, holding nothing of it.
-template <class T>
-__device__ double streamed_lse(const Row& row, int slot) {
+template <class T, class AnyRow>
+__device__ double streamed_lse(const AnyRow& row, int slot) {
   constexpr int kAtOnce = 4;  // loads in flight
   const Share share;
   const int vectors = vectors_of<T>(row);
@@ -222,7 +242,7 @@ __device__ double streamed_lse(const Row& row, int slot) {
     Vec16 loaded[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u)
-      if (v + u * share.step < vectors) loaded[u] = load_vector<T, false>(row, v + u * share.step);
+      if (v + u * share.step < vectors) loaded[u] = load_vector<T, false, false>(row, v + u * share.step);
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       if (v + u * share.step < vectors) {
@@ -235,8 +255,9 @@ __device__ double streamed_lse(const Row& row, int slot) {
   return combined_lse(terms, slot);
 }
 
-__device__ double streamed_lse(const Row& row, int slot) {
-  switch (row.dtype) {
+template <class AnyRow>
+__device__ double streamed_lse(const AnyRow& row, int slot) {
+  switch (row.dtype()) {
     case DType::bfloat16:
       return streamed_lse<BFloat16>(row, slot);
     case DType::float16:
@@ -304,7 +325,7 @@ struct Sums {
   }
 };
 
-// The cluster's sums, in the exchange of its first block, which may read them until the next cluster_sync().
+// The cluster's sums, for the first thread of its first block, in its exchange.
 template <bool kEsapOnly>
 __device__ void combine(const Sums& sums) {
   Exchange& mine = exchange();
@@ -321,94 +342,126 @@ __device__ void combine(const Sums& sums) {
     }
   }
   cluster_sync();
-  if (cluster_rank() != 0 || threadIdx.x != 0) return;
-  for (unsigned rank = 1; rank < cluster_size(); ++rank) {
-    const Exchange& theirs = *cluster_shared(&mine, rank);
-    mine.sums[0] += theirs.sums[0];
-    if constexpr (!kEsapOnly) {
-      for (int i = 1; i < 3; ++i) mine.sums[i] += theirs.sums[i];
-      for (int i = 0; i < 2; ++i) mine.best[i] = theirs.best[i] > mine.best[i] ? theirs.best[i] : mine.best[i];
-    }
+  if (cluster_rank() != 0 || threadIdx.x >= 32) return;
+  const bool present = threadIdx.x < cluster_size();  // a lane to a block
+  const Exchange& theirs = *cluster_shared(&mine, present ? threadIdx.x : 0);
+  double sum[kEsapOnly ? 1 : 3];
+  std::uint64_t best[2] = {};
+  for (double& value : sum) value = present ? theirs.sums[&value - sum] : 0;
+  for (int i = 0; !kEsapOnly && i < 2; ++i) best[i] = present ? theirs.best[i] : 0;
+  for (int lanes = kMaxCluster / 2; lanes > 0; lanes /= 2) {
+    for (double& value : sum) value += __shfl_xor_sync(0xFFFFFFFFu, value, lanes);
+    for (int i = 0; !kEsapOnly && i < 2; ++i) best[i] = Max()(best[i], __shfl_xor_sync(0xFFFFFFFFu, best[i], lanes));
   }
+  if (threadIdx.x != 0) return;
+  for (double& value : sum) mine.sums[&value - sum] = value;
+  for (int i = 0; !kEsapOnly && i < 2; ++i) mine.best[i] = best[i];
 }
 
-// One cluster per row of q, in the order of t, then c. kHeld vectors of q stay in each thread's registers.
-template <class T, int kHeld, bool kEsapOnly>
-__global__ void __launch_bounds__(kBlock, kEsapOnly&& kHeld == kFew ? 2 : 1) overlap_kernel(OverlapArgs args) {
+// Writes the metrics of candidate c that are not a kernel of their own.
+__device__ void write(const OverlapArgs& args, std::int64_t t, std::int64_t c, double p_lse, double q_lse,
+                      double weight) {
+  const Exchange& total = exchange();
+  double value[kAccept] = {total.sums[0], total.sums[1], total.sums[2], 0, 0};
+  value[kTop1Agree] = total.best[0] << 32 == total.best[1] << 32;  // the same index
+  if (args.out[kNll] && args.labels[t] >= 0) value[kNll] = q_lse - q_row(args, c, t)[static_cast<int>(args.labels[t])];
+  const bool exists = isfinite(p_lse) && isfinite(q_lse);
+  for (int metric = 0; metric < kAccept; ++metric)
+    if (args.out[metric])
+      args.out[metric][c * args.p.shape[0] + t] = static_cast<float>(exists ? value[metric] * weight : NAN);
+}
+
+// Blocks that share a multiprocessor, by the kernel's registers.
+template <bool kWhole, int kHeld, bool kEsapOnly>
+constexpr int kResident = kWhole && kHeld == kFew && kEsapOnly ? 2 : 1;
+
+// A cluster takes a row of p and up to `per_cluster` of its candidates, one after the other. kHeld vectors of p stay in
+// each thread's shared memory, and as many of the candidate's row in its registers; while it is compared, those of the
+// next are fetched.
+template <class T, bool kWhole, int kHeld, bool kEsapOnly>
+__global__ void __launch_bounds__(kBlock, kResident<kWhole, kHeld, kEsapOnly>)
+    overlap_kernel(OverlapArgs args, std::int64_t per_cluster) {
   constexpr int n = kPerVector<T>;
   const std::int64_t n_candidates = args.q.shape[0], n_rows = args.p.shape[0];
-  const std::int64_t pair = blockIdx.x / cluster_size();
-  const std::int64_t t = pair / n_candidates, c = pair % n_candidates;
+  const std::int64_t groups = (n_candidates + per_cluster - 1) / per_cluster;
+  const std::int64_t cluster = blockIdx.x / cluster_size(), t = cluster / groups;
+  const std::int64_t first = cluster % groups * per_cluster;
+  const std::int64_t last = first + per_cluster < n_candidates ? first + per_cluster : n_candidates;
   const bool writes = cluster_rank() == 0 && threadIdx.x == 0;
   const double weight = args.weight ? args.weight[t] : 1.0;
   if (weight == 0) {  // nothing is read
-    for (int metric = 0; writes && metric < kAccept; ++metric)
-      if (args.out[metric]) args.out[metric][c * n_rows + t] = 0;
+    for (std::int64_t c = first; writes && c < last; ++c)
+      for (int metric = 0; metric < kAccept; ++metric)
+        if (args.out[metric]) args.out[metric][c * n_rows + t] = 0;
     return;
   }
-  const Row p = p_row(args, t), q = q_row(args, c, t);
-  const bool alike = p.dtype == T::dtype;
+  const RowOfP p = p_row(args, t);
+  const bool alike = kWhole || p.dtype() == T::dtype;
   const Share share;
-  const int vectors = vectors_of<T>(q);
+  const int vectors = vectors_of<T>(p);
   Vec16 held[kHeld];
+  Vec16* held_p = reinterpret_cast<Vec16*>(dynamic_shared()) + threadIdx.x;  // [kHeld], kBlock apart
 #pragma unroll
   for (int k = 0; k < kHeld; ++k)
-    if (share[k] < vectors) held[k] = load_vector<T, true>(q, share[k]);
+    if (share[k] < vectors) held[k] = load_vector<T, kWhole, true>(q_row(args, first, t), share[k]);
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    if (!alike || share[k] >= vectors) break;
+    if constexpr (kWhole) {
+      copy16_async(held_p + k * kBlock, p.first + static_cast<std::int64_t>(share[k]) * 16);
+    } else {
+      held_p[k * kBlock] = load_vector<T, false, true>(p, share[k]);
+    }
+  }
   const double p_lse = args.p_lse ? args.p_lse[t] : streamed_lse(p, 0);
+  const LogProbability log_p(p_lse);
 
-  Terms terms;
+  for (std::int64_t c = first; c < last; ++c) {
+    const RowOfQ q = q_row(args, c, t);
+    Terms terms;
 #pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    if (share[k] >= vectors) break;
-    float y[n];
-    unpack<T>(held[k], y);
-    terms.add(y);
-  }
-  for (int k = kHeld; share[k] < vectors; ++k) {
-    float y[n];
-    unpack<T>(load_vector<T, false>(q, share[k]), y);
-    terms.add(y);
-  }
-  Vec16 held_p[kHeld];  // on its way while the log-sum-exp is put together
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k)
-    if (alike && share[k] < vectors) held_p[k] = load_vector<T, false>(p, share[k]);
-  const double q_lse = combined_lse(terms, 1);
+    for (int k = 0; k < kHeld; ++k) {
+      if (share[k] >= vectors) break;
+      float y[n];
+      unpack<T>(held[k], y);
+      terms.add(y);
+    }
+    for (int k = kHeld; share[k] < vectors; ++k) {
+      float y[n];
+      unpack<T>(load_vector<T, kWhole, false>(q, share[k]), y);
+      terms.add(y);
+    }
+    const double q_lse = combined_lse(terms, 1);
 
-  const LogProbability log_p(p_lse), log_q(q_lse);
-  Sums sums;
+    wait_for_copies();  // of p, by this thread
+    const LogProbability log_q(q_lse);
+    const RowOfQ next = q_row(args, c + 1, t);
+    Sums sums;
 #pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    if (share[k] >= vectors) break;
-    float x[n], y[n];
-    if (alike) {
-      unpack<T>(held_p[k], x);
-    } else {
-      gather_vector<T>(p, share[k], x);
+    for (int k = 0; k < kHeld; ++k) {
+      if (share[k] >= vectors) break;
+      float x[n], y[n];
+      if (alike) {
+        unpack<T>(held_p[k * kBlock], x);
+      } else {
+        gather_vector<T>(p, share[k], x);
+      }
+      unpack<T>(held[k], y);
+      if (c + 1 < last) held[k] = load_vector<T, kWhole, true>(next, share[k]);
+      sums.template add<kEsapOnly>(x, y, share[k] * n, log_p, log_q);
     }
-    unpack<T>(held[k], y);
-    sums.template add<kEsapOnly>(x, y, share[k] * n, log_p, log_q);
-  }
-  for (int k = kHeld; share[k] < vectors; ++k) {
-    float x[n], y[n];
-    if (alike) {
-      unpack<T>(load_vector<T, false>(p, share[k]), x);
-    } else {
-      gather_vector<T>(p, share[k], x);
+    for (int k = kHeld; share[k] < vectors; ++k) {
+      float x[n], y[n];
+      if (alike) {
+        unpack<T>(load_vector<T, kWhole, false>(p, share[k]), x);
+      } else {
+        gather_vector<T>(p, share[k], x);
+      }
+      unpack<T>(load_vector<T, kWhole, false>(q, share[k]), y);
+      sums.template add<kEsapOnly>(x, y, share[k] * n, log_p, log_q);
     }
-    unpack<T>(load_vector<T, false>(q, share[k]), y);
-    sums.template add<kEsapOnly>(x, y, share[k] * n, log_p, log_q);
-  }
-  combine<kEsapOnly>(sums);
-  if (writes) {
-    const Exchange& total = exchange();
-    double value[kAccept] = {total.sums[0], total.sums[1], total.sums[2], 0, 0};
-    value[kTop1Agree] = total.best[0] << 32 == total.best[1] << 32;  // the same index
-    if (args.out[kNll] && args.labels[t] >= 0) value[kNll] = q_lse - q[static_cast<int>(args.labels[t])];
-    const bool exists = isfinite(p_lse) && isfinite(q_lse);
-    for (int metric = 0; metric < kAccept; ++metric)
-      if (args.out[metric])
-        args.out[metric][c * n_rows + t] = static_cast<float>(exists ? value[metric] * weight : NAN);
+    combine<kEsapOnly>(sums);
+    if (writes) write(args, t, c, p_lse, q_lse, weight);
   }
   cluster_sync();  // no block ends while another reads its shared memory
 }
@@ -416,7 +469,7 @@ __global__ void __launch_bounds__(kBlock, kEsapOnly&& kHeld == kFew ? 2 : 1) ove
 // One cluster per row.
 __global__ void __launch_bounds__(kBlock) log_sum_exp_kernel(LogSumExpArgs args) {
   const std::int64_t r = blockIdx.x / cluster_size();
-  const Row row(args.logits, r * args.logits.stride[0]);
+  const Row<1> row(args.logits, r * args.logits.stride[0]);
   const double lse = streamed_lse(row, 0);
   if (cluster_rank() == 0 && threadIdx.x == 0) args.lse[r] = lse;
   cluster_sync();
@@ -426,16 +479,16 @@ __global__ void __launch_bounds__(kBlock) log_sum_exp_kernel(LogSumExpArgs args)
 
 // The first token whose cumulative probability exceeds u, the last possible one where rounding keeps all below u;
 // the same in every thread. The block adds up pieces of the row until one passes u, and one thread walks that one.
-__device__ int draw(const Row& row, LogProbability log_prob, double u) {
+__device__ int draw(const RowOfQ& row, LogProbability log_prob, double u) {
   constexpr int kPiece = 4096;
   int& token = block_shared<int>();
   double below = 0;
-  for (int start = 0; start < row.size; start += kPiece) {
-    const int end = start + kPiece < row.size ? start + kPiece : row.size;
+  for (int start = 0; start < row.size(); start += kPiece) {
+    const int end = start + kPiece < row.size() ? start + kPiece : row.size();
     double mass = 0;
     for (int i = start + static_cast<int>(threadIdx.x); i < end; i += kBlock) mass += expf(log_prob(row[i]));
     mass = block_reduce(mass, Sum());
-    if (below + mass > u || end == row.size) {  // the same decision in every thread
+    if (below + mass > u || end == row.size()) {  // the same decision in every thread
       if (threadIdx.x == 0) {
         token = -1;
         for (int i = start; token < 0 && i < end; ++i) {
@@ -460,7 +513,8 @@ __global__ void __launch_bounds__(kBlock) accept_kernel(OverlapArgs args) {
   const double weight = args.weight ? args.weight[t] : 1.0;
   double value = 0;
   if (weight != 0) {
-    const Row p = p_row(args, t), q = q_row(args, c, t);
+    const RowOfP p = p_row(args, t);
+    const RowOfQ q = q_row(args, c, t);
     const double p_lse = args.p_lse ? args.p_lse[t] : streamed_lse(p, 0), q_lse = streamed_lse(q, 1);
     const int token = draw(q, LogProbability(q_lse), args.uniform[t]);
     const double ratio = exp((p[token] - p_lse) - (q[token] - q_lse));
@@ -478,12 +532,19 @@ struct Layout {
 };
 
 // As small a cluster as holds a row, hence the fewest barriers; depends on V, dtype and device only.
-Layout layout_of(std::int64_t vectors) {
-  const int largest = device_info().major >= 9 ? kMaxCluster : 1;
+Layout layout_of(std::int64_t vectors, bool clusters) {
+  const int largest = clusters ? kMaxCluster : 1;
   for (int cluster = 1; cluster <= largest; cluster *= 2)
     if (vectors <= static_cast<std::int64_t>(cluster) * kBlock * kFew) return {cluster, kFew};
   if (vectors <= static_cast<std::int64_t>(largest) * kBlock * kMany) return {largest, kMany};
   return {largest, kFew};
+}
+
+// Candidates of a cluster: all of a row's, unless that leaves the device idle. The results do not depend on it.
+std::int64_t candidates_of_cluster(std::int64_t rows, std::int64_t candidates, int cluster) {
+  const std::int64_t wanted = 8 * device_info().multiprocessors / cluster;  // four rounds of two blocks
+  const std::int64_t groups = rows >= wanted ? 1 : (wanted + rows - 1) / rows;
+  return groups >= candidates ? 1 : (candidates + groups - 1) / groups;
 }
 
 LaunchShape shape_of(std::int64_t rows, int cluster) {
@@ -496,17 +557,36 @@ void check_vocabulary(std::int64_t size) {
   if (size > 0x7FFFFFFF / 2) throw std::invalid_argument("overlap: the CUDA kernels take rows of up to 2^30 logits");
 }
 
+// Whether all rows are whole vectors that can be loaded as they lie.
 template <class T>
+bool whole_vectors(const TensorView& tensor) {
+  const int last = tensor.dim - 1;
+  bool whole = tensor.dtype == T::dtype && tensor.stride[last] == 1 && tensor.shape[last] % kPerVector<T> == 0 &&
+               reinterpret_cast<std::uintptr_t>(tensor.data) % 16 == 0;
+  for (int i = 0; i < last; ++i) whole = whole && tensor.stride[i] % kPerVector<T> == 0;
+  return whole;
+}
+
+template <class T, bool kEsapOnly>
 void launch_overlap(const OverlapArgs& args) {
   const std::int64_t vectors = (args.q.shape[2] + kPerVector<T> - 1) / kPerVector<T>;
-  const Layout layout = layout_of(vectors);
-  const LaunchShape shape = shape_of(args.p.shape[0] * args.q.shape[0], layout.cluster);
+  const Layout layout = layout_of(vectors, clusters_in(overlap_kernel<T, true, kFew, kEsapOnly>));
+  const bool whole = whole_vectors<T>(args.p) && whole_vectors<T>(args.q);
+  const int held = whole ? layout.held : kFew;
+  const std::int64_t rows = args.p.shape[0], candidates = args.q.shape[0];
+  const std::int64_t each = candidates_of_cluster(rows, candidates, layout.cluster);
+  LaunchShape shape = shape_of(rows * ((candidates + each - 1) / each), layout.cluster);
+  shape.dynamic_shared_bytes = sizeof(Vec16) * kBlock * held;
+  launch(!whole         ? overlap_kernel<T, false, kFew, kEsapOnly>
+         : held == kFew ? overlap_kernel<T, true, kFew, kEsapOnly>
+                        : overlap_kernel<T, true, kMany, kEsapOnly>,
+         shape, args.stream, args, each);
+}
+
+template <class T>
+void launch_overlap(const OverlapArgs& args) {
   const bool esap_only = !args.out[kKlPq] && !args.out[kKlQp] && !args.out[kTop1Agree];
-  if (layout.held == kFew) {
-    launch(esap_only ? overlap_kernel<T, kFew, true> : overlap_kernel<T, kFew, false>, shape, args.stream, args);
-  } else {
-    launch(esap_only ? overlap_kernel<T, kMany, true> : overlap_kernel<T, kMany, false>, shape, args.stream, args);
-  }
+  esap_only ? launch_overlap<T, true>(args) : launch_overlap<T, false>(args);
 }
 
 }  // namespace

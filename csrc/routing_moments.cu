@@ -146,8 +146,16 @@ __global__ void __launch_bounds__(kExpertThreads) accumulate_kernel(RoutingMomen
   Moments moments;
   if constexpr (kFromTile) {
     const std::uint16_t* experts = tile.experts(args);
+    const std::uint32_t both = static_cast<std::uint32_t>(expert) * 0x10001u;
     for (std::int64_t start = threadIdx.x * kIdsPerLoad; start < tile.size; start += kExpertThreads * kIdsPerLoad) {
       const Vec16 ids = load16(experts + start);  // the workspace goes on to a multiple of eight
+      std::uint32_t found = 0;                    // not 0 where a half of some word is the expert
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const std::uint32_t difference = ids.word[w] ^ both;
+        found |= (difference - 0x10001u) & ~difference & 0x80008000u;
+      }
+      if (found == 0) continue;
       for (int u = 0; u < kIdsPerLoad && start + u < tile.size; ++u) {
         if ((ids.word[u / 2] >> (u % 2 * 16) & 0xFFFFu) != expert) continue;
         moments.add(gate_at(args, tile.first + start + u), tile.norms(args)[start + u]);

@@ -137,3 +137,27 @@ def test_the_schedule_does_not_change_a_bit(core, operation, major):
     for seed in SCHEDULES:
         emulated.set_schedule(seed)
         assert all(torch.equal(a, b) for a, b in zip(operation(), first, strict=True))
+
+
+@pytest.mark.parametrize("core", ["cuda-emulated"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [3001, 30_000])  # one block to a row, and a cluster
+def test_whether_a_cluster_takes_one_candidate_or_all_changes_no_bit(core, dtype, vocabulary):
+    p, q = numbers(3, vocabulary, seed=0).to(dtype), numbers(5, 3, vocabulary, seed=1).to(dtype)
+    wide = torch.zeros(5, 3, 2 * vocabulary, dtype=dtype)
+    wide[:, :, ::2] = q
+    for metrics in (("esap",), ("esap", "kl_pq", "kl_qp", "top1_agree")):
+        answers = []
+        for multiprocessors in (132, 1):  # many leave room for a cluster to each pair of rows
+            for seed in (0, 1, 2):
+                emulated.set_device(multiprocessors=multiprocessors)
+                emulated.set_schedule(seed)
+                answers.append(torch.stack([*overlap(p, q, metrics=metrics).values()]))
+        answers.append(torch.stack([*overlap(p, wide[:, :, ::2], metrics=metrics).values()]))
+        assert all(torch.equal(answer, answers[0]) for answer in answers)
+        torch.testing.assert_close(
+            answers[0].double(),
+            torch.stack([*overlap(p.double(), q.double(), metrics=metrics).values()]),
+            rtol=1e-5,
+            atol=2e-6,
+        )
