@@ -9,7 +9,7 @@
 // Blocks and clusters exchange a maximum and a sum, then the metrics' sums. Which thread takes an element depends on
 // its index and on V only, never on addresses, so strided and unaligned rows give the bits of their copies. Sums run
 // in float32 over at most some dozens of terms a thread, in float64 across threads, in a fixed order.
-#include "cuda_utils.cuh"
+#include "cuda_rows.cuh"
 #include "overlap.h"
 
 namespace moeprune {
@@ -18,60 +18,8 @@ namespace {
 constexpr int kBlock = 512;  // threads
 constexpr int kMaxCluster = 8;
 constexpr int kFew = 5, kMany = 10;  // vectors of q that a thread holds: few let two blocks share a multiprocessor
-constexpr float kLog2E = 1.44269504f;
 
 // ---- rows
-
-// The bits of the elements, by dtype.
-struct Float32 {
-  using Bits = std::uint32_t;
-  static constexpr DType dtype = DType::float32;
-  static constexpr Bits minus_infinity = 0xFF800000u;
-};
-struct BFloat16 {
-  using Bits = std::uint16_t;
-  static constexpr DType dtype = DType::bfloat16;
-  static constexpr Bits minus_infinity = 0xFF80u;
-};
-struct Float16 {
-  using Bits = std::uint16_t;
-  static constexpr DType dtype = DType::float16;
-  static constexpr Bits minus_infinity = 0xFC00u;
-};
-
-template <class T>
-constexpr int kPerVector = 16 / static_cast<int>(sizeof(typename T::Bits));
-
-// A row of a tensor of which it is the last dimension, kLast.
-template <int kLast>
-struct Row {
-  const TensorView& tensor;
-  const char* first;  // the first element
-
-  __device__ Row(const TensorView& of, std::int64_t offset)
-      : tensor(of), first(static_cast<const char*>(of.data) + offset * (of.dtype == DType::float32 ? 4 : 2)) {}
-
-  __device__ int size() const { return static_cast<int>(tensor.shape[kLast]); }
-  __device__ DType dtype() const { return tensor.dtype; }
-  template <class T>
-  __device__ typename T::Bits bits(int i) const {
-    return __ldg(reinterpret_cast<const typename T::Bits*>(first) + i * tensor.stride[kLast]);
-  }
-  __device__ float operator[](int i) const {
-    return dtype() == DType::float32    ? __uint_as_float(bits<Float32>(i))
-           : dtype() == DType::bfloat16 ? bfloat16_to_float(bits<BFloat16>(i))
-                                        : float16_to_float(bits<Float16>(i));
-  }
-
-  // Where vector `v` of a row of T is, if all its elements lie there side by side, at a multiple of `alignment`;
-  // otherwise null.
-  template <class T>
-  __device__ const char* vector_at(int v, int alignment) const {
-    const bool aligned = reinterpret_cast<std::uintptr_t>(first) % alignment == 0;
-    const bool whole = (v + 1) * kPerVector<T> <= size() && tensor.stride[kLast] == 1;
-    return aligned && whole ? first + static_cast<std::int64_t>(v) * 16 : nullptr;
-  }
-};
 
 using RowOfP = Row<1>;
 using RowOfQ = Row<2>;
@@ -80,191 +28,6 @@ __device__ RowOfP p_row(const OverlapArgs& args, std::int64_t t) { return RowOfP
 
 __device__ RowOfQ q_row(const OverlapArgs& args, std::int64_t c, std::int64_t t) {
   return RowOfQ(args.q, c * args.q.stride[0] + t * args.q.stride[1]);
-}
-
-// Vector `v`, elements [v * kPerVector, ...), of a row of T; -inf beyond the row's end. kWhole: it is known to be
-// loadable as it lies, which keeps the code for all else out of the kernel, and its registers.
-template <class T, bool kWhole, bool kOnce, class AnyRow>
-__device__ Vec16 load_vector(const AnyRow& row, int v) {
-  constexpr int n = kPerVector<T>, width = 8 * static_cast<int>(sizeof(typename T::Bits));
-  if constexpr (kWhole) {
-    const char* from = row.first + static_cast<std::int64_t>(v) * 16;
-    return kOnce ? load16_streaming(from) : load16(from);
-  }
-  if (const char* from = row.template vector_at<T>(v, 16)) return kOnce ? load16_streaming(from) : load16(from);
-  Vec16 vector;
-  if (const char* from = row.template vector_at<T>(v, 4)) {
-#pragma unroll
-    for (int w = 0; w < 4; ++w) vector.word[w] = __ldg(reinterpret_cast<const std::uint32_t*>(from) + w);
-    return vector;
-  }
-#pragma unroll
-  for (int w = 0; w < 4; ++w) vector.word[w] = 0;
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    const std::uint32_t element = v * n + i < row.size() ? row.template bits<T>(v * n + i) : T::minus_infinity;
-    vector.word[i * width / 32] |= element << (i * width % 32);
-  }
-  return vector;
-}
-
-template <class T>
-__device__ void unpack(const Vec16& vector, float (&x)[kPerVector<T>]) {
-#pragma unroll
-  for (int i = 0; i < kPerVector<T>; ++i) {
-    if constexpr (T::dtype == DType::float32) {
-      x[i] = __uint_as_float(vector.word[i]);
-    } else if constexpr (T::dtype == DType::bfloat16) {
-      x[i] = __uint_as_float(i % 2 ? vector.word[i / 2] & 0xFFFF0000u : vector.word[i / 2] << 16);
-    } else {
-      x[i] = float16_to_float(static_cast<std::uint16_t>(vector.word[i / 2] >> (i % 2 * 16)));
-    }
-  }
-}
-
-// The elements of vector `v` of a row of T in a row of another dtype.
-template <class T, class AnyRow>
-__device__ void gather_vector(const AnyRow& row, int v, float (&x)[kPerVector<T>]) {
-#pragma unroll
-  for (int i = 0; i < kPerVector<T>; ++i) {
-    const int at = v * kPerVector<T> + i;
-    x[i] = at < row.size() ? row[at] : -INFINITY;
-  }
-}
-
-template <int n>
-__device__ float tree_sum(float (&x)[n]) {
-#pragma unroll
-  for (int width = n / 2; width > 0; width /= 2)
-#pragma unroll
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  return x[0];
-}
-
-// The vectors of a row that are this thread's: neighbours in memory go to neighbouring threads, then to the
-// cluster's blocks, then round again.
-struct Share {
-  int first, step;
-
-  __device__ Share()
-      : first(static_cast<int>(cluster_rank() * blockDim.x + threadIdx.x)),
-        step(static_cast<int>(cluster_size() * blockDim.x)) {}
-  __device__ int operator[](int k) const { return first + k * step; }
-};
-
-template <class T, class AnyRow>
-__device__ int vectors_of(const AnyRow& row) {
-  return (row.size() + kPerVector<T> - 1) / kPerVector<T>;
-}
-
-// ---- log-sum-exp
-
-// A thread's terms, relative to the largest of its elements.
-struct Terms {
-  float highest = -INFINITY;
-  float sum = 0;
-
-  template <int n>
-  __device__ void add(const float (&x)[n]) {
-    float raised = highest;
-#pragma unroll
-    for (int i = 0; i < n; ++i) raised = fmaxf(raised, x[i]);  // NaN is passed over here and kept in the sum
-    if (raised > highest) sum = sum > 0 ? sum * exp2f((highest - raised) * kLog2E) : sum;
-    highest = raised;
-    const float offset = highest == -INFINITY ? 0 : highest;  // -inf only: terms 0, not NaN
-    float term[n];
-#pragma unroll
-    for (int i = 0; i < n; ++i) term[i] = fast_exp2((x[i] - offset) * kLog2E);
-    sum += tree_sum(term);
-  }
-};
-
-// Sums of exponentials relative to the largest of their terms, of many threads.
-struct ManyTerms {
-  float highest;
-  double sum;
-};
-
-// What the blocks of a cluster tell each other. A field is written by thread 0 before a cluster_sync() and read by
-// other blocks before the next, so it may be written again after that.
-struct Exchange {
-  ManyTerms warps[kBlock / 32];  // within the block
-  ManyTerms terms[2];            // of p, of q
-  double lse[2];
-  double sums[3];
-  std::uint64_t best[2];
-};
-
-__device__ Exchange& exchange() { return block_shared<Exchange>(); }
-
-// The warp's terms together, in every lane; each lane brings some, or {-INFINITY, 0}.
-__device__ ManyTerms warp_combine(ManyTerms mine) {
-  float highest = mine.highest;
-  for (int lanes = 16; lanes > 0; lanes /= 2) highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, lanes));
-  // Also -inf only, where highest - highest is no number, and sums that are NaN already.
-  const bool scaled = mine.sum == 0 || mine.highest == highest;
-  double sum = scaled ? mine.sum : mine.sum * static_cast<double>(exp2f((mine.highest - highest) * kLog2E));
-  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
-  return {highest, sum};
-}
-
-// The log-sum-exp of the cluster's threads' terms, in every thread; NaN where no softmax exists.
-__device__ double combined_lse(const Terms& terms, int slot) {
-  Exchange& mine = exchange();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const ManyTerms of_warp = warp_combine({terms.highest, static_cast<double>(terms.sum)});
-  if (lane == 0) mine.warps[warp] = of_warp;
-  __syncthreads();
-  if (warp == 0) {
-    const ManyTerms of_block = warp_combine(lane < kBlock / 32 ? mine.warps[lane] : ManyTerms{-INFINITY, 0});
-    if (lane == 0) mine.terms[slot] = of_block;
-  }
-  cluster_sync();
-  if (warp == 0) {  // a lane to a block: one round trip for all
-    const bool present = static_cast<unsigned>(lane) < cluster_size();
-    const ManyTerms of_cluster =
-        warp_combine(present ? cluster_shared(&mine, lane)->terms[slot] : ManyTerms{-INFINITY, 0});
-    const double lse = static_cast<double>(of_cluster.highest) + log(of_cluster.sum);
-    if (lane == 0) mine.lse[slot] = isfinite(lse) ? lse : static_cast<double>(NAN);
-  }
-  __syncthreads();
-  return mine.lse[slot];
-}
-
-// Reading the row, holding nothing of it.
-template <class T, class AnyRow>
-__device__ double streamed_lse(const AnyRow& row, int slot) {
-  constexpr int kAtOnce = 4;  // loads in flight
-  const Share share;
-  const int vectors = vectors_of<T>(row);
-  Terms terms;
-  for (int v = share.first; v < vectors; v += kAtOnce * share.step) {
-    Vec16 loaded[kAtOnce];
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u)
-      if (v + u * share.step < vectors) loaded[u] = load_vector<T, false, false>(row, v + u * share.step);
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      if (v + u * share.step < vectors) {
-        float x[kPerVector<T>];
-        unpack<T>(loaded[u], x);
-        terms.add(x);
-      }
-    }
-  }
-  return combined_lse(terms, slot);
-}
-
-template <class AnyRow>
-__device__ double streamed_lse(const AnyRow& row, int slot) {
-  switch (row.dtype()) {
-    case DType::bfloat16:
-      return streamed_lse<BFloat16>(row, slot);
-    case DType::float16:
-      return streamed_lse<Float16>(row, slot);
-    default:
-      return streamed_lse<Float32>(row, slot);
-  }
 }
 
 // ---- metrics
@@ -325,10 +88,16 @@ struct Sums {
   }
 };
 
+// What the blocks of a cluster tell each other; see LseExchange for when it may be written.
+struct SumExchange {
+  double sums[3];
+  std::uint64_t best[2];
+};
+
 // The cluster's sums, for the first thread of its first block, in its exchange.
 template <bool kEsapOnly>
 __device__ void combine(const Sums& sums) {
-  Exchange& mine = exchange();
+  auto& mine = block_shared<SumExchange>();
   const double esap = block_reduce(static_cast<double>(sums.esap), Sum());
   if (threadIdx.x == 0) mine.sums[0] = esap;
   if constexpr (!kEsapOnly) {
@@ -344,7 +113,7 @@ __device__ void combine(const Sums& sums) {
   cluster_sync();
   if (cluster_rank() != 0 || threadIdx.x >= 32) return;
   const bool present = threadIdx.x < cluster_size();  // a lane to a block
-  const Exchange& theirs = *cluster_shared(&mine, present ? threadIdx.x : 0);
+  const SumExchange& theirs = *cluster_shared(&mine, present ? threadIdx.x : 0);
   double sum[kEsapOnly ? 1 : 3];
   std::uint64_t best[2] = {};
   for (double& value : sum) value = present ? theirs.sums[&value - sum] : 0;
@@ -361,7 +130,7 @@ __device__ void combine(const Sums& sums) {
 // Writes the metrics of candidate c that are not a kernel of their own.
 __device__ void write(const OverlapArgs& args, std::int64_t t, std::int64_t c, double p_lse, double q_lse,
                       double weight) {
-  const Exchange& total = exchange();
+  const auto& total = block_shared<SumExchange>();
   double value[kAccept] = {total.sums[0], total.sums[1], total.sums[2], 0, 0};
   value[kTop1Agree] = total.best[0] << 32 == total.best[1] << 32;  // the same index
   if (args.out[kNll] && args.labels[t] >= 0) value[kNll] = q_lse - q_row(args, c, t)[static_cast<int>(args.labels[t])];
