@@ -83,9 +83,9 @@ def test_the_core_refuses_what_would_crash_it():
 
     a, b = torch.zeros(2, 3), torch.zeros(1, 2, 4)
     with pytest.raises(ValueError, match="q_logits has the wrong shape"):
-        ops._C.overlap(a, b, None, None, None, None, [None] * 6, 1)
+        ops._C.overlap(a, b, None, None, None, None, None, [None] * 6, 1)
     with pytest.raises(ValueError, match="p_logits has the wrong dtype"):
-        ops._C.overlap(a.long(), b, None, None, None, None, [None] * 6, 1)
+        ops._C.overlap(a.long(), b, None, None, None, None, None, [None] * 6, 1)
     out = torch.zeros(1, 4)[:, ::2]
     with pytest.raises(ValueError, match="out is not contiguous"):
-        ops._C.overlap(a, a[None], None, None, None, None, [out] + [None] * 5, 1)
+        ops._C.overlap(a, a[None], None, None, None, None, None, [out] + [None] * 5, 1)
