@@ -183,9 +183,9 @@ MOEPRUNE_INLINE IntVec quarter_powers(IntVec j) {
 #endif
 }
 
-// exp(x) for x <= 88, relative error below 6e-7: 2^n times 2^(j/4), from a table of four, times a minimax
-// polynomial of degree 3 for 2^(r/4), |r| <= 1/2, where 4 x / ln 2 = 4 n + j + r. Adding `shift` rounds to the
-// integer and leaves 4 (n + 127) + j in the low bits; moved up by 21, n + 127 is the exponent, and what j adds to
+// exp(x) for x <= 88, relative error below 6e-7 from -16 on, 2e-6 below: 2^n times 2^(j/4), from a table of four, times
+// a minimax polynomial of degree 3 for 2^(r/4), |r| <= 1/2, where 4 x / ln 2 = 4 n + j + r. Adding `shift` rounds to
+// the integer and leaves 4 (n + 127) + j in the low bits; moved up by 21, n + 127 is the exponent, and what j adds to
 // the mantissa the table's entries have subtracted. On processors that spend two pipes on a fused multiply-add, as
 // AMD's do, this is a sixth cheaper than a polynomial of degree 5 without the table.
 // At the lowest x the exponent is 0 and the factor 0: results below the smallest normal number, exp(-inf) among
