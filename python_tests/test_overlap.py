@@ -58,8 +58,9 @@ def test_agrees_with_the_definition_in_float64(core, dtype, vocabulary):
 
 
 @pytest.mark.parametrize("shape", ["peaked", "flat", "random", "nearly equal", "tied", "far from zero"])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("vocabulary", [50_304, 151_936])
-def test_large_vocabularies_stay_within_2e_6(core, vocabulary, shape):
+def test_large_vocabularies_stay_within_2e_6(core, vocabulary, dtype, shape):
     p, q = logits(2, vocabulary), logits(2, vocabulary, seed=1)
     if shape == "peaked":
         p[:, 17], q[:, 17] = 40.0, 39.0
@@ -71,6 +72,7 @@ def test_large_vocabularies_stay_within_2e_6(core, vocabulary, shape):
         p, q = p + 4096, q - 4096
     elif shape == "nearly equal":
         q = p + 1e-2 * q
+    p, q = p.to(dtype), q.to(dtype)
     actual = overlap(p, q)["esap"]
     expected = reference.overlap(p.double(), q.double())["esap"]
     assert (actual - expected).abs().max() <= 2e-6
