@@ -115,10 +115,10 @@ def overlap(
     return _overlap(p_logits, q_logits, p_lse, weight, labels, uniform, metrics, backend)
 
 
-def _overlap_workspace(p_logits: Tensor, q_logits: Tensor) -> Tensor | None:
+def _overlap_workspace(p_logits: Tensor, q_logits: Tensor, metrics: Sequence[str]) -> Tensor | None:
     """Room for exponentials that the CPU kernel would otherwise compute twice: those of a row of q, and of p where it
     meets several candidates, for each thread, but never more than 1 % of the inputs."""
-    if p_logits.device.type != "cpu":
+    if p_logits.device.type != "cpu" or "esap" not in metrics or {"kl_pq", "kl_qp"} & set(metrics):
         return None
     rows = torch.get_num_threads() * (1 if q_logits.shape[0] == 1 else 2)
     row_size = p_logits.shape[1] * 33 // 32 + 2048  # in whole blocks, with what each is relative to
@@ -150,7 +150,7 @@ def _overlap(
             weight,
             labels if "nll" in metrics else None,
             uniform,
-            _overlap_workspace(p_logits, q_logits),
+            _overlap_workspace(p_logits, q_logits, metrics),
             [results.get(metric) for metric in METRICS],
             torch.get_num_threads(),
         )
