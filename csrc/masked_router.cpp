@@ -27,7 +27,7 @@ struct Rows {
 // By expert, place in the top-k, or group, and then by lane.
 struct Scratch {
   alignas(64) float logit[kMaxExperts * kLanes];
-  alignas(64) float score[kMaxExperts * kLanes];            // sigmoid, sqrtsoftplus
+  alignas(64) float score[kMaxExperts * kLanes];            // sigmoid, sqrtsoftplus; probability
   alignas(64) std::int32_t key[kMaxExperts * kLanes];       // of what experts are chosen by
   alignas(64) std::int32_t best_key[kMaxExperts * kLanes];  // the running top-k, best first
   alignas(64) std::int32_t best_id[kMaxExperts * kLanes];
@@ -162,8 +162,8 @@ MOEPRUNE_INLINE IntVec insert(IntVec key, IntVec id, int top_k, Scratch& s) {
   int at = ((kTopK > 0 ? kTopK : top_k) - 1) * kLanes;
   IntVec here_key = load(s.best_key + at), here_id = load(s.best_id + at);
   const IntVec enters = beats(key, id, here_key, here_id);
-  if (kTopK == 0 && !any(enters))
-    return enters;          // a short list is gone through faster than such a branch is mispredicted
+  // A list of known length is gone through faster than this branch is mispredicted.
+  if (kTopK == 0 && !any(enters)) return enters;
   IntVec belongs = enters;  // here or before
   for (; at > 0; at -= kLanes) {
     const IntVec before_key = load(s.best_key + at - kLanes), before_id = load(s.best_id + at - kLanes);

@@ -42,7 +42,7 @@ struct BlockSum {
   float highest;
 };
 
-// With the terms themselves left in `out`, if there is one, in the order of load_pair.
+// With the terms themselves left in `out`, if kStore, in the order of load_pair.
 template <bool kStore, class T>
 MOEPRUNE_NOINLINE BlockSum block_exp_sum(const T* x, int n, float offset, float* out = nullptr) {
   Vec partial = {}, highest = splat(-kInf);
@@ -158,14 +158,11 @@ struct LogProbability {
 // Exponentials of a row's first blocks, kept where there is room: the teacher's for all candidates of a row, a
 // candidate's from its log-sum-exp to its comparison. Those of later blocks are computed again, to the same bits.
 struct Kept {
-  float* terms = nullptr;    // [blocks][kBlock]
-  float* offsets = nullptr;  // [blocks]: terms are exp(x - offset)
-  std::int64_t blocks = 0;
+  std::int64_t blocks;
+  float* terms;    // [blocks][kBlock]
+  float* offsets;  // [blocks]: terms are exp(x - offset)
 
-  Kept(float* room, std::int64_t size) : blocks(size / (kBlock + 1)) {
-    terms = room;
-    offsets = room + blocks * kBlock;
-  }
+  Kept(float* room, std::int64_t size) : blocks(size / (kBlock + 1)), terms(room), offsets(room + blocks * kBlock) {}
   float* block(std::int64_t start) const { return start / kBlock < blocks ? terms + start : nullptr; }
 };
 
@@ -258,6 +255,9 @@ std::int64_t draw(const FloatRow& row, LogProbability log_prob, double u, BlockB
   return last_possible;
 }
 
+// Whether esap is computed by itself, from kept exponentials, or along with the divergences.
+bool keeps_exponentials(const OverlapArgs& args) { return args.out[kEsap] && !args.out[kKlPq] && !args.out[kKlQp]; }
+
 struct Buffers {
   BlockBuffer p, q;
   alignas(64) float terms[kBlock];
@@ -338,17 +338,16 @@ void compare_rows(const OverlapArgs& args, std::int64_t c, Task& task) {
   const std::int64_t n_rows = args.p.shape[0], t = task.t;
   const FloatRow& p = task.p;
   const FloatRow q = row_of(args.q, c * args.q.stride[0] + t * args.q.stride[1]);
-  const bool divergences = args.out[kKlPq] || args.out[kKlQp];
-  const bool esap_only = args.out[kEsap] && !divergences;
-  const RowSummary q_summary = esap_only ? summarize_and_keep(q, task) : summarize(q, task.buffers.q);
+  const bool keeps = keeps_exponentials(args);
+  const RowSummary q_summary = keeps ? summarize_and_keep(q, task) : summarize(q, task.buffers.q);
   const LogProbability log_p(task.p_summary.lse), log_q(q_summary.lse);
 
   double value[kMetrics] = {};
   if (!__builtin_isfinite(task.p_summary.lse) || !__builtin_isfinite(q_summary.lse)) {
     for (double& v : value) v = kNan;
   } else {
-    if (esap_only) value[kEsap] = esap(q, q_summary, task);
-    if (divergences) {
+    if (keeps) value[kEsap] = esap(q, q_summary, task);
+    if (args.out[kKlPq] || args.out[kKlQp]) {
       Sums sums;
       for (std::int64_t start = 0; start < q.size; start += kBlock)
         with_blocks(p, q, start, block_size(q, start), Padding::minus_infinity, task.buffers.p, task.buffers.q,
@@ -401,7 +400,7 @@ void overlap(const OverlapArgs& args) {
       if (args.out[kTop1Agree]) task.p_summary = summarize_maximum(task.p, task.buffers.p);
       task.p_summary.lse = args.p_lse[t];
     }
-    if (args.out[kEsap] && !args.out[kKlPq] && !args.out[kKlQp]) keep_teacher(task);
+    if (keeps_exponentials(args)) keep_teacher(task);
     for (std::int64_t c = first; c < last; ++c) compare_rows(args, c, task);
   });
 }

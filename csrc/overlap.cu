@@ -3,8 +3,9 @@
 // A row of logits is long (V = 152k is 300 KB in bfloat16) and is needed twice: for its log-sum-exp, then for the
 // metrics. So a row of q is read once and held: in the registers of one block or, on Hopper, of a cluster of up to
 // eight, each of which has a share of every row's vectors of 16 bytes. What does not fit, on older chips or beyond
-// 300k tokens, is read again, from the second-level cache if all goes well. A row of p is held likewise, for all of its
-// candidates, which come one after the other, the next being fetched while one is compared.
+// 328k logits of 2 bytes or 164k of 4, is read again, from the second-level cache if all goes well. A row of p is held
+// likewise, in shared memory, for all of its candidates, which come one after the other, the next being fetched while
+// one is compared.
 //
 // Blocks and clusters exchange a maximum and a sum, then the metrics' sums. Which thread takes an element depends on
 // its index and on V only, never on addresses, so strided and unaligned rows give the bits of their copies. Sums run
@@ -235,13 +236,11 @@ __global__ void __launch_bounds__(kBlock, kResident<kWhole, kHeld, kEsapOnly>)
   cluster_sync();  // no block ends while another reads its shared memory
 }
 
-// One cluster per row.
+// One block per row.
 __global__ void __launch_bounds__(kBlock) log_sum_exp_kernel(LogSumExpArgs args) {
-  const std::int64_t r = blockIdx.x / cluster_size();
-  const Row<1> row(args.logits, r * args.logits.stride[0]);
-  const double lse = streamed_lse(row, 0);
-  if (cluster_rank() == 0 && threadIdx.x == 0) args.lse[r] = lse;
-  cluster_sync();
+  const std::int64_t r = blockIdx.x;
+  const double lse = streamed_lse(Row<1>(args.logits, r * args.logits.stride[0]), 0);
+  if (threadIdx.x == 0) args.lse[r] = lse;
 }
 
 // ---- accept

@@ -35,7 +35,8 @@ struct Tile {
   }
 };
 
-__device__ float add_squares(float sum, const Vec16& vector, DType dtype) {
+__device__ float square_sum(const Vec16& vector, DType dtype) {
+  float sum = 0;
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     const std::uint32_t word = vector.word[w];
@@ -73,10 +74,10 @@ __device__ double row_norm(const TensorView& outputs, std::int64_t row) {
 #pragma unroll
       for (int u = 0; u < 4; ++u) loaded[u] = load16_streaming(from + (v + 32 * u) * 16);
 #pragma unroll
-      for (int u = 0; u < 4; ++u) squares += static_cast<double>(add_squares(0, loaded[u], outputs.dtype));
+      for (int u = 0; u < 4; ++u) squares += static_cast<double>(square_sum(loaded[u], outputs.dtype));
     }
     for (; v < vectors; v += 32)
-      squares += static_cast<double>(add_squares(0, load16_streaming(from + v * 16), outputs.dtype));
+      squares += static_cast<double>(square_sum(load16_streaming(from + v * 16), outputs.dtype));
   } else {
     for (std::int64_t v = lane; v < vectors; v += 32) {
       Vec16 gathered{};
@@ -89,7 +90,7 @@ __device__ double row_norm(const TensorView& outputs, std::int64_t row) {
           gathered.word[i / 2] |= half << (i % 2 * 16);
         }
       }
-      squares += static_cast<double>(add_squares(0, gathered, outputs.dtype));
+      squares += static_cast<double>(square_sum(gathered, outputs.dtype));
     }
   }
   for (std::int64_t i = vectors * per_vector + lane; i < n; i += 32) {

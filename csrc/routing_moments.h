@@ -21,7 +21,7 @@ struct RoutingMomentsArgs {
   float* max_norm;
   std::int64_t n_experts;
   TensorView ids, gates, outputs, norms, valid;  // outputs or norms is given
-  double* workspace;                             // [workspace_size] norms of outputs, at least one
+  double* workspace;  // [workspace_size]; holds a tile of pairs: 8 bytes each on the CPU, 10 on CUDA, at least 80
   std::int64_t workspace_size;
   int threads;
   void* stream;
