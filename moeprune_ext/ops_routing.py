@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -91,6 +92,41 @@ def _walks(
     return order[None, :], ascending.values[None, :], ascending.indices[None, :]
 
 
+def _masked_router_native(
+    core: ModuleType,
+    logits: Tensor,
+    top_k: int,
+    walks: tuple[Tensor, Tensor, Tensor],
+    assigned: Tensor | None,
+    spec: RouterSpec,
+) -> tuple[Tensor, Tensor]:
+    lists, stops, slots = walks
+    n_answers = slots.numel() if assigned is None else 1
+    ids = torch.empty(n_answers, logits.shape[0], top_k, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(n_answers, logits.shape[0], top_k, dtype=torch.float32, device=logits.device)
+    core.masked_router(
+        logits.detach(),
+        lists.to(torch.int32).contiguous(),
+        stops.to(torch.int32).contiguous(),
+        slots.to(torch.int32).contiguous(),
+        row_vector(assigned, logits, torch.int64),
+        top_k,
+        SCORES.index(spec.score),
+        spec.renormalize,
+        spec.eps,
+        spec.scale,
+        row_vector(spec.correction_bias, logits, torch.float32),
+        spec.n_group,
+        spec.topk_group,
+        spec.group_score == "top2_sum",
+        ids,
+        weights,
+        _DTYPE_CODES[spec.weights_dtype],
+        torch.get_num_threads(),
+    )
+    return (ids, weights) if assigned is None else (ids[0], weights[0])
+
+
 @torch.no_grad()
 def masked_router(
     logits: Tensor,
@@ -163,31 +199,7 @@ def masked_router(
             logits, top_k=top_k, keep=keep, order=order, counts=counts, assigned=assigned, spec=spec
         )
 
-    lists, stops, slots = _walks(keep, order, counts, assigned)
-    n_answers = slots.numel() if assigned is None else 1
-    ids = torch.empty(n_answers, n_rows, top_k, dtype=torch.int64, device=logits.device)
-    weights = torch.empty(n_answers, n_rows, top_k, dtype=torch.float32, device=logits.device)
-    core.masked_router(
-        logits.detach(),
-        lists.to(torch.int32).contiguous(),
-        stops.to(torch.int32).contiguous(),
-        slots.to(torch.int32).contiguous(),
-        row_vector(assigned, logits, torch.int64),
-        top_k,
-        SCORES.index(spec.score),
-        spec.renormalize,
-        spec.eps,
-        spec.scale,
-        row_vector(spec.correction_bias, logits, torch.float32),
-        spec.n_group,
-        spec.topk_group,
-        spec.group_score == "top2_sum",
-        ids,
-        weights,
-        _DTYPE_CODES[spec.weights_dtype],
-        torch.get_num_threads(),
-    )
-    return (ids, weights) if assigned is None else (ids[0], weights[0])
+    return _masked_router_native(core, logits, top_k, _walks(keep, order, counts, assigned), assigned, spec)
 
 
 def _check_pairs(
