@@ -66,7 +66,6 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    operation: str
     name: str
     build: Callable[[], Work]
     limit: str  # prefix of the yardsticks that bound it; the fastest counts
@@ -144,7 +143,7 @@ def overlap_case(model: Model, candidates: int, dtype: torch.dtype, device: str,
     )
     on_gpu = (Target("0.8 copy", ("read",), faster=0.8),) if model == QWEN3 and dtype == torch.bfloat16 else ()
     name = f"overlap, {model.name}, T={rows}, C={candidates}, {name_of(dtype)}"
-    return Case("overlap", name, build, "read", on_cpu if device == "cpu" else on_gpu)
+    return Case(name, build, "read", on_cpu if device == "cpu" else on_gpu)
 
 
 def metrics_case(model: Model, dtype: torch.dtype, device: str, shrink: int) -> Case:
@@ -162,7 +161,7 @@ def metrics_case(model: Model, dtype: torch.dtype, device: str, shrink: int) -> 
         contenders: Contenders = {"native": native, "eager": lambda: metrics_eager(p, q[0], labels, uniform)}
         return Work((p, q, p_lse, labels), contenders, (metrics_eager, p, q[0], labels, uniform), reads(p, q))
 
-    return Case("overlap", f"overlap, all metrics, {model.name}, T={rows}, C=1, {name_of(dtype)}", build, "read")
+    return Case(f"overlap, all metrics, {model.name}, T={rows}, C=1, {name_of(dtype)}", build, "read")
 
 
 def from_hidden_case(model: Model, dtype: torch.dtype, device: str, shrink: int) -> Case:
@@ -180,7 +179,7 @@ def from_hidden_case(model: Model, dtype: torch.dtype, device: str, shrink: int)
         return Work((p, q, head), contenders, None, products, max_workspace=CHUNK_BYTES)
 
     name = f"overlap_from_hidden, {model.name}, T={rows}, C=1, {name_of(dtype)}"
-    return Case("overlap_from_hidden", name, build, "products")
+    return Case(name, build, "products")
 
 
 # ---- masked_router
@@ -263,7 +262,7 @@ def router_case(model: Model, form: str, device: str, shrink: int) -> Case:
     if device == "cpu" and model != QWEN3:
         targets = ()  # they are stated for E = 128, K = 8, C = 64
     name = f"masked_router, {form}, {model.name}, N={rows}, C={n_masks}, float32"
-    return Case("masked_router", name, build, "copy" if device == "cuda" else "write: into new", targets)
+    return Case(name, build, "copy" if device == "cuda" else "write: into new", targets)
 
 
 # ---- routing_moments_
@@ -315,7 +314,7 @@ def moments_case(model: Model, dtype: torch.dtype, device: str, shrink: int) -> 
     on_cpu = (Target("0.7 read", ("read",), faster=0.7), Target(f"{factor:g}x eager", ("eager",), faster=factor))
     targets = on_cpu if device == "cpu" else (Target("0.85 copy", ("read",), faster=0.85),)
     name = f"routing_moments_, {model.name}, S={pairs}, H={model.hidden}, {name_of(dtype)}"
-    return Case("routing_moments_", name, build, "read", targets, rtol=1e-4 if dtype == torch.float32 else 1e-2)
+    return Case(name, build, "read", targets, rtol=1e-4 if dtype == torch.float32 else 1e-2)
 
 
 def all_cases(device: str, shrink: int = 1, models: Sequence[Model] = MODELS) -> list[Case]:

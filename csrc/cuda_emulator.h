@@ -156,8 +156,6 @@ To same_bits(From from) {
 
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
-inline int __float_as_int(float x) { return same_bits<int>(x); }
-inline float __int_as_float(int x) { return same_bits<float>(x); }
 
 inline float fast_exp2(float x) {
   const float result = exp2f(x);
@@ -207,16 +205,6 @@ inline void wait_for_copies() {}
 template <class T>
 T __ldg(const T* from) {
   return *from;
-}
-
-template <class T>
-T __ldcs(const T* from) {
-  return *from;
-}
-
-template <class T>
-void __stcs(T* to, T value) {
-  *to = value;
 }
 
 // ---- launching
