@@ -35,6 +35,11 @@ class TokenBatch:
         return self.attention_mask & self.labels_mask
 
     @property
+    def wanted(self) -> Tensor:
+        """Positions whose logits a metric reads: scored ones, and those that predict a labelled token. bool [B, S]."""
+        return self.scored | (self.next_token_labels >= 0)
+
+    @property
     def next_token_labels(self) -> Tensor:
         """int64 [B, S]: the next token where it is attended and labelled and this position is attended, else -100.
 
@@ -68,6 +73,20 @@ def as_batches(batches: Iterable[Any], vocab_size: int | None = None) -> list[To
     found = [_as_batch(item, number, vocab_size) for number, item in enumerate(batches)]
     if not found or not any(bool(batch.attention_mask.any()) for batch in found):
         raise ValueError("there is no data: no batch holds an attended token")
+    return found
+
+
+def split_sequences(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+    """Every sequence that has something to score as a batch of its own, [1, S], without the padding around it."""
+    found = []
+    for batch in batches:
+        wanted = batch.wanted
+        for row in range(len(batch.input_ids)):
+            attended = batch.attention_mask[row].nonzero()[:, 0]
+            if bool(wanted[row].any()):
+                inside = slice(int(attended[0]), int(attended[-1]) + 1)
+                parts = (batch.input_ids, batch.attention_mask, batch.labels_mask)
+                found.append(TokenBatch(*(part[row : row + 1, inside] for part in parts)))
     return found
 
 

@@ -2,28 +2,37 @@
 
 ESAP (EvoESAP, arXiv 2603.06003), with p_t the full model's next-token distribution at scored position t and q_t the
 candidate's: ESAP = mean over t of sum_v min(p_t(v), q_t(v)) = 1 - mean total-variation distance, in [0, 1]. Positions
-are those attended and labelled, unshifted; sums are token-weighted over batches, in float64 and batch order.
+are those attended and labelled, unshifted; sums are token-weighted over sequences, in float64 and in their order.
 
-A candidate is the model with its routers sliced (moe.py), so its score is the exported checkpoint's. ERNIE-4.5
+A candidate is the model with its routers sliced (masking.py), so its score is the exported checkpoint's. ERNIE-4.5
 differs from the released search on purpose: that masks through the correction bias and so keeps the full softmax's
 denominator, which no sliced checkpoint computes; the two agree when the bias is zero.
+
+The unit of work is one sequence. Where a model can be replayed layer by layer (replay.py), all candidates are swept
+through it together (sweep.py); where not, each is a forward of its own (`WholeForwards`), and `method` says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moeprune_ext.data import TokenBatch, as_batches, data_fingerprint
+from moeprune_ext import distributed
+from moeprune_ext.data import TokenBatch, as_batches, data_fingerprint, split_sequences
 from moeprune_ext.masking import check_plan, check_slicing, masks
-from moeprune_ext.moe import LayerShape, find_moe_layers, model_fingerprint
+from moeprune_ext.moe import LayerShape, evaluating, find_moe_layers, model_fingerprint
 from moeprune_ext.ops import log_sum_exp, overlap
 from moeprune_ext.plan import PruningPlan
+from moeprune_ext.replay import NotReplayable
+from moeprune_ext.routers import ROUTERS
+from moeprune_ext.swept import SweptModel
+from moeprune_ext.teacher import PLACES
 
 METRICS = ("esap", "kl_pq", "kl_qp", "top1_agree", "accept", "nll")
 LOWER_IS_BETTER = frozenset({"kl_pq", "kl_qp", "nll"})
@@ -54,13 +63,42 @@ def to_maximise(metric: str, value: float) -> float:
     return -value if metric in LOWER_IS_BETTER else value
 
 
+@dataclass(frozen=True)
+class SequenceSums:
+    """Scores before averaging. sums: {metric: float64 [C, n]}, over a sequence's positions. nan_rows: int64 [C, n]."""
+
+    sums: dict[str, Tensor]
+    nan_rows: Tensor
+
+
+class Engine(Protocol):
+    """What computes candidates' rows: SweptModel, or WholeForwards."""
+
+    def teacher(self, numbers: Sequence[int]) -> dict[int, float]:
+        """Prepares these sequences; {sequence: the sum of the unpruned model's log-sum-exps, NaN where it is NaN}."""
+
+    def values(
+        self, plans: Sequence[PruningPlan], numbers: Sequence[int], metrics: tuple[str, ...]
+    ) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
+        """Yields (sequence, numbers of some plans, {metric: [those plans, T]}) until every pair of the two was met."""
+
+
 class CandidateEvaluator:
     """Scores pruning plans of one model on fixed batches against the unpruned model; the teacher pass happens here.
 
-    batches: see data.as_batches. memory_budget: bytes for logits: the teacher's are kept between calls when they fit in
-    half of it and computed again in every call when not; candidates' logits of one batch are held in blocks within the
-    other half (one candidate at least). seed: of the `accept` metric's draws. Raises ValueError for a model without MoE
-    layers or with a router that cannot be masked, for no data, and when the teacher's own logits are NaN.
+    batches: see data.as_batches. memory_budget: bytes beyond the model's own weights, on the model's device: the
+    candidates' hidden states, what a layer needs to run, a chunk of logits, and the teacher's hidden states, which go
+    to host memory or disk (teacher_cache="auto", or say "device", "host", "disk") where they take more than a quarter.
+    router: "auto" runs the fused kernel for routers whose formula it knows and whose logits are float32, and slices the
+    others; "fused" takes it for half-precision logits too, where tied experts may be chosen otherwise; "sliced" never.
+    method: "auto" sweeps all candidates through the layers together where the model can be replayed layer by layer, and
+    warns where not; "whole" insists on one forward of the model per candidate. seed: of the `accept` metric's draws.
+
+    Under torchrun (distributed.py) the sequences are dealt out over the processes; every process gets all scores.
+    Attributes: `method`, how candidates are run and why; `peak_bytes`, what the budget was divided into.
+
+    Raises ValueError for a model without MoE layers or with a router that cannot be masked, for no data, when the
+    teacher's own logits are NaN, and for a memory_budget that cannot hold one sequence, with the numbers.
     """
 
     def __init__(
@@ -69,42 +107,69 @@ class CandidateEvaluator:
         batches: Iterable[Any],
         *,
         memory_budget: int = 1 << 30,
+        teacher_cache: str = "auto",
+        router: str = "auto",
+        method: str = "auto",
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
+        for name, value, known in (
+            ("teacher_cache", teacher_cache, PLACES),
+            ("router", router, ROUTERS),
+            ("method", method, ("auto", "whole")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; choose from {', '.join(known)}")
         self.model = model
         self.layers = find_moe_layers(model)
         self.fingerprint = model_fingerprint(model, self.layers)
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-        self.batches = as_batches(batches, config.vocab_size)
-        self.data_fingerprint = data_fingerprint(self.batches)
-        self.positions = sum(int(batch.scored.sum()) for batch in self.batches)
+        self.sequences = split_sequences(as_batches(batches, config.vocab_size))
+        self.scored_positions = [int(sequence.scored.sum()) for sequence in self.sequences]
+        self.positions = sum(self.scored_positions)
         if self.positions == 0:
             raise ValueError("there is nothing to score: no position is both attended and labelled")
+        self.predicted_positions = [int((s.next_token_labels >= 0).sum()) for s in self.sequences]
+        self.data_fingerprint = data_fingerprint(self.sequences)
         check_slicing(self.layers)
-        self._memory_budget = memory_budget
-        self._seed = seed
-        self._backend = backend
-        self._device = next(model.parameters()).device
-        self._teacher: list[tuple[Tensor, Tensor] | None] = []
-        held, lse_sum = 0, 0.0
-        for number, batch in enumerate(self.batches):
-            logits = self._logits(batch)
-            lse = log_sum_exp(logits)
-            if not bool(torch.isfinite(lse).all()):
-                raise ValueError(
-                    f"the unpruned model's logits are NaN or infinite on batch {number}: check the weights and dtype"
+        self._engine: Engine
+        try:
+            if method == "whole":
+                raise NotReplayable("asked for")
+            self._engine = SweptModel(
+                model, self.layers, self.sequences, memory_budget, teacher_cache, router, seed, backend
+            )
+            self.method = f"layer sweep, {self._engine.about}"
+        except NotReplayable as reason:
+            if method != "whole":
+                warnings.warn(
+                    f"{type(model).__name__} cannot be swept layer by layer ({reason}); every candidate is a forward "
+                    "of its own",
+                    stacklevel=2,
                 )
-            lse_sum += lse.sum().item()
-            held += logits.nbytes
-            self._teacher.append((logits, lse) if held <= memory_budget // 2 else None)
-        # What a search's scores depend on beside the plans, for refusing to resume another search.
-        self.identity: dict[str, Any] = {
+            self._engine = WholeForwards(model, self.sequences, memory_budget, seed, backend)
+            self.method = f"whole forwards: {reason}"
+        self.identity = self._identity(seed)
+
+    def _identity(self, seed: int) -> dict[str, Any]:
+        """What a search's scores depend on beside the plans, for refusing to resume another search."""
+        mine = distributed.mine(len(self.sequences))
+        lse = torch.zeros(len(self.sequences), dtype=torch.float64)
+        for number, value in self._engine.teacher(mine).items():
+            lse[number] = value
+        distributed.sum_(lse)
+        if not bool(torch.isfinite(lse).all()):
+            number = int((~torch.isfinite(lse)).nonzero()[0])
+            raise ValueError(
+                f"the unpruned model's logits are NaN or infinite on sequence {number}: check the weights and dtype"
+            )
+        return {
             "model": self.fingerprint,
             "data": self.data_fingerprint,
-            "dtype": str(next(model.parameters()).dtype),
+            "dtype": str(next(self.model.parameters()).dtype),
+            "method": self.method,
             "accept_seed": seed,
-            "teacher_log_sum_exp": lse_sum / self.positions,
+            "teacher_log_sum_exp": float(lse.sum()) / self.positions,
         }
 
     @property
@@ -112,76 +177,129 @@ class CandidateEvaluator:
         """{decoder layer: what pruning must respect there}."""
         return {index: layer.shape for index, layer in self.layers.items()}
 
+    def weights(self, metric: str) -> list[int]:
+        """Positions that each sequence contributes to a metric's mean."""
+        return self.predicted_positions if metric == "nll" else self.scored_positions
+
     def evaluate(self, plans: Sequence[PruningPlan], metrics: Sequence[str] = ("esap",)) -> list[CandidateScore]:
-        """One CandidateScore per plan, in order; a score does not depend on the other plans of the call.
+        """One CandidateScore per plan, in order; a score does not depend on the other plans of the call, up to the
+        rounding of matrix products of another size (below 1e-6 in float32).
 
         metrics: any of esap, kl_pq, kl_qp, top1_agree, accept, nll.
         Raises ValueError, before any work, for an unknown metric or a plan this model cannot carry out.
+        """
+        found = self.sequence_sums(plans, metrics)
+        means = {name: found.sums[name].sum(1) / sum(self.weights(name)) for name in metrics}
+        return [
+            CandidateScore(
+                **{name: float(values[i]) for name, values in means.items()},
+                positions=self.positions,
+                nan_rows=int(found.nan_rows[i].sum()),
+            )
+            for i in range(len(plans))
+        ]
+
+    def sequence_sums(
+        self,
+        plans: Sequence[PruningPlan],
+        metrics: Sequence[str] = ("esap",),
+        sequences: Sequence[int] | None = None,
+    ) -> SequenceSums:
+        """Each plan's sums over each of `sequences` (all of them by default), columns in their order.
+
+        Raises ValueError as `evaluate` does.
         """
         if unknown := [name for name in metrics if name not in METRICS]:
             raise ValueError(f"unknown metrics {unknown}; choose from {', '.join(METRICS)}")
         if not metrics:
             raise ValueError(f"name at least one metric of {', '.join(METRICS)}")
-        if "nll" in metrics and not any(bool((batch.next_token_labels >= 0).any()) for batch in self.batches):
+        if "nll" in metrics and not any(self.predicted_positions):
             raise ValueError("nll needs a position whose next token is labelled, and the data has none")
         for plan in plans:
             check_plan(plan, self.layers, self.fingerprint)
-        sums = torch.zeros(len(plans), len(metrics), dtype=torch.float64)
-        nan_rows = torch.zeros(len(plans), dtype=torch.int64)
-        predicted = 0
-        for number, batch in enumerate(self.batches):
-            scored, labels = self._rows(batch)
-            predicted += int((labels >= 0).sum())
-            p, p_lse = self._teacher[number] or self._teacher_rows(batch)
-            block = max(1, self._memory_budget // 2 // max(1, p.nbytes))
+        wanted = list(range(len(self.sequences)) if sequences is None else sequences)
+        sums = torch.zeros(len(metrics), len(plans), len(wanted), dtype=torch.float64)
+        nan_rows = torch.zeros(len(plans), len(wanted), dtype=torch.int64)
+        mine = set(distributed.mine(len(self.sequences)))
+        columns = {number: column for column, number in enumerate(wanted)}
+        numbers = [number for number in wanted if number in mine]
+        for number, chosen, values in self._engine.values(plans, numbers, tuple(metrics)) if plans else ():
+            scored, labels = self._rows(number)
+            for m, name in enumerate(metrics):
+                rows = (labels >= 0) if name == "nll" else scored
+                sums[m, chosen, columns[number]] = values[name].cpu()[:, rows].double().sum(-1)
+            bad = torch.isnan(torch.stack([values[name] for name in metrics])).any(0)
+            nan_rows[chosen, columns[number]] = bad.sum(-1).cpu()
+        distributed.sum_(sums)
+        distributed.sum_(nan_rows)
+        return SequenceSums(dict(zip(metrics, sums, strict=True)), nan_rows)
+
+    def _rows(self, number: int) -> tuple[Tensor, Tensor]:
+        """Of a sequence's wanted rows: which are scored [T] bool, and their next-token labels [T] int64."""
+        sequence = self.sequences[number]
+        return sequence.scored[sequence.wanted], sequence.next_token_labels[sequence.wanted]
+
+
+class WholeForwards:
+    """One forward of the masked model per candidate and sequence, for models that cannot be taken apart.
+
+    The teacher's logits are kept between calls within half of the budget and computed again in every call beyond it;
+    candidates' logits of one sequence are held in blocks within the other half (one candidate at least).
+    """
+
+    def __init__(
+        self, model: nn.Module, sequences: Sequence[TokenBatch], memory_budget: int, seed: int, backend: str
+    ) -> None:
+        self._model = model
+        self._layers = find_moe_layers(model)
+        self._sequences = sequences
+        self._device = next(model.parameters()).device
+        self._budget, self._seed, self._backend = memory_budget, seed, backend
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def teacher(self, numbers: Sequence[int]) -> dict[int, float]:
+        held, sums = 0, {}
+        for number in numbers:
+            logits = self._logits(number)
+            lse = log_sum_exp(logits)
+            sums[number] = float(lse.sum())
+            held += logits.nbytes
+            if held <= self._budget // 2:
+                self._kept[number] = (logits, lse)
+        return sums
+
+    def values(
+        self, plans: Sequence[PruningPlan], numbers: Sequence[int], metrics: tuple[str, ...]
+    ) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
+        for number in numbers:
+            p = self._kept[number][0] if number in self._kept else self._logits(number)
+            p_lse = self._kept[number][1] if number in self._kept else log_sum_exp(p)
+            sequence = self._sequences[number]
+            labels = sequence.next_token_labels[sequence.wanted].to(p.device)
+            block = max(1, self._budget // 2 // max(1, p.nbytes))
             for start in range(0, len(plans), block):
-                chosen = plans[start : start + block]
+                chosen = list(range(len(plans)))[start : start + block]
                 q = torch.empty(len(chosen), *p.shape, dtype=p.dtype, device=p.device)
                 for i, plan in enumerate(chosen):
-                    with masks(self.layers, plan):
-                        q[i] = self._logits(batch)
-                values = overlap(
-                    p,
-                    q,
-                    p_lse=p_lse,
-                    labels=labels,
-                    metrics=tuple(metrics),
-                    seed=self._seed + number,
-                    backend=self._backend,
+                    with masks(self._layers, plans[plan]):
+                        q[i] = self._logits(number)
+                yield (
+                    number,
+                    chosen,
+                    overlap(
+                        p,
+                        q,
+                        p_lse=p_lse,
+                        labels=labels,
+                        metrics=metrics,
+                        seed=self._seed + number,
+                        backend=self._backend,
+                    ),
                 )
-                for m, name in enumerate(metrics):
-                    rows = (labels >= 0) if name == "nll" else scored
-                    sums[start : start + block, m] += values[name][:, rows].double().sum(-1).cpu()
-                bad = torch.isnan(torch.stack([values[name] for name in metrics])).any(0)
-                nan_rows[start : start + block] += bad.sum(-1).cpu()
-        counts = [predicted if name == "nll" else self.positions for name in metrics]
-        return [
-            CandidateScore(
-                **{name: (sums[i, m] / counts[m]).item() for m, name in enumerate(metrics)},
-                positions=self.positions,
-                nan_rows=int(nan_rows[i]),
-            )
-            for i in range(len(plans))
-        ]
 
-    def _rows(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Of the rows that `_logits` returns: which are scored [T] bool, and their next-token labels [T] int64."""
-        labels = batch.next_token_labels
-        wanted = batch.scored | (labels >= 0)
-        return batch.scored[wanted].to(self._device), labels[wanted].to(self._device)
-
-    def _logits(self, batch: TokenBatch) -> Tensor:
-        """[T, V] logits at the positions any metric reads, from an ordinary forward without a KV cache."""
-        wanted = batch.scored | (batch.next_token_labels >= 0)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                logits: Tensor = self.model(**batch.model_inputs(self._device), use_cache=False).logits
-                return logits[wanted.to(logits.device)]
-        finally:
-            self.model.train(was_training)
-
-    def _teacher_rows(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        logits = self._logits(batch)
-        return logits, log_sum_exp(logits)
+    def _logits(self, number: int) -> Tensor:
+        """[T, V] logits at the positions that any metric reads, from an ordinary forward without a KV cache."""
+        sequence = self._sequences[number]
+        with evaluating(self._model):
+            logits: Tensor = self._model(**sequence.model_inputs(self._device), use_cache=False).logits
+        return logits[sequence.wanted.to(logits.device)]

@@ -4,8 +4,10 @@ A candidate is a vector n = (n_1..n_L), sum = budget. First generation: one plan
 Then, generation by generation: the elites survive, and each child is a copy of a random elite with a few level-switch
 mutations, each moving some pruned experts from one layer to another. Source and default settings: arXiv 2603.06003.
 
-A generation depends only on (seed, generation number, scores so far), so the state of a search is the list of scores:
-an interrupted run replays its history file and goes on, and ends with the plan the uninterrupted run finds.
+A generation depends only on (seed, generation number, scores so far), so the state of a search is the list of scores
+(journal.py): an interrupted run replays its history file and goes on, and ends with the plan the uninterrupted run
+finds. With fidelity="race" a generation's children are raced (racing.py); every elite, and so the plan that is
+returned, has been scored on all tokens.
 """
 
 from __future__ import annotations
@@ -16,17 +18,22 @@ import math
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moeprune_ext import distributed
 from moeprune_ext.criteria import ExpertScores
-from moeprune_ext.evaluator import METRICS, CandidateEvaluator, to_maximise
-from moeprune_ext.files import read_json, write_text
+from moeprune_ext.evaluator import LOWER_IS_BETTER, METRICS, CandidateEvaluator, to_maximise
+from moeprune_ext.journal import Journal
 from moeprune_ext.plan import PruningPlan, pruning_order, uniform_counts
+from moeprune_ext.racing import race
+
+FIDELITIES = ("full", "race")
 
 DEFAULT_PATTERNS = (
     "uniform",
@@ -50,8 +57,9 @@ Counts = tuple[int, ...]  # experts pruned per layer
 class SearchResult:
     """plan: the best plan found. score: its fitness metric's value (as measured: KL and nll are lower-better).
 
-    history: one record per generation: {"generation", "evaluated" (plans newly scored), "best", "best_pruned",
-    "mean", "nan" (plans whose logits had a NaN row, ranked last)}.
+    history: one record per generation: {"generation", "evaluated" (plans newly scored), "dropped" (those of them that a
+    race dropped), "token_evaluations" and "token_evaluations_saved" (scored positions, over all plans), "best",
+    "best_pruned", "mean" (of the plans scored on all tokens), "nan" (plans whose logits had a NaN row, ranked last)}.
     """
 
     plan: PruningPlan
@@ -73,6 +81,7 @@ def evolve(
     max_attempts: int = 32,
     init_patterns: Sequence[str] = DEFAULT_PATTERNS,
     fidelity: str = "full",
+    race_level: float = 0.05,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -82,9 +91,12 @@ def evolve(
     fitness: "esap" (default), "kl_qp", "kl_pq", "nll", "accept" or "top1_agree"; KL and nll are minimised. population,
     generations, elites: sizes; the defaults make population + (generations - 1) * (population - elites) = 1,404
     evaluations, repeated plans served from a cache. A child makes min(U{1..max_steps}, U{1..max_steps}) moves of
-    U{1..max_delta} experts in at most max_attempts tries (in units of the router's groups where it has groups). out: a
-    directory for `search.json` (settings), `history.jsonl` (every score, appended per generation) and `plan.json`; a
-    directory with a history is resumed, with more generations if asked. Same seed and machine: same plan.
+    U{1..max_delta} experts in at most max_attempts tries (in units of the router's groups where it has groups).
+    fidelity: "full" scores every candidate on every token; "race" drops a candidate once it is clearly worse than the
+    worst elite on the sequences seen, where race_level is the chance of dropping one that is not (racing.py).
+    out: a directory for `search.json` (settings), `history.jsonl` (every score, appended per generation) and
+    `plan.json`; a directory with a history is resumed, with more generations if asked. Same seed and machine: same
+    plan, whatever the number of processes.
     Beyond the released code (our choices): a plan met twice in a generation counts once among the elites, and a
     population smaller than the list of patterns takes the first of them.
 
@@ -92,9 +104,7 @@ def evolve(
     to another search, naming what differs.
     """
     scores = ExpertScores.wrap(scores, shapes=evaluator.shapes, model=evaluator.fingerprint)
-    if fidelity != "full":
-        raise ValueError(f'fidelity {fidelity!r} is not available; "full" scores every candidate on every token')
-    check_settings(fitness, population, generations, elites)
+    check_settings(fitness, population, generations, elites, fidelity, race_level)
     if min(max_delta, max_steps, max_attempts) < 1:
         raise ValueError("max_delta, max_steps and max_attempts must be at least 1")
     _check_scores(evaluator, scores)
@@ -117,19 +127,18 @@ def evolve(
         "max_steps": max_steps,
         "max_attempts": max_attempts,
         "init_patterns": patterns,
+        "fidelity": fidelity,
+        "race_level": race_level if fidelity == "race" else None,
         "seed": seed,
     }
-    journal = _Journal(Path(out), settings) if out is not None else None
-    cache: dict[Counts, float] = journal.read() if journal is not None else {}
+    journal = Journal(Path(out), settings) if out is not None else None
 
     def to_plan(counts: Counts) -> PruningPlan:
         return PruningPlan.from_pruned_counts(
             scores, {layer: n * unit for layer, n in zip(layers, counts, strict=True)}
         )
 
-    def rank(counts: Counts) -> tuple[float, Counts]:
-        return -to_maximise(fitness, cache[counts]), counts  # best first; equal scores in a fixed order
-
+    known = _Known(fitness)
     history: list[dict[str, Any]] = []
     survivors: list[Counts] = []
     bar = tqdm(total=generations, desc=f"evolve {fitness}", unit="gen", disable=not progress)
@@ -140,30 +149,145 @@ def evolve(
         else:
             children = (rng.choice(survivors) for _ in range(population - elites))
             members = survivors + [mutate(c, capacities, rng, max_delta, max_steps, max_attempts) for c in children]
-        new = [counts for counts in dict.fromkeys(members) if counts not in cache]
-        if new:
+        record = journal.records.get(generation) if journal is not None else None
+        if record is None:
+            new = [counts for counts in dict.fromkeys(members) if counts not in known.scores]
             bar.set_postfix_str(f"{len(new)} candidates")
-            results = evaluator.evaluate([to_plan(counts) for counts in new], (fitness,))
-            cache |= {counts: getattr(result, fitness) for counts, result in zip(new, results, strict=True)}
+            plans = [to_plan(counts) for counts in new]
+            if fidelity == "race":
+                record = _raced(evaluator, known, new, plans, survivors, elites, race_level, seed)
+            else:
+                record = _scored(evaluator, known, new, plans)
             if journal is not None:
-                journal.append(generation, {counts: cache[counts] for counts in new})
-        ranked = sorted(dict.fromkeys(members), key=rank)
+                journal.append({"generation": generation, **record})
+        known.add(record)
+        ranked = sorted(dict.fromkeys(members), key=known.rank)
         survivors = ranked[:elites]
-        history.append(_record(generation, len(new), [n * unit for n in ranked[0]], [cache[c] for c in ranked]))
+        history.append(_summary(generation, record, ranked, known, unit))
         bar.update()
-        bar.set_postfix_str(f"best {cache[ranked[0]]:.5f}")
+        bar.set_postfix_str(f"best {known.scores[ranked[0]]:.5f}")
     bar.close()
     best = survivors[0]
-    if math.isnan(cache[best]):
+    if math.isnan(known.scores[best]):
         raise ValueError("every candidate gave NaN logits; use a dtype with more range, such as bfloat16 or float32")
     plan = to_plan(best)
-    if journal is not None:
+    if journal is not None and distributed.is_first():
         plan.save(journal.folder / "plan.json")
-    return SearchResult(plan, cache[best], history)
+    return SearchResult(plan, known.scores[best], history)
 
 
-def check_settings(fitness: str, population: int, generations: int, elites: int) -> None:
-    """Refuses (ValueError) sizes and a fitness that no search can have; `evolve` calls it first."""
+@dataclass
+class _Known:
+    """What a search has found out. scores: of every plan met, of a dropped one on the sequences it was scored on.
+    sums: float64 [N] of plans scored on all N sequences, where plans race."""
+
+    fitness: str
+    scores: dict[Counts, float] = field(default_factory=dict)
+    dropped: set[Counts] = field(default_factory=set)
+    sums: dict[Counts, Tensor] = field(default_factory=dict)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """A generation's record, just made or read back."""
+        for counts, score in record["scores"]:
+            self.scores[tuple(counts)] = math.nan if score is None else float(score)
+        for counts, score, _ in record.get("dropped", ()):
+            self.scores[tuple(counts)] = math.nan if score is None else float(score)
+            self.dropped.add(tuple(counts))
+        for (counts, _), sums in zip(record["scores"], record.get("sequence_sums", ()), strict=False):
+            self.sums[tuple(counts)] = torch.tensor([math.nan if x is None else x for x in sums], dtype=torch.float64)
+
+    def rank(self, counts: Counts) -> tuple[bool, float, Counts]:
+        """Sorts best first: plans scored on all tokens before dropped ones, equal scores in a fixed order."""
+        return counts in self.dropped, -to_maximise(self.fitness, self.scores[counts]), counts
+
+
+def _json_number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _scored(
+    evaluator: CandidateEvaluator, known: _Known, new: list[Counts], plans: list[PruningPlan]
+) -> dict[str, Any]:
+    """Scores new plans on every token; the generation's record."""
+    results = evaluator.evaluate(plans, (known.fitness,)) if plans else []
+    values = [getattr(result, known.fitness) for result in results]
+    return {
+        "scores": [[list(counts), _json_number(value)] for counts, value in zip(new, values, strict=True)],
+        "token_evaluations": len(new) * sum(evaluator.weights(known.fitness)),
+        "token_evaluations_saved": 0,
+    }
+
+
+def _raced(
+    evaluator: CandidateEvaluator,
+    known: _Known,
+    new: list[Counts],
+    plans: list[PruningPlan],
+    survivors: list[Counts],
+    elites: int,
+    level: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Races new plans against the elites; the generation's record, with the sums that later races compare with."""
+    fitness, sign = known.fitness, -1.0 if known.fitness in LOWER_IS_BETTER else 1.0
+    weights = evaluator.weights(fitness)
+
+    def score(candidates: list[int], sequences: list[int]) -> Tensor:
+        return sign * evaluator.sequence_sums([plans[i] for i in candidates], (fitness,), sequences).sums[fitness]
+
+    standing = [sign * known.sums[counts] for counts in survivors if counts in known.sums]
+    found = race(
+        score,
+        len(new),
+        weights,
+        torch.stack(standing) if standing else None,
+        elites=elites,
+        level=level,
+        seed=seed,
+    )
+    record: dict[str, Any] = {"scores": [], "sequence_sums": [], "dropped": []}
+    for counts, sums, seen in zip(new, found.sums * sign, found.seen, strict=True):
+        met = ~sums.isnan() if seen < len(weights) else torch.ones(len(weights), dtype=torch.bool)
+        positions = sum(w for w, here in zip(weights, met.tolist(), strict=True) if here)
+        mean = float(sums[met].sum() / positions) if positions else math.nan
+        if seen == len(weights):
+            record["scores"].append([list(counts), _json_number(mean)])
+            record["sequence_sums"].append([_json_number(x) for x in sums.tolist()])
+        else:
+            record["dropped"].append([list(counts), _json_number(mean), seen])
+    record["token_evaluations"] = found.spent
+    record["token_evaluations_saved"] = len(new) * sum(weights) - found.spent
+    return record
+
+
+def _summary(
+    generation: int, record: Mapping[str, Any], ranked: list[Counts], known: _Known, unit: int
+) -> dict[str, Any]:
+    """A generation's line in the result's history; `ranked`: its members, best first."""
+    dropped = len(record.get("dropped", ()))
+    whole = [known.scores[counts] for counts in ranked if counts not in known.dropped]
+    finite = [score for score in whole if math.isfinite(score)]
+    return {
+        "generation": generation,
+        "evaluated": len(record["scores"]) + dropped,
+        "dropped": dropped,
+        "token_evaluations": record["token_evaluations"],
+        "token_evaluations_saved": record["token_evaluations_saved"],
+        "best": known.scores[ranked[0]],
+        "best_pruned": [n * unit for n in ranked[0]],
+        "mean": sum(finite) / len(finite) if finite else math.nan,
+        "nan": sum(math.isnan(known.scores[counts]) for counts in ranked),
+    }
+
+
+def check_settings(
+    fitness: str, population: int, generations: int, elites: int, fidelity: str = "full", race_level: float = 0.05
+) -> None:
+    """Refuses (ValueError) sizes, a fitness or a fidelity that no search can have; `evolve` calls it first."""
+    if fidelity not in FIDELITIES:
+        raise ValueError(f"unknown fidelity {fidelity!r}; choose from {', '.join(FIDELITIES)}")
+    if not 0 < race_level < 0.5:
+        raise ValueError(f"race_level is the chance of a wrong drop, above 0 and below 0.5; got {race_level}")
     if fitness not in METRICS:
         raise ValueError(f"unknown fitness {fitness!r}; choose from {', '.join(METRICS)}")
     if min(population, generations, elites) < 1 or elites > population:
@@ -190,19 +314,6 @@ def _first_generation(
 ) -> list[Counts]:
     names = [*patterns, *["random"] * population][:population]
     return [allocate(pattern_weights(name, len(capacities), rng), capacities, budget) for name in names]
-
-
-def _record(generation: int, evaluated: int, best_pruned: list[int], scores: Sequence[float]) -> dict[str, Any]:
-    """A generation's line in the history; `scores` from best to worst."""
-    finite = [score for score in scores if math.isfinite(score)]
-    return {
-        "generation": generation,
-        "evaluated": evaluated,
-        "best": scores[0],
-        "best_pruned": best_pruned,
-        "mean": sum(finite) / len(finite) if finite else math.nan,
-        "nan": sum(map(math.isnan, scores)),
-    }
 
 
 def pattern_weights(pattern: str, layers: int, rng: random.Random) -> list[float]:
@@ -278,53 +389,3 @@ def mutate(
 def _order_fingerprint(scores: ExpertScores) -> str:
     orders = [pruning_order(values, scores.shapes[layer].n_group) for layer, values in scores.items()]
     return hashlib.sha256(json.dumps(orders).encode()).hexdigest()[:16]
-
-
-class _Journal:
-    """A search's directory: settings written once, scores appended generation by generation."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
-        self._history = folder / "history.jsonl"
-        recorded = folder / "search.json"
-        if recorded.exists():
-            before = read_json(recorded)
-            before = before if isinstance(before, dict) else {}
-            differing = [name for name in settings if before.get(name) != settings[name]]
-            # This one is a sum that another number of threads rounds differently.
-            teacher = "teacher_log_sum_exp"
-            if teacher in differing and math.isclose(before.get(teacher, math.nan), settings[teacher], rel_tol=1e-5):
-                differing.remove(teacher)
-            if differing:
-                changes = "; ".join(f"{name}: {before.get(name)!r} there, {settings[name]!r} now" for name in differing)
-                raise ValueError(
-                    f"{folder} belongs to another search ({changes}); use another directory or the same settings"
-                )
-        else:
-            write_text(recorded, json.dumps(settings, indent=1) + "\n")
-
-    def read(self) -> dict[Counts, float]:
-        """Scores so far; a last line cut off by a crash is dropped."""
-        if not self._history.exists():
-            return {}
-        text = self._history.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_text(self._history, whole)
-        cache: dict[Counts, float] = {}
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                for counts, score in json.loads(line)["scores"]:
-                    cache[tuple(counts)] = math.nan if score is None else float(score)
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-                raise ValueError(
-                    f"{self._history}:{number} is damaged; remove the directory and search again"
-                ) from None
-        return cache
-
-    def append(self, generation: int, scores: Mapping[Counts, float]) -> None:
-        listed = [[list(counts), None if math.isnan(score) else score] for counts, score in scores.items()]
-        with self._history.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"generation": generation, "scores": listed}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())

@@ -7,6 +7,7 @@ Nothing here knows a model by name.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import re
@@ -93,6 +94,18 @@ def find_moe_layers(model: nn.Module) -> dict[int, MoeLayer]:
             "router; expert pruning needs an MoE model such as OLMoE, Qwen3-MoE, Mixtral or DeepSeek"
         )
     return dict(sorted(layers.items()))
+
+
+def decoder_layers(model: nn.Module, layers: Mapping[int, MoeLayer]) -> tuple[str, nn.ModuleList]:
+    """The path and the list of the model's decoder layers, dense ones included.
+
+    Raises ValueError when the MoE layers do not stand in one list.
+    """
+    paths = {re.split(r"(?:^|\.)\d+(?=\.|$)", layer.name)[0] for layer in layers.values()}
+    found = model.get_submodule(path) if len(paths) == 1 and (path := next(iter(paths))) else None
+    if not isinstance(found, nn.ModuleList) or max(layers) >= len(found):
+        raise ValueError(f"its MoE layers do not stand in one list of decoder layers but in {', '.join(sorted(paths))}")
+    return path, found
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -191,26 +204,45 @@ def _per_expert_tensors(owners: list[tuple[str, nn.Module]], count: int) -> list
 
 
 @contextmanager
-def intercepted(
-    experts: nn.Module, function: Callable[[ExpertsFunction, Tensor, Tensor, Tensor], Tensor]
-) -> Iterator[None]:
-    """Routes calls of one experts module through `function(original, hidden, expert_ids, weights)` for a while."""
-    original = experts.forward
-    signature = inspect.signature(original)
-    shadowed = "forward" in experts.__dict__
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        hidden, expert_ids, weights = list(signature.bind(*args, **kwargs).arguments.values())[:3]
-        return function(original, hidden, expert_ids, weights)
-
-    experts.forward = forward
+def replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, calling the module calls `function(original_forward, ...)`."""
+    original = module.forward
+    shadowed = "forward" in module.__dict__
+    module.forward = functools.partial(function, original)
     try:
         yield
     finally:
         if shadowed:
-            experts.forward = original
+            module.forward = original
         else:
-            del experts.forward
+            del module.forward
+
+
+@contextmanager
+def intercepted(
+    experts: nn.Module, function: Callable[[ExpertsFunction, Tensor, Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """Routes calls of one experts module through `function(original, hidden, expert_ids, weights)` for a while."""
+    signature = inspect.signature(type(experts).forward.__get__(experts))  # its own, whatever stands before it now
+
+    def forward(original: ExpertsFunction, *args: Any, **kwargs: Any) -> Tensor:
+        hidden, expert_ids, weights = list(signature.bind(*args, **kwargs).arguments.values())[:3]
+        return function(original, hidden, expert_ids, weights)
+
+    with replaced_forward(experts, forward):
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients and in eval mode, whatever the model was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def model_fingerprint(model: nn.Module, layers: Mapping[int, MoeLayer] | None = None) -> str:

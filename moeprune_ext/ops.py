@@ -5,7 +5,7 @@ what each computes is in reference.py.
 """
 
 from moeprune_ext.dispatch import _C, build_info
-from moeprune_ext.ops_overlap import log_sum_exp, overlap, overlap_from_hidden
+from moeprune_ext.ops_overlap import log_sum_exp, log_sum_exp_from_hidden, overlap, overlap_from_hidden
 from moeprune_ext.ops_routing import masked_router, routing_moments_
 from moeprune_ext.reference import RouterSpec
 
@@ -14,6 +14,7 @@ __all__ = [
     "RouterSpec",
     "build_info",
     "log_sum_exp",
+    "log_sum_exp_from_hidden",
     "masked_router",
     "overlap",
     "overlap_from_hidden",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moeprune_ext import reference
@@ -179,6 +178,46 @@ def _overlap(
     return results
 
 
+def _projection(head: Tensor | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """hidden [n, H] -> logits [n, V]. Those of a weight are overwritten by the next call: memory fresh from the system
+    for every chunk would cost a CPU a fifth of the product's time."""
+    if not isinstance(head, Tensor):
+        return head
+    weight, held = head.detach(), torch.empty(0, dtype=head.dtype, device=head.device)
+
+    def project(hidden: Tensor) -> Tensor:
+        nonlocal held
+        if len(hidden) > len(held):
+            held = torch.empty(len(hidden), len(weight), dtype=weight.dtype, device=weight.device)
+        return torch.mm(hidden, weight.T, out=held[: len(hidden)])
+
+    return project
+
+
+@torch.no_grad()
+def log_sum_exp_from_hidden(
+    hidden: Tensor,
+    head: Tensor | Callable[[Tensor], Tensor],
+    *,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    backend: str = "auto",
+) -> Tensor:
+    """`log_sum_exp` of head(hidden), [T, H] -> float64 [T], in chunks of rows as `overlap_from_hidden` makes them: the
+    same products, so its p_lse belongs to exactly the logits that are compared there."""
+    check_shape("hidden", hidden, ["T", "H"])
+    project = _projection(head)
+    lse = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
+    if len(hidden):
+        for rows in row_chunks(len(hidden), _bytes_in_flight(project(hidden[:1])), chunk_bytes):
+            lse[rows] = log_sum_exp(project(hidden[rows]), backend=backend)
+    return lse
+
+
+def _bytes_in_flight(logits: Tensor) -> int:
+    """Of a row of p and of one candidate: logits, what the kernel keeps of them (1 %), and vectors of the row."""
+    return 2 * logits.shape[1] * logits.element_size() * 101 // 100 + 64
+
+
 @torch.no_grad()
 def overlap_from_hidden(
     p_hidden: Tensor,
@@ -209,17 +248,11 @@ def overlap_from_hidden(
         q_hidden = q_hidden[None]
     check_shape("q_hidden", q_hidden, ["C", n_rows, n_hidden])
     n_candidates = q_hidden.shape[0]
-    project: Callable[[Tensor], Tensor]
     vocabulary = None
     if isinstance(head, Tensor):
-        head_weight = head
-        check_shape("head", head_weight, ["V", n_hidden])
-        vocabulary = head_weight.shape[0]
-
-        def project(hidden: Tensor) -> Tensor:
-            return F.linear(hidden, head_weight)
-    else:
-        project = head
+        check_shape("head", head, ["V", n_hidden])
+        vocabulary = head.shape[0]
+    p_project, q_project = _projection(head), _projection(head)
     _check_overlap_rows(n_rows, vocabulary, p_lse, weight, labels, metrics)
     uniform = reference.draw_uniforms(seed, n_rows, p_hidden.device) if "accept" in metrics else None
     wide = p_hidden.dtype == torch.float64
@@ -229,26 +262,24 @@ def overlap_from_hidden(
     if len(rows_read) == 0 or n_candidates == 0:
         return results
 
-    probe = project(p_hidden[rows_read[:1]])  # one row: the vocabulary and dtype of a callable head
+    probe = p_project(p_hidden[rows_read[:1]])  # one row: the vocabulary and dtype of a callable head
     check_shape("head(hidden)", probe, [1, "V"])
     if probe.shape[1] == 0:
         raise ValueError("head(hidden) has no vocabulary (V = 0)")
     _check_overlap_rows(n_rows, probe.shape[1], p_lse, weight, labels, metrics)
-    # A row in flight: its logits of p and of one candidate, what the kernel keeps of them (1 %), vectors of the row,
-    # and, where rows are left out, copies of its hidden states.
-    row_bytes = 2 * probe.shape[1] * probe.element_size() * 101 // 100 + 64
-    if weight is not None:
+    row_bytes = _bytes_in_flight(probe)
+    if weight is not None:  # rows are left out: those read are copied
         row_bytes += n_hidden * (p_hidden.element_size() + q_hidden.element_size())
     if chunk_bytes < row_bytes:
         raise ValueError(f"chunk_bytes is {chunk_bytes}; a row of p and of q takes {row_bytes} bytes, allow that")
     for chunk in row_chunks(len(rows_read), row_bytes, chunk_bytes):
         rows = chunk if weight is None else rows_read[chunk]
-        p_logits = project(p_hidden[rows])
+        p_logits = p_project(p_hidden[rows])
         chunk_lse = log_sum_exp(p_logits, backend=backend) if p_lse is None else p_lse[rows]
         for c in range(n_candidates):
             values = _overlap(
                 p_logits,
-                project(q_hidden[c, rows])[None],
+                q_project(q_hidden[c, rows])[None],
                 chunk_lse,
                 None if weight is None else weight[rows],
                 None if labels is None else labels[rows],

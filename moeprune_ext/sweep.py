@@ -1,0 +1,206 @@
+"""A layer sweep: all candidates of a generation go through the model together, one decoder layer after the other.
+
+A candidate is the experts that it keeps in each MoE layer. Candidates that agree up to a layer share one hidden state
+there, a *node*: its attention, norms and shared experts are computed once, and so is every (token, expert) pair that
+several of its candidates route (experts.py). From the first layer in which they differ, each has a state of its own;
+states are run in blocks of a fixed number of tokens, so that an expert's rows of a whole block are one matrix product.
+A layer's weights are needed once per sweep, whatever the number of candidates and sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeprune_ext.experts import PairOutputs, distinct_pairs, weighted_sum
+from moeprune_ext.moe import ExpertsFunction, MoeLayer, evaluating, intercepted, replaced_forward
+from moeprune_ext.replay import LayerInputs, Replay
+from moeprune_ext.routers import Kept, RoutedLayer, many_masks
+
+
+@dataclass(frozen=True)
+class Level:
+    """The states after one MoE layer: one for each distinct choice of kept experts up to it.
+
+    parent: [M], the state before the layer that each comes from, ascending. mask: [M], its mask among `masks`.
+    """
+
+    parent: Tensor
+    mask: Tensor
+    masks: tuple[Kept, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Candidates by common beginnings. levels: {decoder layer: Level}. leaf: [C], each candidate's last state."""
+
+    levels: dict[int, Level]
+    leaf: Tensor
+
+    @property
+    def states(self) -> int:
+        """Most states alive at once."""
+        return max(len(level.parent) for level in self.levels.values())
+
+
+def grow(candidates: Sequence[Mapping[int, Kept]], layers: Sequence[int]) -> Tree:
+    """The tree of candidates, each {decoder layer: ids kept}; it does not depend on their order."""
+    keys = [tuple(candidate[layer] for layer in layers) for candidate in candidates]
+    distinct = sorted(set(keys))
+    levels: dict[int, Level] = {}
+    before = [0] * len(distinct)
+    for depth, layer in enumerate(layers):
+        masks = tuple(dict.fromkeys(key[depth] for key in distinct))
+        states = dict.fromkeys(key[: depth + 1] for key in distinct)
+        number = {prefix: i for i, prefix in enumerate(states)}
+        now = [number[key[: depth + 1]] for key in distinct]
+        parent = {state: old for state, old in zip(now, before, strict=True)}
+        levels[layer] = Level(
+            torch.tensor([parent[i] for i in range(len(states))]),
+            torch.tensor([masks.index(prefix[-1]) for prefix in states]),
+            masks,
+        )
+        before = now
+    places = {key: i for i, key in enumerate(distinct)}
+    return Tree(levels, torch.tensor([places[key] for key in keys]))
+
+
+class Sweep:
+    """Runs trees of candidates through a model's layers.
+
+    tokens_at_once: rows of hidden states in one call of a layer (one state at least). Memory: see `state_bytes` and
+    `evaluator.CandidateEvaluator`.
+    """
+
+    def __init__(self, replay: Replay, routed: Mapping[int, RoutedLayer], tokens_at_once: int) -> None:
+        self.replay = replay
+        self.routed = dict(routed)
+        self.tokens_at_once = tokens_at_once
+        scratch: dict[str, Tensor] = {}
+        self._pair_outputs = {index: PairOutputs(r.layer, scratch) for index, r in self.routed.items()}
+        self._buffers: dict[int, Tensor] = {}
+
+    def run(
+        self, tree: Tree, sequences: Sequence[tuple[Tensor, LayerInputs]], first: int = 0, end: int | None = None
+    ) -> list[Tensor]:
+        """[M, S, H] for each sequence: every state's hidden states after decoder layers [first, end).
+
+        sequences: each one's hidden states [1, S, H] before the first of them, and its layers' other inputs. All
+        advance layer by layer together. The next run writes where the result lies.
+        """
+        states = [hidden for hidden, _ in sequences]
+        with evaluating(self.replay.model):
+            for index in range(len(self.replay.layers))[first:end]:
+                for number, (_, inputs) in enumerate(sequences):
+                    states[number] = self._layer(index, tree.levels.get(index), states[number], inputs, number)
+        return states
+
+    def _layer(self, index: int, level: Level | None, states: Tensor, inputs: LayerInputs, number: int) -> Tensor:
+        count = len(states) if level is None else len(level.parent)
+        _, length, width = states.shape
+        # Two buffers a sequence in turn: memory fresh from the system costs a pass over it.
+        outputs = self._buffer(2 * number + index % 2, count * length * width, states).view(count, length, width)
+        block = max(1, self.tokens_at_once // length)
+        for start in range(0, count, block):
+            mine = slice(start, start + block)
+            if level is None:
+                outputs[mine] = self.replay.run(index, states[mine], inputs)
+                continue
+            parents = level.parent[mine]
+            first = int(parents[0])
+            together = parents.equal(torch.arange(first, first + len(parents)))
+            hidden = states[first : first + len(parents)] if together else states[parents.to(states.device)]
+            with self._candidates(index, level, mine, inputs):
+                outputs[mine] = self.replay.run(index, hidden, inputs)
+        return outputs
+
+    def _buffer(self, name: int, size: int, like: Tensor) -> Tensor:
+        held = self._buffers.get(name)
+        if held is None or held.numel() < size or held.dtype != like.dtype:
+            held = self._buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return held[:size]
+
+    @contextmanager
+    def _candidates(self, index: int, level: Level, mine: slice, inputs: LayerInputs) -> Iterator[None]:
+        """Inside, one call of the decoder layer computes a block of states, each under its own mask."""
+        routed = self.routed[index]
+        parents = level.parent[mine]
+        nodes, node_of = torch.unique_consecutive(parents, return_inverse=True)
+        first_of = torch.searchsorted(parents, nodes)  # parents ascend
+        used, of_state = torch.unique(level.mask[mine], return_inverse=True)
+        masks = [level.masks[i] for i in used.tolist()]
+        with ExitStack() as stack:
+            if len(nodes) < len(parents):
+                constants = {id(t) for t in _tensors(inputs.arguments[index])}
+                for module in _once_per_node(self.replay.layers[index], routed.layer):
+                    stack.enter_context(replaced_forward(module, _for_nodes(first_of, node_of, constants)))
+            if routed.places is not None:
+                experts = routed.layer.experts
+                stack.enter_context(intercepted(experts, self._experts(routed.layer, first_of, node_of)))
+            stack.enter_context(many_masks(routed, masks, of_state))
+            yield
+
+    def _experts(self, layer: MoeLayer, first_of: Tensor, node_of: Tensor) -> Any:
+        pair_outputs = self._pair_outputs[layer.index]
+
+        def function(original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            shares = len(first_of) < len(node_of)
+            if not shares and not pair_outputs.direct:
+                return original(hidden, ids, weights)
+            device = hidden.device
+            rows, counts, pair_of = distinct_pairs(
+                ids, first_of.to(device), node_of.to(device), layer.shape.num_experts
+            )
+            return weighted_sum(pair_outputs(original, hidden, rows, counts), pair_of, weights)
+
+        return function
+
+
+def _once_per_node(decoder_layer: nn.Module, layer: MoeLayer) -> list[nn.Module]:
+    """The modules with matrices whose work does not depend on the mask: attention, shared experts."""
+    around = [m for m in decoder_layer.children() if not any(part is layer.block for part in m.modules())]
+    if decoder_layer is layer.block:
+        around = []
+    inside = [m for m in layer.block.children() if m is not layer.router and m is not layer.experts]
+    return [m for m in around + inside if any(p.ndim >= 2 for p in m.parameters())]
+
+
+def _for_nodes(first_of: Tensor, node_of: Tensor, constants: set[int]) -> Any:
+    """A module's forward computed for one state of every node, its result handed to all states of the node."""
+    states, nodes = len(node_of), len(first_of)
+
+    def pick(value: Any, index: Tensor, before: int) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) in constants or value.ndim < 2 or value.shape[0] % before or value.shape[0] == 1:
+                return value
+            if value.ndim == 2:  # rows of all states in one
+                return value.view(before, -1, value.shape[-1])[index.to(value.device)].flatten(0, 1)
+            return value[index.to(value.device)] if value.shape[0] == before else value
+        if isinstance(value, tuple | list):
+            return type(value)(pick(v, index, before) for v in value)
+        if isinstance(value, dict):
+            return {name: pick(v, index, before) for name, v in value.items()}
+        return value
+
+    def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(*pick(args, first_of, states), **pick(kwargs, first_of, states))
+        if isinstance(result, tuple):  # what follows the first, attention weights for one, is not looked at
+            return (pick(result[0], node_of, nodes), *result[1:])
+        return pick(result, node_of, nodes)
+
+    return forward
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))

@@ -1,0 +1,225 @@
+"""A model whose candidates are swept together, within a memory budget: teacher, sweep and head put to work.
+
+The budget is divided once, at the start, by what a layer is measured to need: logits in flight, the teacher's rows if
+they stay on the device, what a layer call needs (which sets how many states one call takes), and the candidates' hidden
+states (which sets how many candidates go together, and how many sequences where the layers are streamed). None of it
+depends on the candidates or on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moeprune_ext import distributed
+from moeprune_ext.data import TokenBatch
+from moeprune_ext.masking import masks
+from moeprune_ext.memory import peak_bytes
+from moeprune_ext.moe import MoeLayer, evaluating
+from moeprune_ext.ops import log_sum_exp_from_hidden, overlap_from_hidden
+from moeprune_ext.plan import PruningPlan
+from moeprune_ext.replay import LayerInputs, NotReplayable, Replay
+from moeprune_ext.routers import Kept, routed_layer
+from moeprune_ext.sweep import Sweep, Tree, grow
+from moeprune_ext.teacher import TeacherCache, TeacherRows, choose_place
+
+CPU_TOKENS_AT_ONCE, CUDA_TOKENS_AT_ONCE = 8_192, 65_536  # beyond these a layer call gains nothing
+MOST_HEAD_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Division:
+    """A memory budget in parts, in bytes. tokens: in one call of a layer. states: held by the sweep, in tokens."""
+
+    head: int
+    teacher: int
+    layer: int
+    tokens: int
+    state_tokens: int
+    teacher_place: str
+
+
+class SweptModel:
+    """An evaluator.Engine. Raises NotReplayable, with the reason, for a model that cannot be taken apart."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[int, MoeLayer],
+        sequences: Sequence[TokenBatch],
+        memory_budget: int,
+        teacher_cache: str,
+        router: str,
+        seed: int,
+        backend: str,
+    ) -> None:
+        self._model, self._layers, self._sequences = model, dict(layers), sequences
+        self._seed, self._backend = seed, backend
+        self._device = next(model.parameters()).device
+        self._replay = Replay(model, self._layers)
+        shortest = min(sequences, key=lambda sequence: sequence.input_ids.shape[1])
+        longest = max(sequences, key=lambda sequence: sequence.input_ids.shape[1])
+        self._replay.check(shortest.model_inputs(self._device))
+        routed = {index: routed_layer(layer, router) for index, layer in self._layers.items()}
+        self._first = min(self._layers)
+        self._sweep = Sweep(self._replay, routed, 1)
+        self._check_masked(shortest)
+        self.division = self._divide(longest, memory_budget, teacher_cache)
+        self._sweep.tokens_at_once = self.division.tokens
+        self._teacher = TeacherCache(self.division.teacher_place, self._device)
+        self._inputs: dict[int, LayerInputs] = {}
+        ways = sorted({r.way for r in routed.values()})
+        self.about = f"routers {' and '.join(ways)}, {self.division.tokens} tokens at once"
+
+    def teacher(self, numbers: Sequence[int]) -> dict[int, float]:
+        """Fills the teacher cache for these sequences; the sums of their log-sum-exps."""
+        alone = grow([self._kept(None)], list(self._layers))
+        sums = {}
+        for wave in self._waves(numbers, 1):
+            captured = [self._replay.inputs(self._sequences[n].model_inputs(self._device)) for n in wave]
+            starts = self._sweep.run(alone, [(c.hidden, c) for c in captured], 0, self._first)
+            # The next run writes where these lie.
+            begun = [(start.clone(), inputs) for start, inputs in zip(starts, captured, strict=True)]
+            for n, (start, inputs), last in zip(wave, begun, self._sweep.run(alone, begun, self._first), strict=True):
+                head_inputs = self._head_inputs(n, last)[0]
+                lse = log_sum_exp_from_hidden(
+                    head_inputs, self._replay.head, chunk_bytes=self.division.head, backend=self._backend
+                )
+                sums[n] = float(lse.sum())
+                self._teacher[n] = TeacherRows(start, head_inputs, lse)
+                self._inputs[n] = inputs
+        return sums
+
+    def values(
+        self, plans: Sequence[PruningPlan], numbers: Sequence[int], metrics: tuple[str, ...]
+    ) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
+        """See evaluator.Engine."""
+        candidates = [self._kept(plan) for plan in plans]
+        layers = list(self._layers)
+        # Neighbours in this order share most; groups of them fit the memory for states.
+        order = sorted(range(len(plans)), key=lambda i: [candidates[i][layer] for layer in layers])
+        longest = max(sequence.input_ids.shape[1] for sequence in self._sequences)
+        group = max(1, self.division.state_tokens // longest)
+        for start in range(0, len(order), group):
+            chosen = order[start : start + group]
+            tree = grow([candidates[i] for i in chosen], layers)
+            for wave in self._waves(numbers, tree.states):
+                rows = [self._teacher[n] for n in wave]
+                begun = [(row.start, self._inputs[n]) for n, row in zip(wave, rows, strict=True)]
+                for n, row, last in zip(wave, rows, self._sweep.run(tree, begun, self._first), strict=True):
+                    yield n, chosen, self._compare(n, row, last, tree, metrics)
+
+    def _compare(
+        self, number: int, teacher: TeacherRows, last: Tensor, tree: Tree, metrics: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        sequence = self._sequences[number]
+        values = overlap_from_hidden(
+            teacher.head_inputs,
+            self._head_inputs(number, last),
+            self._replay.head,
+            chunk_bytes=self.division.head,
+            p_lse=teacher.lse,
+            labels=sequence.next_token_labels[sequence.wanted].to(self._device),
+            metrics=metrics,
+            seed=self._seed + number,
+            backend=self._backend,
+        )
+        leaf = tree.leaf.to(self._device)
+        return {name: value[leaf] for name, value in values.items()}
+
+    def _head_inputs(self, number: int, last: Tensor) -> Tensor:
+        """[M, S, H] -> [M, T, H]: the last layer's output as the head takes it, at the wanted positions, in place."""
+        wanted = self._sequences[number].wanted[0].nonzero()[:, 0].to(last.device)
+        for state in last:
+            state[: len(wanted)] = self._replay.head_inputs(state[wanted])
+        return last[:, : len(wanted)]
+
+    def _waves(self, numbers: Sequence[int], states: int) -> Iterator[list[int]]:
+        """Sequences that advance together: one, or where layers are streamed as many as the states' memory holds."""
+        streamed = getattr(self._model, "moeprune_stream", None) is not None
+        wave: list[int] = []
+        held = 0
+        for number in numbers:
+            tokens = self._sequences[number].input_ids.shape[1] * states
+            if wave and (not streamed or held + tokens > self.division.state_tokens):
+                yield wave
+                wave, held = [], 0
+            wave.append(number)
+            held += tokens
+        if wave:
+            yield wave
+
+    def _kept(self, plan: PruningPlan | None) -> dict[int, Kept]:
+        def all_of(index: int) -> range:
+            return range(self._layers[index].shape.num_experts)
+
+        kept = {} if plan is None else plan.kept
+        return {index: tuple(kept.get(index, all_of(index))) for index in self._layers}
+
+    def _check_masked(self, sequence: TokenBatch) -> None:
+        """Compares pruned candidates that share a beginning with whole masked forwards of the model."""
+        full, half = self._kept(None), self._kept(None)
+        for index, layer in self._layers.items():
+            half[index] = tuple(_half_kept(layer))
+        mixed = {**half, max(self._layers): full[max(self._layers)]}
+        candidates = [half, full, mixed]
+        inputs = self._replay.inputs(sequence.model_inputs(self._device))
+        self._sweep.tokens_at_once = 3 * sequence.input_ids.shape[1]
+        tree = grow(candidates, list(self._layers))
+        try:
+            last = self._sweep.run(tree, [(inputs.hidden, inputs)])[0]
+            got = [self._replay.project(self._replay.head_inputs(last[leaf])) for leaf in tree.leaf.tolist()]
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            raise NotReplayable(f"sweeping it fails: {' '.join(str(error).split())[:200]}") from error
+        for candidate, logits in zip(candidates, got, strict=True):
+            plan = PruningPlan(
+                {index: list(ids) for index, ids in candidate.items()},
+                {index: layer.shape.num_experts for index, layer in self._layers.items()},
+            )
+            with evaluating(self._model), masks(self._layers, plan):
+                expected = self._model(**sequence.model_inputs(self._device), use_cache=False).logits[0]
+            self._replay.compare(logits, expected)
+
+    def _divide(self, longest: TokenBatch, budget: int, teacher_cache: str) -> Division:
+        length = longest.input_ids.shape[1]
+        inputs = self._replay.inputs(longest.model_inputs(self._device))
+        width, item = inputs.hidden.shape[-1], inputs.hidden.element_size()
+        half = {index: tuple(_half_kept(layer)) for index, layer in self._layers.items()}
+        tree = grow([half], list(self._layers))
+        self._sweep.tokens_at_once = length
+        states = 2 * length * width * item
+        whole = peak_bytes(lambda: self._sweep.run(tree, [(inputs.hidden, inputs)]), self._device)
+        layer = max(whole - states, 0) + length * width * item  # and the states' copy where a node has several
+        per_token = -(-layer // length)
+
+        wanted = [int(sequence.wanted.sum()) for sequence in self._sequences]
+        rows = [(s.input_ids.shape[1] + w) * width * item + 8 * w for s, w in zip(self._sequences, wanted, strict=True)]
+        place = choose_place(teacher_cache, sum(rows), self._device, budget)
+        on_device = place == "device" or (place == "host" and self._device.type == "cpu")
+        teacher = sum(rows) if on_device else max(rows)
+        logits = self._replay.project(self._replay.head_inputs(inputs.hidden[0, :1]))
+        head_least = 16 * (2 * logits.shape[1] * logits.element_size() * 101 // 100 + 64)
+        if budget < head_least + teacher + layer + states:
+            mib = [f"{size / 2**20:,.1f}" for size in (budget, layer, states, teacher, head_least)]
+            raise ValueError(
+                f"memory_budget is {mib[0]} MiB, too little for a sequence of {length} tokens: a decoder layer needs "
+                f"{mib[1]}, a candidate's hidden states {mib[2]}, the teacher's rows {mib[3]} ({place}) and logits "
+                f"{mib[4]}; allow {(head_least + teacher + layer + states) / 2**20:,.1f} or shorten the sequences"
+            )
+        head = max(head_least, min(MOST_HEAD_BYTES, budget // 4, budget - teacher - layer - states))
+        rest = budget - head - teacher
+        most = CPU_TOKENS_AT_ONCE if self._device.type == "cpu" else CUDA_TOKENS_AT_ONCE
+        tokens = max(length, min(most, rest // 2 // per_token))
+        state_tokens = max(length, (rest - tokens * per_token) // (2 * width * item))
+        division = Division(head, teacher, tokens * per_token, tokens, state_tokens, place)
+        return distributed.from_first(lambda: division)  # the same groups in every process
+
+
+def _half_kept(layer: MoeLayer) -> list[int]:
+    """About half of a layer's experts, as many in every group as its router needs."""
+    count, groups = layer.shape.num_experts, layer.shape.n_group
+    size = count // groups
+    keep = max(-(-layer.shape.min_kept // groups), (size + 1) // 2)
+    return [g * size + i for g in range(groups) for i in range(size - keep, size)]
