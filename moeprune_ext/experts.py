@@ -25,9 +25,10 @@ CHUNK_BYTES = 64 * 2**20  # of weighted outputs on their way into a sum
 
 
 class PairOutputs:
-    """Outputs of one layer's experts for pairs sorted by expert, in a buffer that all layers share.
+    """Outputs of one layer's experts for pairs sorted by expert.
 
-    buffer: holds the last call's outputs; at most `buffer_bytes` of it are kept from call to call.
+    scratch: memory for them that layers share, kept from call to call. direct: whether they are computed here, on the
+    CPU, rather than by the module itself.
     """
 
     def __init__(self, layer: MoeLayer, scratch: dict[str, Tensor] | None = None) -> None:

@@ -87,6 +87,11 @@ class Replay:
         self._arguments = found
         return LayerInputs(first[0], found)
 
+    @staticmethod
+    def argument_bytes(inputs: LayerInputs) -> int:
+        """Bytes of a sequence's other inputs; layers mostly share them."""
+        return sum({t.data_ptr(): t.nbytes for t in tensors_in(inputs.arguments)}.values())
+
     def run(self, index: int, hidden: Tensor, inputs: LayerInputs) -> Tensor:
         """One decoder layer on hidden states [B, S, H]: each row a state of the same sequence."""
         args, kwargs = inputs.arguments[index]
@@ -185,7 +190,7 @@ class Replay:
             return  # the evaluator refuses such a teacher with a better message
         # Near a tie a router may fall to the other expert, in half precision on many rows: those may differ.
         alike = 99 if expected.dtype in (torch.float32, torch.float64) else 50
-        differences = (got.float() - expected.float()).abs().amax(-1).sort().values
+        differences = (got.float() - expected.float()).abs_().amax(-1).sort().values
         worst = float(differences[(len(differences) * alike - 1) // 100]) / max(1.0, float(expected.abs().max()))
         if not worst <= TOLERANCE[expected.dtype]:
             raise NotReplayable(f"replaying its layers gives other logits, by {worst:.2g} of the largest")
@@ -223,3 +228,14 @@ def _keep_once(value: Any, before: Any) -> Any:
             name: _keep_once(v, before.get(name) if isinstance(before, dict) else None) for name, v in value.items()
         }
     return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moeprune_ext.experts import PairOutputs, distinct_pairs, weighted_sum
 from moeprune_ext.moe import ExpertsFunction, MoeLayer, evaluating, intercepted, replaced_forward
-from moeprune_ext.replay import LayerInputs, Replay
+from moeprune_ext.replay import LayerInputs, Replay, tensors_in
 from moeprune_ext.routers import Kept, RoutedLayer, many_masks
 
 
@@ -81,8 +81,8 @@ class Sweep:
         self.replay = replay
         self.routed = dict(routed)
         self.tokens_at_once = tokens_at_once
-        scratch: dict[str, Tensor] = {}
-        self._pair_outputs = {index: PairOutputs(r.layer, scratch) for index, r in self.routed.items()}
+        self._scratch: dict[str, Tensor] = {}
+        self._pair_outputs = {index: PairOutputs(r.layer, self._scratch) for index, r in self.routed.items()}
         self._buffers: dict[int, Tensor] = {}
 
     def run(
@@ -99,6 +99,11 @@ class Sweep:
                 for number, (_, inputs) in enumerate(sequences):
                     states[number] = self._layer(index, tree.levels.get(index), states[number], inputs, number)
         return states
+
+    def release(self) -> None:
+        """Gives back the memory that is kept from one run to the next."""
+        self._scratch.clear()
+        self._buffers.clear()
 
     def _layer(self, index: int, level: Level | None, states: Tensor, inputs: LayerInputs, number: int) -> Tensor:
         count = len(states) if level is None else len(level.parent)
@@ -136,7 +141,7 @@ class Sweep:
         masks = [level.masks[i] for i in used.tolist()]
         with ExitStack() as stack:
             if len(nodes) < len(parents):
-                constants = {id(t) for t in _tensors(inputs.arguments[index])}
+                constants = {id(t) for t in tensors_in(inputs.arguments[index])}
                 for module in _once_per_node(self.replay.layers[index], routed.layer):
                     stack.enter_context(replaced_forward(module, _for_nodes(first_of, node_of, constants)))
             if routed.places is not None:
@@ -194,13 +199,3 @@ def _for_nodes(first_of: Tensor, node_of: Tensor, constants: set[int]) -> Any:
         return pick(result, node_of, nodes)
 
     return forward
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))

@@ -26,6 +26,7 @@ from moeprune_ext.sweep import Sweep, Tree, grow
 from moeprune_ext.teacher import TeacherCache, TeacherRows, choose_place
 
 CPU_TOKENS_AT_ONCE, CUDA_TOKENS_AT_ONCE = 8_192, 65_536  # beyond these a layer call gains nothing
+TRIED_TOKENS = 64  # in the comparison of the sweep with whole forwards at the start
 MOST_HEAD_BYTES = 256 * 2**20
 
 
@@ -59,17 +60,16 @@ class SweptModel:
         self._seed, self._backend = seed, backend
         self._device = next(model.parameters()).device
         self._replay = Replay(model, self._layers)
-        shortest = min(sequences, key=lambda sequence: sequence.input_ids.shape[1])
         longest = max(sequences, key=lambda sequence: sequence.input_ids.shape[1])
-        self._replay.check(shortest.model_inputs(self._device))
+        few = TokenBatch(*(part[:, :TRIED_TOKENS] for part in vars(sequences[0]).values()))
+        self._replay.check(few.model_inputs(self._device))
         routed = {index: routed_layer(layer, router) for index, layer in self._layers.items()}
         self._first = min(self._layers)
         self._sweep = Sweep(self._replay, routed, 1)
-        self._check_masked(shortest)
+        self._check_masked(few)
         self.division = self._divide(longest, memory_budget, teacher_cache)
         self._sweep.tokens_at_once = self.division.tokens
         self._teacher = TeacherCache(self.division.teacher_place, self._device)
-        self._inputs: dict[int, LayerInputs] = {}
         ways = sorted({r.way for r in routed.values()})
         self.about = f"routers {' and '.join(ways)}, {self.division.tokens} tokens at once"
 
@@ -78,18 +78,17 @@ class SweptModel:
         alone = grow([self._kept(None)], list(self._layers))
         sums = {}
         for wave in self._waves(numbers, 1):
-            captured = [self._replay.inputs(self._sequences[n].model_inputs(self._device)) for n in wave]
+            captured = [self._inputs(n) for n in wave]
             starts = self._sweep.run(alone, [(c.hidden, c) for c in captured], 0, self._first)
             # The next run writes where these lie.
             begun = [(start.clone(), inputs) for start, inputs in zip(starts, captured, strict=True)]
-            for n, (start, inputs), last in zip(wave, begun, self._sweep.run(alone, begun, self._first), strict=True):
+            for n, (start, _), last in zip(wave, begun, self._sweep.run(alone, begun, self._first), strict=True):
                 head_inputs = self._head_inputs(n, last)[0]
                 lse = log_sum_exp_from_hidden(
                     head_inputs, self._replay.head, chunk_bytes=self.division.head, backend=self._backend
                 )
                 sums[n] = float(lse.sum())
                 self._teacher[n] = TeacherRows(start, head_inputs, lse)
-                self._inputs[n] = inputs
         return sums
 
     def values(
@@ -107,9 +106,12 @@ class SweptModel:
             tree = grow([candidates[i] for i in chosen], layers)
             for wave in self._waves(numbers, tree.states):
                 rows = [self._teacher[n] for n in wave]
-                begun = [(row.start, self._inputs[n]) for n, row in zip(wave, rows, strict=True)]
+                begun = [(row.start, self._inputs(n)) for n, row in zip(wave, rows, strict=True)]
                 for n, row, last in zip(wave, rows, self._sweep.run(tree, begun, self._first), strict=True):
                     yield n, chosen, self._compare(n, row, last, tree, metrics)
+
+    def _inputs(self, number: int) -> LayerInputs:
+        return self._replay.inputs(self._sequences[number].model_inputs(self._device))
 
     def _compare(
         self, number: int, teacher: TeacherRows, last: Tensor, tree: Tree, metrics: tuple[str, ...]
@@ -189,10 +191,12 @@ class SweptModel:
         half = {index: tuple(_half_kept(layer)) for index, layer in self._layers.items()}
         tree = grow([half], list(self._layers))
         self._sweep.tokens_at_once = length
+        self._sweep.release()  # so that all it needs is seen
         states = 2 * length * width * item
         whole = peak_bytes(lambda: self._sweep.run(tree, [(inputs.hidden, inputs)]), self._device)
         layer = max(whole - states, 0) + length * width * item  # and the states' copy where a node has several
         per_token = -(-layer // length)
+        arguments = 2 * self._replay.argument_bytes(inputs)  # of this sequence and of the one before
 
         wanted = [int(sequence.wanted.sum()) for sequence in self._sequences]
         rows = [(s.input_ids.shape[1] + w) * width * item + 8 * w for s, w in zip(self._sequences, wanted, strict=True)]
@@ -201,15 +205,16 @@ class SweptModel:
         teacher = sum(rows) if on_device else max(rows)
         logits = self._replay.project(self._replay.head_inputs(inputs.hidden[0, :1]))
         head_least = 16 * (2 * logits.shape[1] * logits.element_size() * 101 // 100 + 64)
-        if budget < head_least + teacher + layer + states:
-            mib = [f"{size / 2**20:,.1f}" for size in (budget, layer, states, teacher, head_least)]
+        least = head_least + teacher + layer + states + arguments
+        if budget < least:
+            mib = [f"{size / 2**20:,.1f}" for size in (budget, layer, states + arguments, teacher, head_least)]
             raise ValueError(
                 f"memory_budget is {mib[0]} MiB, too little for a sequence of {length} tokens: a decoder layer needs "
-                f"{mib[1]}, a candidate's hidden states {mib[2]}, the teacher's rows {mib[3]} ({place}) and logits "
-                f"{mib[4]}; allow {(head_least + teacher + layer + states) / 2**20:,.1f} or shorten the sequences"
+                f"{mib[1]}, a candidate's hidden states and masks {mib[2]}, the teacher's rows {mib[3]} ({place}) and "
+                f"logits {mib[4]}; allow {least / 2**20 + 0.1:,.1f} MiB or shorten the sequences"
             )
-        head = max(head_least, min(MOST_HEAD_BYTES, budget // 4, budget - teacher - layer - states))
-        rest = budget - head - teacher
+        head = max(head_least, min(MOST_HEAD_BYTES, budget // 4, budget - least + head_least))
+        rest = budget - head - teacher - arguments
         most = CPU_TOKENS_AT_ONCE if self._device.type == "cpu" else CUDA_TOKENS_AT_ONCE
         tokens = max(length, min(most, rest // 2 // per_token))
         state_tokens = max(length, (rest - tokens * per_token) // (2 * width * item))
