@@ -1,16 +1,15 @@
 """One pass over calibration text -> RoutingStats, the single table behind every criterion.
 
-The experts module of each layer is called with one routed pair per row and weight 1, which yields the unweighted
-outputs f_e(x_t) in the model's own arithmetic, whatever its experts look like; only routed pairs are computed. Per
-pair the gate weight g (the coefficient the model really applies) and ||f_e(x_t)||_2 go into moments[e, a, b] += g^a
-||f||^b.
+The experts of each layer are asked for the unweighted outputs f_e(x_t) of the routed (token, expert) pairs
+(experts.py), whatever they look like; only routed pairs are computed. Per pair the gate weight g (the coefficient the
+model really applies) and ||f_e(x_t)||_2 go into moments[e, a, b] += g^a ||f||^b.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +20,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moeprune_ext.data import as_batches
+from moeprune_ext import distributed
+from moeprune_ext.data import TokenBatch, as_batches
+from moeprune_ext.dispatch import row_chunks
+from moeprune_ext.experts import PairOutputs, distinct_pairs, weighted_sum
 from moeprune_ext.files import replacing
-from moeprune_ext.moe import ExpertsFunction, LayerShape, find_moe_layers, intercepted, model_fingerprint
+from moeprune_ext.moe import (
+    ExpertsFunction,
+    LayerShape,
+    MoeLayer,
+    evaluating,
+    find_moe_layers,
+    intercepted,
+    model_fingerprint,
+)
 from moeprune_ext.ops import routing_moments_
+from moeprune_ext.replay import TRIED_TOKENS, NotReplayable, Replay
 
 FORMAT = "moeprune.stats/1"
 PAIRS_AT_ONCE = 65_536  # routed pairs whose outputs [pairs, H] are alive at a time: 0.5 GB at H = 4096 in bfloat16
@@ -91,63 +102,103 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fals
     """Runs the model over `batches` once and gathers RoutingStats for every MoE layer.
 
     batches: see data.as_batches; positions with attention_mask = 1 count, label masks are ignored. Memory beside the
-    model's own: a table of 9 float64 per expert, and expert outputs of one block of routed pairs. The model is left
-    as it was. Raises ValueError for a model without MoE layers, or for no data. Source: methods of arXiv 2606.15716
-    and 2510.13999.
+    model's own: a table of 9 float64 per expert, and expert outputs of one block of routed pairs. Where layers are
+    streamed (streaming.py) each is visited once, and the batches' hidden states wait in host memory. Under torchrun the
+    batches are dealt out over the processes, and every process gets the whole statistics. The model is left as it was.
+    Raises ValueError for a model without MoE layers, or for no data. Source: methods of arXiv 2606.15716 and
+    2510.13999.
     """
     layers = find_moe_layers(model)
     batches = as_batches(batches, model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-    device = next(model.parameters()).device
-    moments: dict[int, Tensor] = {}
-    max_norm: dict[int, Tensor] = {}
-    attended = torch.empty(0, dtype=torch.bool)
-
-    def observe(index: int) -> Callable[[ExpertsFunction, Tensor, Tensor, Tensor], Tensor]:
-        def function(original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-            tokens, top_k = expert_ids.shape
-            if tokens != attended.numel():
-                raise ValueError(
-                    f"layer {index}: the experts saw {tokens} rows for {attended.numel()} positions; this model "
-                    "does not hand every position to its experts, so its statistics cannot be masked"
-                )
-            output = torch.empty_like(hidden)
-            step = max(1, PAIRS_AT_ONCE // top_k)
-            for start in range(0, tokens, step):
-                rows = slice(start, start + step)
-                ids, gates = expert_ids[rows].reshape(-1), weights[rows].reshape(-1)
-                ones = torch.ones(len(ids), 1, dtype=weights.dtype, device=weights.device)
-                outputs = original(hidden[rows].repeat_interleave(top_k, 0), ids[:, None], ones)
-                valid = attended[rows].repeat_interleave(top_k).to(ids.device)
-                routing_moments_(moments[index], max_norm[index], ids, gates, outputs, valid=valid)
-                weighted = outputs.view(-1, top_k, outputs.shape[-1]) * weights[rows].unsqueeze(-1)
-                output[rows] = weighted.sum(1).to(output.dtype)
-            return output
-
-        return function
-
-    backbone = getattr(model, "base_model", model)  # no LM head: its logits are not needed
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), ExitStack() as stack:
-            for index, layer in layers.items():
-                where = next(layer.experts.parameters()).device
-                count = layer.shape.num_experts
-                moments[index] = torch.zeros(count, 3, 3, dtype=torch.float64, device=where)
-                max_norm[index] = torch.zeros(count, dtype=torch.float32, device=where)
-                stack.enter_context(intercepted(layer.experts, observe(index)))
-            for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
-                attended = batch.attention_mask.reshape(-1)
-                backbone(**batch.model_inputs(device), use_cache=False)
-    finally:
-        model.train(was_training)
+    mine = [batches[number] for number in distributed.mine(len(batches))]
+    tables = {index: _Table(layer) for index, layer in layers.items()}
+    replay = _replay(model, layers, batches[0])
+    with evaluating(model), ExitStack() as stack:
+        for index, layer in layers.items():
+            stack.enter_context(intercepted(layer.experts, tables[index].observe))
+        bar = stack.enter_context(tqdm(total=len(mine), desc="calibrate", unit="batch", disable=not progress))
+        if replay is not None:
+            _layer_by_layer(replay, tables, mine, bar)
+        else:
+            backbone = getattr(model, "base_model", model)  # no LM head: its logits are not needed
+            for batch in mine:
+                _attend(tables, batch)
+                backbone(**batch.model_inputs(next(model.parameters()).device), use_cache=False)
+                bar.update()
+    moments = {index: distributed.sum_(table.moments.cpu()) for index, table in tables.items()}
     broken = [index for index, table in moments.items() if not bool(torch.isfinite(table).all())]
     if broken:
         raise ValueError(f"experts' outputs are NaN or infinite in layers {broken}: check the weights and the dtype")
     return RoutingStats(
-        {index: table.cpu() for index, table in moments.items()},
-        {index: norm.cpu() for index, norm in max_norm.items()},
+        moments,
+        {index: distributed.maximum_(table.max_norm.cpu()) for index, table in tables.items()},
         sum(int(batch.attention_mask.sum()) for batch in batches),
         {index: layer.shape for index, layer in layers.items()},
         model_fingerprint(model, layers),
     )
+
+
+class _Table:
+    """One layer's moments and max_norm, and what the rows being run are: attended positions or padding."""
+
+    def __init__(self, layer: MoeLayer) -> None:
+        self._index, self._count = layer.index, layer.shape.num_experts
+        self._device = next(layer.router.parameters()).device
+        self._pair_outputs = PairOutputs(layer)
+        self.moments = torch.zeros(self._count, 3, 3, dtype=torch.float64, device=self._device)
+        self.max_norm = torch.zeros(self._count, dtype=torch.float32, device=self._device)
+        self.attended = torch.empty(0, dtype=torch.bool)
+
+    def observe(self, original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Stands for the experts' forward: the same output, and every routed pair's share in the moments."""
+        tokens, top_k = expert_ids.shape
+        if tokens != self.attended.numel():
+            raise ValueError(
+                f"layer {self._index}: the experts saw {tokens} rows for {self.attended.numel()} positions; this model "
+                "does not hand every position to its experts, so its statistics cannot be masked"
+            )
+        output = torch.empty_like(hidden)
+        state = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+        for block in row_chunks(tokens, top_k, PAIRS_AT_ONCE):
+            rows, counts, pair_of = distinct_pairs(expert_ids[block], state, state, self._count)
+            outputs = self._pair_outputs(original, hidden[block], rows, counts)
+            gates = torch.empty(len(rows), dtype=weights.dtype, device=weights.device)
+            gates[pair_of.flatten()] = weights[block].flatten()
+            ids = torch.repeat_interleave(torch.tensor(counts, device=hidden.device))
+            valid = self.attended[block].to(hidden.device)[rows]
+            routing_moments_(self.moments, self.max_norm, ids, gates, outputs, valid=valid)
+            output[block] = weighted_sum(outputs, pair_of, weights[block])
+        return output
+
+
+def _attend(tables: Mapping[int, _Table], batch: TokenBatch) -> None:
+    for table in tables.values():
+        table.attended = batch.attention_mask.reshape(-1)
+
+
+def _replay(model: nn.Module, layers: Mapping[int, MoeLayer], batch: TokenBatch) -> Replay | None:
+    """The model taken apart, where its layers are streamed and it can be: a batch at a time would stream it all again
+    for every batch."""
+    if getattr(model, "moeprune_stream", None) is None:
+        return None
+    few = TokenBatch(*(part[:1, :TRIED_TOKENS] for part in vars(batch).values()))
+    try:
+        replay = Replay(model, layers)
+        replay.check(few.model_inputs(next(model.parameters()).device))
+    except NotReplayable:
+        return None
+    return replay
+
+
+def _layer_by_layer(replay: Replay, tables: Mapping[int, _Table], batches: list[TokenBatch], bar: tqdm) -> None:
+    """Runs all batches through one decoder layer, then the next."""
+    device = next(replay.model.parameters()).device
+    inputs = [replay.inputs(batch.model_inputs(device)) for batch in batches]
+    states = [captured.hidden.cpu() for captured in inputs]
+    bar.reset(total=len(replay.layers))
+    bar.unit = "layer"
+    for index in range(len(replay.layers)):
+        for number, batch in enumerate(batches):
+            _attend(tables, batch)
+            states[number] = replay.run(index, states[number].to(device), inputs[number]).cpu()
+        bar.update()

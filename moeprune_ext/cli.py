@@ -1,7 +1,8 @@
 """The verbs of `moeprune`, one arrow of the pipeline each.
 
 Results go to stdout (JSON with --json), progress to stderr. Exit status: 0, 2 for a bad request (one line, nothing
-written), 1 for a failure.
+written), 1 for a failure. Under torchrun, `calibrate` and `search` share their work between the processes, of which the
+first writes and prints; of any other verb it runs the only one.
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
+    from moeprune_ext import distributed
+
     options = _parser().parse_args(arguments)
     try:
+        distributed.join()
+        if not distributed.is_first() and options.verb not in (calibrate, search):
+            return
         result, text = options.verb(options)
     except ValueError as error:
         _end(options.name, error, 2)
@@ -32,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(options.name, error, 1)
     except KeyboardInterrupt:
         _end(options.name, "interrupted", 130)
-    print(json.dumps(result) if options.json else text)
+    if distributed.is_first():
+        print(json.dumps(result) if options.json else text)
+    distributed.leave()
 
 
 def _end(verb: str, error: object, status: int) -> NoReturn:
@@ -81,12 +89,14 @@ def info(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def calibrate(options: argparse.Namespace) -> tuple[Any, str]:
+    from moeprune_ext import distributed
     from moeprune_ext.calibrate import calibrate
 
     _check_new_file(options.out)
     batches = _batches(options, _tokenizer(options))
-    stats = calibrate(_model(options), batches, progress=True)
-    stats.save(options.out)
+    stats = calibrate(_model(options), batches, progress=distributed.is_first())
+    if distributed.is_first():
+        stats.save(options.out)
     routed = {layer: table[:, 0, 0] for layer, table in stats.moments.items()}
     idle = sum(int((counts == 0).sum()) for counts in routed.values())
     result = {"stats": str(options.out), "tokens": stats.tokens, "layers": len(routed), "experts_never_routed_to": idle}
@@ -115,6 +125,7 @@ def score(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def search(options: argparse.Namespace) -> tuple[Any, str]:
+    from moeprune_ext import distributed
     from moeprune_ext.calibrate import RoutingStats
     from moeprune_ext.checkpoint import read_checkpoint
     from moeprune_ext.criteria import score_experts
@@ -124,7 +135,14 @@ def search(options: argparse.Namespace) -> tuple[Any, str]:
 
     scores = score_experts(RoutingStats.load(options.stats), _criterion(options.criterion), seed=options.seed)
     # What can be refused without loading the weights is refused now.
-    check_settings(options.fitness, options.population, options.generations, options.elites)
+    check_settings(
+        options.fitness,
+        options.population,
+        options.generations,
+        options.elites,
+        options.fidelity,
+        options.race_level,
+    )
     uniform_counts(scores, options.sparsity)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"{options.out} is not a directory")
@@ -134,7 +152,8 @@ def search(options: argparse.Namespace) -> tuple[Any, str]:
             f"{options.model} is {fingerprint}; calibrate this model"
         )
     batches = _batches(options, _tokenizer(options))
-    evaluator = CandidateEvaluator(_model(options), batches, memory_budget=int(options.memory_budget * 2**30))
+    budget = int(options.memory_budget * 2**30)
+    evaluator = CandidateEvaluator(_model(options), batches, memory_budget=budget, router=options.router)
     found = evolve(
         evaluator,
         scores,
@@ -143,9 +162,11 @@ def search(options: argparse.Namespace) -> tuple[Any, str]:
         population=options.population,
         generations=options.generations,
         elites=options.elites,
+        fidelity=options.fidelity,
+        race_level=options.race_level,
         seed=options.seed,
         out=options.out,
-        progress=True,
+        progress=distributed.is_first(),
     )
     try:
         uniform = getattr(
@@ -161,11 +182,16 @@ def search(options: argparse.Namespace) -> tuple[Any, str]:
         "uniform": uniform,
         "kept_per_layer": kept,
         "nan_candidates": sum(record["nan"] for record in found.history),
+        "token_evaluations": sum(record["token_evaluations"] for record in found.history),
+        "token_evaluations_saved": sum(record["token_evaluations_saved"] for record in found.history),
+        "method": evaluator.method,
     }
     beside = "" if uniform is None else f" (uniform plan: {uniform:.5f})"
+    spent, saved = result["token_evaluations"], result["token_evaluations_saved"]
+    raced = f", {saved / (spent + saved):.0%} saved by racing" if saved else ""
     text = (
         f"{options.fitness} {found.score:.5f}{beside}\nkept per layer: {' '.join(map(str, kept.values()))}\n"
-        f"plan: {options.out / 'plan.json'}"
+        f"{spent:,} token evaluations{raced}; {evaluator.method}\nplan: {options.out / 'plan.json'}"
     )
     return result, text
 
@@ -290,14 +316,22 @@ def _model(options: argparse.Namespace) -> Any:
 
     device = _device(options.device)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    if getattr(options, "stream", "no") != "no":
+        from moeprune_ext.streaming import load_streamed
+
+        return load_streamed(options.model, device=device, dtype=dtype, source=options.stream).eval()
     return load(options.model, dtype=dtype).to(device).eval()
 
 
 def _device(name: str) -> Any:
     import torch
 
+    from moeprune_ext import distributed
+
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return distributed.local_device()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -371,6 +405,14 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--sequences", type=_count, default=sequences, help="most sequences to use")
         made.add_argument("--batch-size", type=_count, default=1, help="sequences per forward pass")
 
+    def add_stream(made: argparse.ArgumentParser) -> None:
+        made.add_argument(
+            "--stream",
+            default="no",
+            choices=("no", "host", "disk"),
+            help="for models larger than the device: layers wait in host memory or in the shards, and visit it in turn",
+        )
+
     add(
         "demo", demo, "everything, on the embedded model, in about a minute on two cores", "moeprune demo"
     ).add_argument("-o", "--out", type=Path, help="keep statistics, plans and checkpoints in this directory")
@@ -384,9 +426,11 @@ def _parser() -> argparse.ArgumentParser:
     made = add("calibrate", calibrate, "one pass over text: routing and activation statistics of every expert", example)
     made.add_argument("model", type=Path, help="model directory")
     add_data(made, True, 128)
+    add_stream(made)
     made.add_argument("-o", "--out", type=Path, required=True, help="statistics file to write")
 
     from moeprune_ext.criteria import CRITERIA, SELECTION_PRINCIPLE
+    from moeprune_ext.routers import ROUTERS
 
     criteria = f"{', '.join([*CRITERIA, 'random'])}, or alpha,beta,mean|sum. {SELECTION_PRINCIPLE}"
     example = "moeprune score stats.safetensors --criterion reap -o scores.json"
@@ -407,8 +451,16 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--population", type=_count, default=32, help="plans per generation")
     made.add_argument("--generations", type=_count, default=50, help="generations")
     made.add_argument("--elites", type=_count, default=4, help="plans that survive a generation")
-    made.add_argument("--memory-budget", type=_size, default=1.0, help="GiB for logits of teacher and candidates")
+    made.add_argument(
+        "--fidelity", default="full", choices=("full", "race"), help="race: drop clearly worse plans early"
+    )
+    made.add_argument("--race-level", type=float, default=0.05, help="chance of dropping a plan that is not worse")
+    made.add_argument(
+        "--router", default="auto", choices=ROUTERS, help="fused: the kernel for half-precision logits too"
+    )
+    made.add_argument("--memory-budget", type=_size, default=1.0, help="GiB on the device beside the model's weights")
     add_data(made, True, 64)
+    add_stream(made)
     made.add_argument("-o", "--out", type=Path, required=True, help="directory for plan.json, history and settings")
 
     made = add(

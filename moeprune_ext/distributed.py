@@ -22,9 +22,16 @@ T = TypeVar("T")
 
 def join() -> None:
     """Joins the group that torchrun has started, if it has: gloo for tensors on the CPU, NCCL on CUDA."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    wait = timedelta(hours=2)
+    store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # On one machine torchrun restarts a group on the store of the one that failed, where the addresses of its dead
+        # processes still stand.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
 
 
 def leave() -> None:

@@ -95,7 +95,7 @@ class CandidateEvaluator:
     warns where not; "whole" insists on one forward of the model per candidate. seed: of the `accept` metric's draws.
 
     Under torchrun (distributed.py) the sequences are dealt out over the processes; every process gets all scores.
-    Attributes: `method`, how candidates are run and why; `peak_bytes`, what the budget was divided into.
+    The attribute `method` says how candidates are run, and why.
 
     Raises ValueError for a model without MoE layers or with a router that cannot be masked, for no data, when the
     teacher's own logits are NaN, and for a memory_budget that cannot hold one sequence, with the numbers.

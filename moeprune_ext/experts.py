@@ -12,6 +12,7 @@ is called as it is, one pair a row with weight 1.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ CHUNK_BYTES = 64 * 2**20  # of weighted outputs on their way into a sum
 class PairOutputs:
     """Outputs of one layer's experts for pairs sorted by expert.
 
-    scratch: memory for them that layers share, kept from call to call. direct: whether they are computed here, on the
+    scratch: memory for them that layers share, kept from call to call. `direct`: whether they are computed here, on the
     CPU, rather than by the module itself.
     """
 
@@ -35,7 +36,11 @@ class PairOutputs:
         self._experts: Any = layer.experts
         self._count = layer.shape.num_experts
         self._scratch = {} if scratch is None else scratch
-        self.direct = _on_cpu(layer.experts) and _is_standard(layer.experts) and self._agrees()
+
+    @cached_property
+    def direct(self) -> bool:
+        """Looked at first while the layer runs, because its weights may be elsewhere before."""
+        return _on_cpu(self._experts) and _is_standard(self._experts) and self._agrees()
 
     def __call__(self, original: ExpertsFunction, hidden: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
         """hidden [R, H]; pair i is row rows[i], the pairs of expert e are counts[e] in a row -> outputs [P, H].
@@ -88,7 +93,8 @@ class PairOutputs:
             counts = torch.bincount(ids[:, 0], minlength=self._count).tolist()
             rows = ids[:, 0].argsort(stable=True)
             with torch.no_grad():
-                expected = experts.forward(hidden, ids, torch.ones(8, 1, dtype=hidden.dtype))
+                # The class's, since the instance's may be intercepted now.
+                expected = type(experts).forward(experts, hidden, ids, torch.ones(8, 1, dtype=hidden.dtype))
                 got = torch.empty_like(expected)
                 got[rows] = self._products(hidden, rows, counts)
         except (AttributeError, RuntimeError, TypeError, IndexError):

@@ -9,7 +9,7 @@ name, so `Replay` is tried at the start: what it computes must be what the model
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from moeprune_ext.moe import MoeLayer, decoder_layers, evaluating, replaced_forw
 # How far a replayed forward may be from the model's own, relative to its largest logit. In half precision the products
 # of another batch size round differently.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 8e-3}
+TRIED_TOKENS = 64  # of one sequence, in the comparison
 
 
 class NotReplayable(Exception):
@@ -50,7 +51,7 @@ class Replay:
     either takes what `head_inputs` returns. Raises NotReplayable for a model without one list of decoder layers.
     """
 
-    def __init__(self, model: nn.Module, moe_layers: dict[int, MoeLayer]) -> None:
+    def __init__(self, model: nn.Module, moe_layers: Mapping[int, MoeLayer]) -> None:
         self.model = model
         try:
             self.layers: Sequence[nn.Module] = list(decoder_layers(model, moe_layers)[1])
@@ -172,12 +173,11 @@ class Replay:
         try:
             inputs = self.inputs(model_inputs)
             with evaluating(self.model):
-                for copies in (1, 2):
-                    hidden = torch.cat([inputs.hidden] * copies)
-                    for index in range(len(self.layers)):
-                        hidden = self.run(index, hidden, inputs)
-                    for row in hidden:
-                        self.compare(self.project(self.head_inputs(row)), expected)
+                states = [inputs.hidden, torch.cat([inputs.hidden, inputs.hidden])]
+                for index in range(len(self.layers)):
+                    states = [self.run(index, hidden, inputs) for hidden in states]
+                for row in torch.cat(states):
+                    self.compare(self.project(self.head_inputs(row)), expected)
         except NotReplayable:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:

@@ -20,13 +20,12 @@ from moeprune_ext.memory import peak_bytes
 from moeprune_ext.moe import MoeLayer, evaluating
 from moeprune_ext.ops import log_sum_exp_from_hidden, overlap_from_hidden
 from moeprune_ext.plan import PruningPlan
-from moeprune_ext.replay import LayerInputs, NotReplayable, Replay
+from moeprune_ext.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay
 from moeprune_ext.routers import Kept, routed_layer
 from moeprune_ext.sweep import Sweep, Tree, grow
 from moeprune_ext.teacher import TeacherCache, TeacherRows, choose_place
 
 CPU_TOKENS_AT_ONCE, CUDA_TOKENS_AT_ONCE = 8_192, 65_536  # beyond these a layer call gains nothing
-TRIED_TOKENS = 64  # in the comparison of the sweep with whole forwards at the start
 MOST_HEAD_BYTES = 256 * 2**20
 
 

@@ -93,19 +93,6 @@ def test_statistics_and_scores_do_not_depend_on_batching():
     assert [s.esap for s in one] == pytest.approx([s.esap for s in split], abs=1e-6)
 
 
-def test_scores_do_not_depend_on_the_memory_budget_or_on_company():
-    model = tiny_model("olmoe")
-    batches = list(random_tokens(rows=4).split(2))
-    scores = mp.score_experts(mp.calibrate(model, batches))
-    plans = [mp.PruningPlan.from_pruned_counts(scores, {layer: n}) for layer in range(4) for n in (2, 5)]
-    metrics = ("esap", "kl_pq", "accept", "nll")
-    roomy = mp.CandidateEvaluator(model, batches).evaluate(plans, metrics)
-    tight = mp.CandidateEvaluator(model, batches, memory_budget=1).evaluate(plans, metrics)
-    assert roomy == tight
-    alone = mp.CandidateEvaluator(model, batches).evaluate(plans[3:4], metrics)
-    assert alone == roomy[3:4]
-
-
 def test_packing_fills_rows_and_separates_documents(tokenizer):
     batches = pack(tokenizer, ["def f():\n    return 1\n"] * 50, sequence_length=16, sequences=5, batch_size=2)
     assert [tuple(batch.input_ids.shape) for batch in batches] == [(2, 16), (2, 16), (1, 16)]

@@ -1,0 +1,117 @@
+"""Several processes under torchrun: the same statistics, scores and plans, whatever their number, whoever is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moeprune_ext as mp
+from moeprune_ext.demo import corpus
+from moeprune_ext.demo.run import demo_folder
+
+TESTS = str(Path(__file__).parent)
+
+SEARCH = f"""
+import os, signal, sys
+sys.path.insert(0, {TESTS!r})
+from pathlib import Path
+import moeprune_ext as mp
+from moeprune_ext import distributed
+from tiny_models import random_tokens, tiny_model
+
+out, fidelity, killed_after = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+distributed.join()
+model = tiny_model("olmoe")
+stats = mp.calibrate(model, [random_tokens(2, 24, seed) for seed in range(5)])
+evaluator = mp.CandidateEvaluator(model, [random_tokens(10, 24, 7), random_tokens(3, 17, 8)])
+real = evaluator.sequence_sums
+
+def dies_once(*arguments):
+    history = out / "history.jsonl"
+    if killed_after and distributed.world()[0] == 1 and history.exists() and not (out / "killed").exists():
+        if history.read_text().count("\\n") >= killed_after:
+            (out / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+
+evaluator.sequence_sums = dies_once
+scores = mp.score_experts(stats, "reap")
+mp.evolve(evaluator, scores, 0.5, population=8, generations=6, elites=2, fidelity=fidelity, out=out)
+if distributed.is_first():
+    stats.save(out / "stats.safetensors")
+distributed.leave()
+"""
+
+
+def torchrun(processes, *arguments, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many threads in every process of every run
+    return subprocess.run(
+        [*command, f"--max-restarts={restarts}", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "search.py"
+    path.write_text(SEARCH)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(script, tmp_path_factory):
+    """What one process finds: {fidelity: directory}."""
+    found = {}
+    for fidelity in ("full", "race"):
+        found[fidelity] = tmp_path_factory.mktemp("alone") / fidelity
+        assert torchrun(1, script, found[fidelity], fidelity, 0).returncode == 0
+    return found
+
+
+@pytest.mark.parametrize(("processes", "fidelity"), [(2, "full"), (3, "race")])
+def test_any_number_of_processes_gives_the_same_plan_bit_for_bit(script, alone, tmp_path, processes, fidelity):
+    done = torchrun(processes, script, tmp_path, fidelity, 0)
+    assert done.returncode == 0, done.stderr
+    for name in ("plan.json", "history.jsonl", "search.json"):
+        assert (tmp_path / name).read_text() == (alone[fidelity] / name).read_text(), name
+    one, several = (mp.RoutingStats.load(folder / "stats.safetensors") for folder in (alone[fidelity], tmp_path))
+    assert one.tokens == several.tokens == 240
+    for layer, table in one.moments.items():
+        assert torch.allclose(table, several.moments[layer], rtol=1e-12, atol=0)
+        assert torch.equal(one.max_norm[layer], several.max_norm[layer])
+
+
+def test_a_killed_worker_is_restarted_and_the_search_ends_with_the_same_plan(script, alone, tmp_path):
+    done = torchrun(2, script, tmp_path, "race", 2, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed").exists() and f"exitcode: -{int(signal.SIGKILL)}" in done.stderr
+    for name in ("plan.json", "history.jsonl"):
+        assert (tmp_path / name).read_text() == (alone["race"] / name).read_text(), name
+
+
+def test_the_command_line_under_torchrun_prints_once_and_refuses_once(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(corpus.code_documents("calibration")[0])
+    data = ["--data", text, "--sequence-length", 64, "--sequences", 3]
+    stats = tmp_path / "stats.safetensors"
+    moeprune = ["-m", "moeprune_ext.cli"]
+    done = torchrun(2, *moeprune, "calibrate", demo_folder(), *data, "-o", stats, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == 192
+    settings = ["--population", 4, "--generations", 2, "--elites", 1, "--fidelity", "race", "--race-level", 0.1]
+    search = [*moeprune, "search", demo_folder(), "--stats", stats, *settings, *data, "--json"]
+    done = torchrun(2, *search, "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert mp.PruningPlan.load(result["plan"]).sparsity == 0.5
+    refused = torchrun(2, *search, "-o", tmp_path / "run", "--seed", 5)
+    assert refused.returncode != 0 and "seed: 0 there, 5 now" in refused.stderr and refused.stdout == ""
