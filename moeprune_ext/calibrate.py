@@ -184,7 +184,8 @@ def _replay(model: nn.Module, layers: Mapping[int, MoeLayer], batch: TokenBatch)
     few = TokenBatch(*(part[:1, :TRIED_TOKENS] for part in vars(batch).values()))
     try:
         replay = Replay(model, layers)
-        replay.check(few.model_inputs(next(model.parameters()).device))
+        with evaluating(model):
+            replay.check(few.model_inputs(next(model.parameters()).device))
     except NotReplayable:
         return None
     return replay

@@ -72,7 +72,7 @@ class SequenceSums:
 
 
 class Engine(Protocol):
-    """What computes candidates' rows: SweptModel, or WholeForwards."""
+    """What computes candidates' rows, called in eval mode without gradients: SweptModel, or WholeForwards."""
 
     def teacher(self, numbers: Sequence[int]) -> dict[int, float]:
         """Prepares these sequences; {sequence: the sum of the unpruned model's log-sum-exps, NaN where it is NaN}."""
@@ -136,9 +136,10 @@ class CandidateEvaluator:
         try:
             if method == "whole":
                 raise NotReplayable("asked for")
-            self._engine = SweptModel(
-                model, self.layers, self.sequences, memory_budget, teacher_cache, router, seed, backend
-            )
+            with evaluating(model):
+                self._engine = SweptModel(
+                    model, self.layers, self.sequences, memory_budget, teacher_cache, router, seed, backend
+                )
             self.method = f"layer sweep, {self._engine.about}"
         except NotReplayable as reason:
             if method != "whole":
@@ -155,8 +156,9 @@ class CandidateEvaluator:
         """What a search's scores depend on beside the plans, for refusing to resume another search."""
         mine = distributed.mine(len(self.sequences))
         lse = torch.zeros(len(self.sequences), dtype=torch.float64)
-        for number, value in self._engine.teacher(mine).items():
-            lse[number] = value
+        with evaluating(self.model):
+            for number, value in self._engine.teacher(mine).items():
+                lse[number] = value
         distributed.sum_(lse)
         if not bool(torch.isfinite(lse).all()):
             number = int((~torch.isfinite(lse)).nonzero()[0])
@@ -223,13 +225,14 @@ class CandidateEvaluator:
         mine = set(distributed.mine(len(self.sequences)))
         columns = {number: column for column, number in enumerate(wanted)}
         numbers = [number for number in wanted if number in mine]
-        for number, chosen, values in self._engine.values(plans, numbers, tuple(metrics)) if plans else ():
-            scored, labels = self._rows(number)
-            for m, name in enumerate(metrics):
-                rows = (labels >= 0) if name == "nll" else scored
-                sums[m, chosen, columns[number]] = values[name].cpu()[:, rows].double().sum(-1)
-            bad = torch.isnan(torch.stack([values[name] for name in metrics])).any(0)
-            nan_rows[chosen, columns[number]] = bad.sum(-1).cpu()
+        with evaluating(self.model):
+            for number, chosen, values in self._engine.values(plans, numbers, tuple(metrics)):
+                scored, labels = self._rows(number)
+                for m, name in enumerate(metrics):
+                    rows = (labels >= 0) if name == "nll" else scored
+                    sums[m, chosen, columns[number]] = values[name].cpu()[:, rows].double().sum(-1)
+                bad = torch.isnan(torch.stack([values[name] for name in metrics])).any(0)
+                nan_rows[chosen, columns[number]] = bad.sum(-1).cpu()
         distributed.sum_(sums)
         distributed.sum_(nan_rows)
         return SequenceSums(dict(zip(metrics, sums, strict=True)), nan_rows)
@@ -300,6 +303,5 @@ class WholeForwards:
     def _logits(self, number: int) -> Tensor:
         """[T, V] logits at the positions that any metric reads, from an ordinary forward without a KV cache."""
         sequence = self._sequences[number]
-        with evaluating(self._model):
-            logits: Tensor = self._model(**sequence.model_inputs(self._device), use_cache=False).logits
+        logits: Tensor = self._model(**sequence.model_inputs(self._device), use_cache=False).logits
         return logits[sequence.wanted.to(logits.device)]

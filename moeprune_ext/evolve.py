@@ -235,7 +235,7 @@ def _raced(
     def score(candidates: list[int], sequences: list[int]) -> Tensor:
         return sign * evaluator.sequence_sums([plans[i] for i in candidates], (fitness,), sequences).sums[fitness]
 
-    standing = [sign * known.sums[counts] for counts in survivors if counts in known.sums]
+    standing = [sign * known.sums[counts] for counts in survivors if math.isfinite(known.scores[counts])]
     found = race(
         score,
         len(new),

@@ -1,17 +1,20 @@
 """Racing: candidates that are clearly behind are dropped after a few sequences.
 
-All candidates of a generation are scored on the same sequences, in one seeded order, in rounds of doubling length.
-After a round a candidate is dropped when its paired difference to the worst current elite is negative beyond
+All candidates of a generation are scored on the same sequences, in one seeded order, in rounds of doubling length. The
+elites' scores are known on all N sequences, and a candidate resembles one of them closely: its estimate is that elite's
+mean plus the mean paired difference to it on the n sequences seen. After a round a candidate is dropped when its
+estimate lies below the worst elite's mean by more than
 
     t * s / (w sqrt(n)) * sqrt(1 - n / N),
 
-n of N sequences seen, s the standard deviation of the sequences' differences about their common mean, w the mean number
-of positions in a sequence, t Student's quantile with n - 1 degrees of freedom. The sequence is the unit, because tokens
-of one sequence depend on each other; sampling is without replacement from the N that the full score is made of, hence
-the last factor; the level is divided over the rounds. The form is our choice.
+s the standard deviation of the sequences' differences about their common mean, w the mean number of positions in a
+sequence, t Student's quantile with n - 1 degrees of freedom; the elite it is paired with is the one that makes s
+smallest. The sequence is the unit, because tokens of one sequence depend on each other; sampling is without replacement
+from the N that the full score is made of, hence the last factor; the level is divided over the rounds (our choices; how
+often a drop was wrong is measured in bench/results).
 
-The current elites are the survivors of the generation before; where there are none, the best so far on the sequences
-seen. Whoever is not dropped, so every elite to be, is scored on all sequences.
+The elites are the survivors of the generation before; where there are none, the candidates are paired with the best so
+far on the sequences seen. Whoever is not dropped, so every elite to be, is scored on all sequences.
 """
 
 from __future__ import annotations
@@ -61,9 +64,9 @@ def race(
     """Scores candidates 0..C-1, dropping those that are clearly worse than the worst current elite.
 
     score: (candidates, sequences) -> float64 [c, n], each one's sum over each sequence, larger is better, NaN for a
-    candidate that cannot be scored. weights: positions in each of the N sequences. elite_sums: float64 [elites, N], of
-    the elites that stand; None: there are none yet. level: chance of dropping a candidate that is no worse than the
-    elite it is compared with, over all rounds.
+    candidate that cannot be scored. weights: positions in each of the N sequences. elite_sums: float64 [e, N], of the
+    elites that stand, without NaN; None: there are none yet. level: chance of dropping a candidate that is no worse
+    than the worst elite, over all rounds.
     """
     total = len(weights)
     order = random.Random(f"{seed}:racing").sample(range(total), total)
@@ -81,47 +84,37 @@ def race(
         if now == total:
             break
         looked_at = torch.tensor(order[:now])
-        standing = sums[running][:, looked_at]
-        running = [
-            candidate
-            for candidate, kept in zip(
-                running,
-                _keeps(
-                    standing,
-                    positions[looked_at],
-                    None if elite_sums is None else elite_sums[:, looked_at],
-                    elites,
-                    level / max(1, len(plan) - 1),
-                    1 - now / total,
-                ),
-                strict=True,
-            )
-            if kept
-        ]
+        share = level / (len(plan) - 1)
+        keeps = _keeps(sums[running][:, looked_at], positions, elite_sums, looked_at, elites, share)
+        running = [candidate for candidate, kept in zip(running, keeps, strict=True) if kept]
         if not running:
             break
     return Race(sums, seen, spent)
 
 
 def _keeps(
-    sums: Tensor, weights: Tensor, elite_sums: Tensor | None, elites: int, level: float, unseen: float
+    sums: Tensor, weights: Tensor, elite_sums: Tensor | None, seen: Tensor, elites: int, level: float
 ) -> list[bool]:
-    """Which candidates go on after n sequences. sums: [c, n]; weights: [n]; elite_sums: [e, n]; unseen: 1 - n / N."""
-    means = sums.sum(1) / weights.sum()
+    """Which candidates go on. sums: [c, n], on the sequences `seen` [n]; weights: [N]; elite_sums: [e, N]."""
+    n, total = len(seen), len(weights)
+    here = weights[seen]
     if elite_sums is not None:
-        rival = elite_sums[elite_sums.sum(1).argmin()]
+        means = elite_sums.sum(1) / weights.sum()
+        partners, ahead = elite_sums[:, seen], means - means.min()  # of the worst elite
     else:
-        ranked = means.nan_to_num(-math.inf).sort(descending=True, stable=True).indices
-        rival = sums[ranked[min(elites, len(ranked)) - 1]]
-    if bool(rival.isnan().any()):  # no elite to compare with
-        return [True] * len(sums) if elite_sums is None else (~means.isnan()).tolist()
-    n = len(weights)
-    differences = sums - rival
-    mean = differences.sum(1) / weights.sum()
-    residuals = differences - mean[:, None] * weights
-    deviation = (residuals.square().sum(1) / (n - 1)).sqrt() / weights.mean()
-    bound = student_quantile(1 - level, n - 1) * deviation * math.sqrt(unseen / n)
-    return (mean >= -bound).tolist()  # a NaN is not
+        ranked = sums.sum(1).nan_to_num(-math.inf).sort(descending=True, stable=True).indices
+        partners = sums[ranked[min(elites, len(ranked)) - 1]][None]
+        ahead = torch.zeros(1, dtype=torch.float64)
+        if bool(partners.isnan().any()):  # fewer candidates have scores than elites are wanted
+            return (~sums.isnan().any(1)).tolist()
+    differences = sums[:, None] - partners  # [c, e, n]
+    mean = differences.sum(-1) / here.sum()
+    residuals = differences - mean[..., None] * here
+    deviation = (residuals.square().sum(-1) / (n - 1)).sqrt() / here.mean()
+    closest = deviation.argmin(1, keepdim=True)
+    estimate = (mean + ahead).gather(1, closest)[:, 0]
+    spread = deviation.gather(1, closest)[:, 0] * math.sqrt((1 - n / total) / n)
+    return (estimate >= -student_quantile(1 - level, n - 1) * spread).tolist()  # a NaN is not
 
 
 def student_quantile(probability: float, freedom: int) -> float:

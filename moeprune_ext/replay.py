@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeprune_ext.moe import MoeLayer, decoder_layers, evaluating, replaced_forward
+from moeprune_ext.moe import MoeLayer, decoder_layers, replaced_forward
 
 # How far a replayed forward may be from the model's own, relative to its largest logit. In half precision the products
 # of another batch size round differently.
@@ -45,7 +45,8 @@ class _Captured(Exception):
 
 
 class Replay:
-    """The decoder layers of a model as functions of their hidden states.
+    """The decoder layers of a model as functions of their hidden states, to be called in eval mode without gradients
+    (moe.evaluating).
 
     head: the weight [V, H] of a plain linear head, or else a function from last hidden states [n, H] to logits [n, V];
     either takes what `head_inputs` returns. Raises NotReplayable for a model without one list of decoder layers.
@@ -81,7 +82,7 @@ class Replay:
                 raise _Captured
             return self._output(index, hidden)
 
-        with evaluating(self.model), _all_replaced(self.layers, capture), suppress(_Captured):
+        with _all_replaced(self.layers, capture), suppress(_Captured):
             self.model(**model_inputs, use_cache=False)
         if len(found) != len(self.layers):
             raise NotReplayable(f"its forward calls {len(found)} of {len(self.layers)} decoder layers in order")
@@ -129,7 +130,7 @@ class Replay:
             return self._output(index, hidden[:, None] if index == last else _split(args, kwargs)[0])
 
         ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=self._device)
-        with evaluating(self.model), _all_replaced(self.layers, give):
+        with _all_replaced(self.layers, give):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
@@ -155,7 +156,7 @@ class Replay:
         if isinstance(head, nn.Linear):
             hooks.append(head.register_forward_hook(lambda *call: projected.append(call[-1])))
         try:
-            with evaluating(self.model), _all_replaced(self.layers, lambda i, *call, **kw: record(*call, **kw)):
+            with _all_replaced(self.layers, lambda i, *call, **kw: record(*call, **kw)):
                 expected = self.model(**model_inputs, use_cache=False).logits[0]
         finally:
             for hook in hooks:
@@ -172,12 +173,11 @@ class Replay:
 
         try:
             inputs = self.inputs(model_inputs)
-            with evaluating(self.model):
-                states = [inputs.hidden, torch.cat([inputs.hidden, inputs.hidden])]
-                for index in range(len(self.layers)):
-                    states = [self.run(index, hidden, inputs) for hidden in states]
-                for row in torch.cat(states):
-                    self.compare(self.project(self.head_inputs(row)), expected)
+            states = [inputs.hidden, torch.cat([inputs.hidden, inputs.hidden])]
+            for index in range(len(self.layers)):
+                states = [self.run(index, hidden, inputs) for hidden in states]
+            for row in torch.cat(states):
+                self.compare(self.project(self.head_inputs(row)), expected)
         except NotReplayable:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:

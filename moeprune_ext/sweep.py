@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moeprune_ext.experts import PairOutputs, distinct_pairs, weighted_sum
-from moeprune_ext.moe import ExpertsFunction, MoeLayer, evaluating, intercepted, replaced_forward
+from moeprune_ext.moe import ExpertsFunction, MoeLayer, intercepted, replaced_forward
 from moeprune_ext.replay import LayerInputs, Replay, tensors_in
 from moeprune_ext.routers import Kept, RoutedLayer, many_masks
 
@@ -94,10 +94,9 @@ class Sweep:
         advance layer by layer together. The next run writes where the result lies.
         """
         states = [hidden for hidden, _ in sequences]
-        with evaluating(self.replay.model):
-            for index in range(len(self.replay.layers))[first:end]:
-                for number, (_, inputs) in enumerate(sequences):
-                    states[number] = self._layer(index, tree.levels.get(index), states[number], inputs, number)
+        for index in range(len(self.replay.layers))[first:end]:
+            for number, (_, inputs) in enumerate(sequences):
+                states[number] = self._layer(index, tree.levels.get(index), states[number], inputs, number)
         return states
 
     def release(self) -> None:

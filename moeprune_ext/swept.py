@@ -17,7 +17,7 @@ from moeprune_ext import distributed
 from moeprune_ext.data import TokenBatch
 from moeprune_ext.masking import masks
 from moeprune_ext.memory import peak_bytes
-from moeprune_ext.moe import MoeLayer, evaluating
+from moeprune_ext.moe import MoeLayer
 from moeprune_ext.ops import log_sum_exp_from_hidden, overlap_from_hidden
 from moeprune_ext.plan import PruningPlan
 from moeprune_ext.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay
@@ -179,7 +179,7 @@ class SweptModel:
                 {index: list(ids) for index, ids in candidate.items()},
                 {index: layer.shape.num_experts for index, layer in self._layers.items()},
             )
-            with evaluating(self._model), masks(self._layers, plan):
+            with masks(self._layers, plan):
                 expected = self._model(**sequence.model_inputs(self._device), use_cache=False).logits[0]
             self._replay.compare(logits, expected)
 
