@@ -8,7 +8,8 @@ A candidate is the model with its routers sliced (masking.py), so its score is t
 differs from the released search on purpose: that masks through the correction bias and so keeps the full softmax's
 denominator, which no sliced checkpoint computes; the two agree when the bias is zero.
 
-The unit of work is one sequence. Where a model can be replayed layer by layer (replay.py), all candidates are swept
+The unit of work is a few neighbouring sequences, together about UNIT_TOKENS long, or one; it does not depend on the
+number of processes. Where a model can be replayed layer by layer (replay.py), all candidates are swept
 through it together (sweep.py); where not, each is a forward of its own (`WholeForwards`), and `method` says so.
 """
 
@@ -35,6 +36,7 @@ from moeprune_ext.swept import SweptModel
 from moeprune_ext.teacher import PLACES
 
 METRICS = ("esap", "kl_pq", "kl_qp", "top1_agree", "accept", "nll")
+UNIT_TOKENS = 2048
 LOWER_IS_BETTER = frozenset({"kl_pq", "kl_qp", "nll"})
 
 
@@ -131,6 +133,8 @@ class CandidateEvaluator:
             raise ValueError("there is nothing to score: no position is both attended and labelled")
         self.predicted_positions = [int((s.next_token_labels >= 0).sum()) for s in self.sequences]
         self.data_fingerprint = data_fingerprint(self.sequences)
+        longest = max(sequence.input_ids.shape[1] for sequence in self.sequences)
+        self.unit = max(1, min(UNIT_TOKENS // longest, len(self.sequences) // 16))
         check_slicing(self.layers)
         self._engine: Engine
         try:
@@ -138,7 +142,7 @@ class CandidateEvaluator:
                 raise NotReplayable("asked for")
             with evaluating(model):
                 self._engine = SweptModel(
-                    model, self.layers, self.sequences, memory_budget, teacher_cache, router, seed, backend
+                    model, self.layers, self.sequences, self.unit, memory_budget, teacher_cache, router, seed, backend
                 )
             self.method = f"layer sweep, {self._engine.about}"
         except NotReplayable as reason:
@@ -154,7 +158,7 @@ class CandidateEvaluator:
 
     def _identity(self, seed: int) -> dict[str, Any]:
         """What a search's scores depend on beside the plans, for refusing to resume another search."""
-        mine = distributed.mine(len(self.sequences))
+        mine = distributed.mine(len(self.sequences), self.unit)
         lse = torch.zeros(len(self.sequences), dtype=torch.float64)
         with evaluating(self.model):
             for number, value in self._engine.teacher(mine).items():
@@ -222,7 +226,7 @@ class CandidateEvaluator:
         wanted = list(range(len(self.sequences)) if sequences is None else sequences)
         sums = torch.zeros(len(metrics), len(plans), len(wanted), dtype=torch.float64)
         nan_rows = torch.zeros(len(plans), len(wanted), dtype=torch.int64)
-        mine = set(distributed.mine(len(self.sequences)))
+        mine = set(distributed.mine(len(self.sequences), self.unit))
         columns = {number: column for column, number in enumerate(wanted)}
         numbers = [number for number in wanted if number in mine]
         with evaluating(self.model):

@@ -40,6 +40,17 @@ class LayerInputs:
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
+def alike(a: Any, b: Any) -> bool:
+    """Whether two arguments are the same tensors and values: their sequences may go through a layer as one batch."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(alike(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(alike(a[name], b[name]) for name in a)
+    return type(a) is type(b) and bool(a == b)
+
+
 class _Captured(Exception):
     """Ends a forward once the last layer's arguments are known."""
 

@@ -34,6 +34,13 @@ class Level:
     mask: Tensor
     masks: tuple[Kept, ...]
 
+    def times(self, sequences: int, states_before: int) -> Level:
+        """The level for several sequences' states, one sequence's after the other's."""
+        if sequences == 1:
+            return self
+        offsets = torch.arange(sequences)[:, None] * states_before
+        return Level((self.parent + offsets).flatten(), self.mask.repeat(sequences), self.masks)
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -86,17 +93,19 @@ class Sweep:
         self._buffers: dict[int, Tensor] = {}
 
     def run(
-        self, tree: Tree, sequences: Sequence[tuple[Tensor, LayerInputs]], first: int = 0, end: int | None = None
+        self, tree: Tree, batches: Sequence[tuple[Tensor, LayerInputs]], first: int = 0, end: int | None = None
     ) -> list[Tensor]:
-        """[M, S, H] for each sequence: every state's hidden states after decoder layers [first, end).
+        """[B * M, S, H] for each batch: every state's hidden states after decoder layers [first, end), by sequence.
 
-        sequences: each one's hidden states [1, S, H] before the first of them, and its layers' other inputs. All
-        advance layer by layer together. The next run writes where the result lies.
+        batches: hidden states [B, S, H] of B sequences before the first of them, and the layers' other inputs, which
+        must be the same for all B. All advance layer by layer together. The next run writes where the result lies.
         """
-        states = [hidden for hidden, _ in sequences]
+        states = [hidden for hidden, _ in batches]
         for index in range(len(self.replay.layers))[first:end]:
-            for number, (_, inputs) in enumerate(sequences):
-                states[number] = self._layer(index, tree.levels.get(index), states[number], inputs, number)
+            level = tree.levels.get(index)
+            for number, (hidden, inputs) in enumerate(batches):
+                mine = None if level is None else level.times(len(hidden), len(states[number]) // len(hidden))
+                states[number] = self._layer(index, mine, states[number], inputs, number)
         return states
 
     def release(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from moeprune_ext import distributed
@@ -20,7 +21,7 @@ from moeprune_ext.memory import peak_bytes
 from moeprune_ext.moe import MoeLayer
 from moeprune_ext.ops import log_sum_exp_from_hidden, overlap_from_hidden
 from moeprune_ext.plan import PruningPlan
-from moeprune_ext.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay
+from moeprune_ext.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay, alike
 from moeprune_ext.routers import Kept, routed_layer
 from moeprune_ext.sweep import Sweep, Tree, grow
 from moeprune_ext.teacher import TeacherCache, TeacherRows, choose_place
@@ -41,6 +42,15 @@ class Division:
     teacher_place: str
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences of one length that go through a layer together; their first hidden states, [1, S, H] each."""
+
+    numbers: list[int]
+    hidden: list[Tensor]
+    inputs: LayerInputs
+
+
 class SweptModel:
     """An evaluator.Engine. Raises NotReplayable, with the reason, for a model that cannot be taken apart."""
 
@@ -49,6 +59,7 @@ class SweptModel:
         model: nn.Module,
         layers: Mapping[int, MoeLayer],
         sequences: Sequence[TokenBatch],
+        unit: int,
         memory_budget: int,
         teacher_cache: str,
         router: str,
@@ -56,7 +67,7 @@ class SweptModel:
         backend: str,
     ) -> None:
         self._model, self._layers, self._sequences = model, dict(layers), sequences
-        self._seed, self._backend = seed, backend
+        self._unit, self._seed, self._backend = unit, seed, backend
         self._device = next(model.parameters()).device
         self._replay = Replay(model, self._layers)
         longest = max(sequences, key=lambda sequence: sequence.input_ids.shape[1])
@@ -70,24 +81,25 @@ class SweptModel:
         self._sweep.tokens_at_once = self.division.tokens
         self._teacher = TeacherCache(self.division.teacher_place, self._device)
         ways = sorted({r.way for r in routed.values()})
-        self.about = f"routers {' and '.join(ways)}, {self.division.tokens} tokens at once"
+        self.about = f"routers {' and '.join(ways)}, {self.division.tokens} tokens at once, units of {unit}"
 
     def teacher(self, numbers: Sequence[int]) -> dict[int, float]:
         """Fills the teacher cache for these sequences; the sums of their log-sum-exps."""
         alone = grow([self._kept(None)], list(self._layers))
         sums = {}
         for wave in self._waves(numbers, 1):
-            captured = [self._inputs(n) for n in wave]
-            starts = self._sweep.run(alone, [(c.hidden, c) for c in captured], 0, self._first)
+            captured = [(torch.cat(batch.hidden), batch.inputs) for batch in wave]
+            starts = self._sweep.run(alone, captured, 0, self._first)
             # The next run writes where these lie.
-            begun = [(start.clone(), inputs) for start, inputs in zip(starts, captured, strict=True)]
-            for n, (start, _), last in zip(wave, begun, self._sweep.run(alone, begun, self._first), strict=True):
-                head_inputs = self._head_inputs(n, last)[0]
-                lse = log_sum_exp_from_hidden(
-                    head_inputs, self._replay.head, chunk_bytes=self.division.head, backend=self._backend
-                )
-                sums[n] = float(lse.sum())
-                self._teacher[n] = TeacherRows(start, head_inputs, lse)
+            begun = [(start.clone(), inputs) for start, (_, inputs) in zip(starts, captured, strict=True)]
+            for batch, (start, _), last in zip(wave, begun, self._sweep.run(alone, begun, self._first), strict=True):
+                for i, n in enumerate(batch.numbers):
+                    head_inputs = self._head_inputs(n, last[i : i + 1])[0]
+                    lse = log_sum_exp_from_hidden(
+                        head_inputs, self._replay.head, chunk_bytes=self.division.head, backend=self._backend
+                    )
+                    sums[n] = float(lse.sum())
+                    self._teacher[n] = TeacherRows(start[i : i + 1], head_inputs, lse)
         return sums
 
     def values(
@@ -104,10 +116,15 @@ class SweptModel:
             chosen = order[start : start + group]
             tree = grow([candidates[i] for i in chosen], layers)
             for wave in self._waves(numbers, tree.states):
-                rows = [self._teacher[n] for n in wave]
-                begun = [(row.start, self._inputs(n)) for n, row in zip(wave, rows, strict=True)]
-                for n, row, last in zip(wave, rows, self._sweep.run(tree, begun, self._first), strict=True):
-                    yield n, chosen, self._compare(n, row, last, tree, metrics)
+                rows = [[self._teacher[n] for n in batch.numbers] for batch in wave]
+                begun = [
+                    (torch.cat([row.start for row in held]), batch.inputs)
+                    for held, batch in zip(rows, wave, strict=True)
+                ]
+                for batch, held, last in zip(wave, rows, self._sweep.run(tree, begun, self._first), strict=True):
+                    states = last.view(len(batch.numbers), -1, *last.shape[1:])
+                    for n, row, mine in zip(batch.numbers, held, states, strict=True):
+                        yield n, chosen, self._compare(n, row, mine, tree, metrics)
 
     def _inputs(self, number: int) -> LayerInputs:
         return self._replay.inputs(self._sequences[number].model_inputs(self._device))
@@ -133,21 +150,40 @@ class SweptModel:
     def _head_inputs(self, number: int, last: Tensor) -> Tensor:
         """[M, S, H] -> [M, T, H]: the last layer's output as the head takes it, at the wanted positions, in place."""
         wanted = self._sequences[number].wanted[0].nonzero()[:, 0].to(last.device)
-        for state in last:
-            state[: len(wanted)] = self._replay.head_inputs(state[wanted])
+        together = max(1, self.division.tokens // last.shape[1])
+        for block in last.split(together):
+            rows = self._replay.head_inputs(block[:, wanted].flatten(0, 1))
+            block[:, : len(wanted)] = rows.view(len(block), len(wanted), -1)
         return last[:, : len(wanted)]
 
-    def _waves(self, numbers: Sequence[int], states: int) -> Iterator[list[int]]:
-        """Sequences that advance together: one, or where layers are streamed as many as the states' memory holds."""
+    def _waves(self, numbers: Sequence[int], states: int) -> Iterator[list[_Batch]]:
+        """Sequences that advance together: a batch, or where layers are streamed as many as the states' memory holds.
+
+        A batch is neighbours of one unit whose layers are called alike, up to a full layer call.
+        """
         streamed = getattr(self._model, "moeprune_stream", None) is not None
-        wave: list[int] = []
+        room = self.division.state_tokens
+        wave: list[_Batch] = []
         held = 0
         for number in numbers:
-            tokens = self._sequences[number].input_ids.shape[1] * states
-            if wave and (not streamed or held + tokens > self.division.state_tokens):
+            inputs = self._inputs(number)
+            tokens = inputs.hidden.shape[1] * states
+            last = wave[-1] if wave else None
+            joins = (
+                last is not None
+                and last.numbers[-1] // self._unit == number // self._unit
+                and last.hidden[0].shape == inputs.hidden.shape
+                and (len(last.numbers) + 1) * tokens <= min(self.division.tokens, room)
+                and alike(last.inputs.arguments, inputs.arguments)
+            )
+            if wave and held + tokens > room or (wave and not joins and not streamed):
                 yield wave
-                wave, held = [], 0
-            wave.append(number)
+                wave, held, joins = [], 0, False
+            if joins:
+                wave[-1].numbers.append(number)
+                wave[-1].hidden.append(inputs.hidden)
+            else:
+                wave.append(_Batch([number], [inputs.hidden], inputs))
             held += tokens
         if wave:
             yield wave
