@@ -8,9 +8,10 @@ are those of generations 0, 1, 5 and 20 of a recorded run of `evolve`; times of 
 ratios are medians of the rounds' own. Peak memory: tensors beyond the model, as memory.peak_bytes counts them.
 
 demo: the embedded model; besides speed, the final ESAP of five seeds, at equal evaluations and at equal time, with and
-without racing, and how often a drop was wrong. olmoe: a random model of OLMoE's layout (hidden 512, 8 layers, 64 experts,
-top-8, vocabulary 50,304, 2,048 tokens). qwen3-30b: a random Qwen3-30B-A3B of full size in bfloat16, for one GPU of 80 GB
-or more; 8 of 64 sequences are timed; --drop F gives the share of token evaluations that racing saved on the demo model.
+without racing, and how often a drop was wrong. olmoe: a random model of OLMoE's layout (hidden 512, 8 layers, 64
+experts, top-8, vocabulary 50,304, 2,048 tokens). qwen3-30b: a random Qwen3-30B-A3B of full size in bfloat16, for one
+GPU of 80 GB or more; 8 of 64 sequences are timed; --drop F is the share of token evaluations that racing saved on the
+demo model.
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def speed(setting: Setting, arguments: argparse.Namespace) -> float:
             setting.model.config._experts_implementation = default
             scored["ours"] = [float(score.esap) for score in evaluator.evaluate(every)]
 
-        times = measure({"native": ours, "published": theirs}, setting.device, 1 if arguments.quick else 5, 240)
+        times = measure({"native": ours, "published": theirs}, setting.device, 1 if arguments.quick else 5, 100)
         ratios = [
             (a / len(some)) / (b / len(every))
             for a, b in zip(times.seconds["published"], times.seconds["native"], strict=True)
@@ -218,10 +219,10 @@ def speed(setting: Setting, arguments: argparse.Namespace) -> float:
     peak_ours = peak_bytes(lambda: evaluator.evaluate(plans[wanted[-1]]), device)
     peak_theirs = peak_bytes(lambda: published.esap(plans[0][0]), device)
     cached = sum(p.nbytes for p in published.teacher)
+    mib = [f"{size / 2**20:,.0f} MiB" for size in (peak_ours, setting.memory_budget, peak_theirs, cached)]
     print(
-        f"\n{tokens:,} tokens an evaluation. Peak memory: ours {peak_ours / 2**20:,.0f} MiB of a budget of "
-        f"{setting.memory_budget / 2**20:,.0f} MiB; published {peak_theirs / 2**20:,.0f} MiB and {cached / 2**20:,.0f} "
-        "MiB of cached logits."
+        f"\n{tokens:,} tokens an evaluation. Peak memory: ours {mib[0]} of a budget of {mib[1]}; published {mib[2]} "
+        f"and {mib[3]} of cached logits."
     )
     setting.model.config._experts_implementation = default
     if setting.device == "cuda" and not arguments.quick:
@@ -233,8 +234,8 @@ def project(seconds: float, tokens: int, drop: float) -> None:
     """From some of the sequences to the published search: 1,404 evaluations of 131,072 tokens."""
     whole = seconds * 131_072 / tokens
     print(
-        f"\nAt 131,072 tokens: {whole:.2f} s an evaluation, {whole * 1404 / 60:.0f} minutes for 1,404 at full fidelity; "
-        f"with the share of token evaluations that racing saved on the demo model, {drop:.0%}, "
+        f"\nAt 131,072 tokens: {whole:.2f} s an evaluation, {whole * 1404 / 60:.0f} minutes for 1,404 at full "
+        f"fidelity; with the share of token evaluations that racing saved on the demo model, {drop:.0%}, "
         f"{whole * 1404 * (1 - drop) / 60:.0f} minutes (a projection)."
     )
 
@@ -294,13 +295,13 @@ class Recording:
 
 
 def outcome(setting: Setting, published_seconds: float, arguments: argparse.Namespace) -> None:
-    generations = 3 if arguments.quick else 21
+    generations = 3 if arguments.quick else 12
     evaluator = mp.CandidateEvaluator(setting.model, setting.sequences, memory_budget=setting.memory_budget)
     real = evaluator.sequence_sums
     print(f"\n## Final ESAP, {setting.name}, {generations} generations of 32, sparsity {SPARSITY:.0%}\n")
     print(
-        "Published reaches the same plans as full fidelity at the same number of evaluations (the table above); its time "
-        f"is {published_seconds:.3f} s an evaluation. Level of racing: {RACE_LEVEL}.\n"
+        "Published reaches the same plans as full fidelity at the same number of evaluations (the table above); its "
+        f"time is {published_seconds:.3f} s an evaluation. Level of racing: {RACE_LEVEL}.\n"
     )
     print(
         "| seed | evaluations | published, s | full, s | race, s | race: tokens | ESAP full | ESAP race "
@@ -328,9 +329,9 @@ def outcome(setting: Setting, published_seconds: float, arguments: argparse.Name
     tried, deserving, wrong = (sum(counts) for counts in zip(*drops, strict=True))
     print(
         f"\nRacing saved {1 - statistics.mean(shares):.0%} of the token evaluations (rounds of "
-        f"{', '.join(map(str, rounds(len(setting.sequences))))} sequences). Replayed over {tried} fully scored candidates, "
-        f"of which {deserving} were no worse than the worst elite: {wrong} of these were dropped, {wrong / deserving:.1%} "
-        f"(stated level: {RACE_LEVEL:.0%})."
+        f"{', '.join(map(str, rounds(len(setting.sequences))))} sequences). Replayed over {tried} fully scored "
+        f"candidates, of which {deserving} were no worse than the worst elite: {wrong} of these were dropped, "
+        f"{wrong / deserving:.1%} (stated level: {RACE_LEVEL:.0%})."
     )
 
 

@@ -65,7 +65,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     hf_config = read_hf_config(folder)
     layers = skeleton_layers(hf_config, config)
-    shards = _shards(folder)
+    shards = find_shards(folder)
     decoder_layers = hf_config.get_text_config().num_hidden_layers
     names = [name for stored in shards.values() for name in stored]
     extra = frozenset(name for name in names if _is_extra(name, decoder_layers))
@@ -127,7 +127,7 @@ def resize_recorded_(model: nn.Module, raw: Mapping[str, Any]) -> None:
     resize_(model, {layer: range(count) for layer, count in counts.items()})
 
 
-def _shards(folder: Path) -> dict[Path, list[str]]:
+def find_shards(folder: Path) -> dict[Path, list[str]]:
     """{weight file: tensor names} of a checkpoint; the single file comes first, as in transformers."""
     if (folder / SINGLE).is_file():
         files = [folder / SINGLE]
@@ -221,3 +221,37 @@ def _fingerprint(
     text = config.get("text_config")
     model_type = text["model_type"] if isinstance(text, dict) and "model_type" in text else config["model_type"]
     return fingerprint_text(model_type, digest)
+
+
+def loader_class(base: Any, raw: Mapping[str, Any], **methods: Any) -> Any:
+    """A subclass whose models have the expert counts that config.json records before their weights arrive.
+
+    It carries the base's name and module because transformers looks weight conversions up by them.
+    """
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        if CONFIG_KEY in raw:
+            resize_recorded_(self, raw)
+
+    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__, **methods})
+
+
+def from_pretrained(loader: Any, folder: Path, **kwargs: Any) -> tuple[Any, list[str]]:
+    """`loader.from_pretrained` without downloads, and which weights are missing or do not fit.
+
+    ValueError, naming the directory, for whatever keeps it from loading.
+    """
+    options = {"local_files_only": True, **kwargs, "output_loading_info": True}
+    try:
+        model, report = loader.from_pretrained(folder, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, KeyError, ImportError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    return model, sorted(report["missing_keys"]) + sorted(str(item) for item in report["mismatched_keys"])
+
+
+def refuse(folder: Path, problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError(f"{folder}: weights are missing or do not fit: {', '.join(problems[:5])}")

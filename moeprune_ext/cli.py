@@ -316,11 +316,8 @@ def _model(options: argparse.Namespace) -> Any:
 
     device = _device(options.device)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    if getattr(options, "stream", "no") != "no":
-        from moeprune_ext.streaming import load_streamed
-
-        return load_streamed(options.model, device=device, dtype=dtype, source=options.stream).eval()
-    return load(options.model, dtype=dtype).to(device).eval()
+    stream = getattr(options, "stream", "no")
+    return load(options.model, stream=None if stream == "no" else stream, device=device, dtype=dtype).eval()
 
 
 def _device(name: str) -> Any:

@@ -51,7 +51,7 @@ class PairOutputs:
             return self._products(hidden, rows, counts)
         ids = torch.repeat_interleave(torch.tensor(counts, device=hidden.device))
         ones = torch.ones(len(rows), 1, dtype=hidden.dtype, device=hidden.device)
-        return original(hidden[rows], ids[:, None], ones)
+        return original(hidden.index_select(0, rows), ids[:, None], ones)
 
     def _products(self, hidden: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
         experts = self._experts
@@ -64,7 +64,7 @@ class PairOutputs:
                 continue
             mine = slice(start, start + count)
             up, down = (w[expert] if experts.is_transposed else w[expert].T for w in (ups, downs))
-            inner = hidden[rows[mine]] @ up
+            inner = hidden.index_select(0, rows[mine]) @ up
             if experts.has_bias:
                 inner += getattr(experts, f"{up_name}_bias")[expert]
             inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)

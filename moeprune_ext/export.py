@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,10 +26,12 @@ from moeprune_ext.checkpoint import (
     CONFIG_KEY,
     INDEX,
     Place,
+    from_pretrained,
+    loader_class,
     read_checkpoint,
     read_config,
     read_hf_config,
-    resize_recorded_,
+    refuse,
     skeleton_layers,
 )
 from moeprune_ext.masking import check_plan
@@ -99,9 +101,13 @@ def check_new_folder(out: Path) -> None:
         raise ValueError(f"{out} already exists and is not an empty directory; give a new one")
 
 
-def load(folder: Folder, **kwargs: Any) -> PreTrainedModel:
+def load(
+    folder: Folder, *, stream: str | None = None, device: str | torch.device = "cpu", **kwargs: Any
+) -> PreTrainedModel:
     """Loads any export, uniform or not, and any plain MoE checkpoint; kwargs go to `from_pretrained`.
 
+    stream: for a model larger than the device, where its decoder layers wait while they are not called: in "host"
+    memory or on "disk", in the checkpoint (streaming.py; of the kwargs it takes `dtype`). device: where the model goes.
     Nothing is downloaded and no code from the folder runs unless kwargs say so. MXFP4 weights (GPT-OSS) are
     dequantised, because their packed kernels bypass the router. Raises ValueError for a directory that is not a
     model, and when weights are missing, damaged or do not fit.
@@ -109,41 +115,26 @@ def load(folder: Folder, **kwargs: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import Mxfp4Config
 
+    from moeprune_ext.streaming import load_streamed
+
     folder = Path(folder)
+    if stream is not None:
+        if unknown := sorted(set(kwargs) - {"dtype"}):
+            raise ValueError(f"a streamed model takes device and dtype, not {', '.join(unknown)}")
+        return load_streamed(folder, device=device, source=stream, **kwargs)
     raw = read_config(folder)
-    kwargs = {"local_files_only": True, **kwargs, "output_loading_info": True}
     quantization = raw.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
         kwargs.setdefault("quantization_config", Mxfp4Config(dequantize=True))
     loader: Any = AutoModelForCausalLM
     if CONFIG_KEY in raw:
         kwargs.setdefault("config", read_hf_config(folder))
-        loader = _resized(AutoModelForCausalLM._model_mapping[type(kwargs["config"])], raw)
-    try:
-        model, report = loader.from_pretrained(folder, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, SafetensorError, RuntimeError, KeyError, ImportError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    problems = sorted(report["missing_keys"]) + sorted(str(item) for item in report["mismatched_keys"])
-    if problems:
-        raise ValueError(f"{folder}: weights are missing or do not fit: {', '.join(problems[:5])}")
+        loader = loader_class(AutoModelForCausalLM._model_mapping[type(kwargs["config"])], raw)
+    model, problems = from_pretrained(loader, folder, **kwargs)
+    refuse(folder, problems)
     if CONFIG_KEY in raw:
         model.__class__ = loader.__base__
-    return model
-
-
-def _resized(base: Any, raw: Mapping[str, Any]) -> Any:
-    """A subclass whose models have the recorded expert counts before their weights arrive.
-
-    It carries the base's name because transformers looks weight conversions up by it.
-    """
-
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        resize_recorded_(self, raw)
-
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+    return model.to(device)
 
 
 def _pruned(

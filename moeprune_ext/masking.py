@@ -96,8 +96,11 @@ def masks(layers: Mapping[int, MoeLayer], plan: PruningPlan) -> Iterator[None]:
 def prune_(model: nn.Module, plan: PruningPlan) -> None:
     """Removes the experts a plan does not keep, in place: router and expert tensors are sliced, counts are set.
 
-    The configuration's expert count follows when every layer keeps equally many. Raises ValueError as `applied`.
+    The configuration's expert count follows when every layer keeps equally many. Raises ValueError as `applied`, and
+    for a model whose layers are streamed.
     """
+    if getattr(model, "moeprune_stream", None) is not None:
+        raise ValueError("a streamed model cannot be pruned in place; export the plan and load the export")
     layers = find_moe_layers(model)
     check_plan(plan, layers, model_fingerprint(model, layers))
     resize_(model, plan.kept)

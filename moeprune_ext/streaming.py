@@ -2,7 +2,7 @@
 
 Embeddings, final norm, head, rotary tables and every layer's router stay on the device, so masks, fingerprints and
 router checks know nothing of this file. The rest of a decoder layer is meta tensors, except while the layer is
-resident: a forward pre-hook drops the one before it and brings it in from host memory or from the shards. On a GPU the
+resident: its forward drops the one before it and brings it in from host memory or from the shards. On a GPU the
 next layer is fetched meanwhile, so at most two are there; on a CPU, where fetching would take the cores that compute,
 it is one. How stored tensors become parameters is transformers' affair: its own rules for the model are applied, to one
 layer at a time.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,7 +24,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from moeprune_ext.checkpoint import CONFIG_KEY, _shards, read_config, read_hf_config, resize_recorded_
+from moeprune_ext.checkpoint import (
+    CONFIG_KEY,
+    find_shards,
+    from_pretrained,
+    loader_class,
+    read_config,
+    read_hf_config,
+    refuse,
+    resize_recorded_,
+)
 from moeprune_ext.moe import decoder_layers, find_moe_layers, router_tensors
 
 if TYPE_CHECKING:
@@ -62,31 +72,15 @@ def load_streamed(
     reader = _LayerReader(folder, raw)
     base: Any = type(reader.skeleton)
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        if CONFIG_KEY in raw:
-            resize_recorded_(self, raw)
-
     def _load_pretrained_model(model: Any, _: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         state_dict = reader.state_dict(load_config.weight_mapping)
         return base._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
 
-    # With the base's name and module, because transformers looks weight conversions up by them.
-    methods = {"__init__": __init__, "_load_pretrained_model": staticmethod(_load_pretrained_model)}
-    loader: Any = type(base.__name__, (base,), methods | {"__module__": base.__module__})
-    options = {"config": reader.config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
-    try:
-        model, report = loader.from_pretrained(folder, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, SafetensorError, RuntimeError, KeyError, ImportError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    loader = loader_class(base, raw, _load_pretrained_model=staticmethod(_load_pretrained_model))
+    model, problems = from_pretrained(loader, folder, config=reader.config, dtype=dtype)
     model.__class__ = base
     reader.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_meta}
-    unread = reader.dtypes.keys() - reader.streamed.keys()
-    problems = [*report["missing_keys"], *map(str, report["mismatched_keys"]), *unread]
-    if problems:
-        raise ValueError(f"{folder}: weights are missing or do not fit: {', '.join(sorted(problems)[:5])}")
+    refuse(folder, problems + sorted(reader.dtypes.keys() - reader.streamed.keys()))
     model.requires_grad_(False)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
     model.moeprune_stream = LayerStream(model, reader, device, source)
@@ -137,7 +131,7 @@ class _LayerReader:
         self.dtypes: dict[str, torch.dtype] = {}
         # {layer: {parameter: (converter, [(pattern of it, stored name)])}}; where one makes several, under the first
         self._recipes: dict[int, dict[str, tuple[Any, list[tuple[str | None, str]]]]] = {}
-        self._shards = _shards(folder)
+        self._shards = find_shards(folder)
         self.config = read_hf_config(folder)
         with torch.device("meta"):
             self.skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(self.config))
@@ -234,7 +228,7 @@ class LayerStream:
         _, layers = decoder_layers(model, find_moe_layers(model))
         # What stands in the modules while a layer is away: meta tensors, with the weights' shapes and dtypes.
         self._absent: list[dict[str, Tensor]] = [{} for _ in layers]
-        # Modules inside of decoder layers. Not the layers: their hooks lead here, and a model would keep itself alive.
+        # Modules inside of decoder layers.
         self._owners: dict[str, nn.Module] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in reader.dtypes:
@@ -251,7 +245,14 @@ class LayerStream:
         self._resident: int | None = None
         self._fetched: tuple[int, Callable[[], dict[str, Tensor]]] | None = None
         for index, module in enumerate(layers):
-            module.register_forward_pre_hook(lambda *_, index=index: self.make_resident(index), prepend=True)
+            # Not a hook: a layer that is passed over (replay.py) has its forward replaced, and must bring in nothing.
+            # With a weak reference, or a layer would keep itself alive.
+            module.forward = partial(self._visit, index, weakref.ref(module))
+
+    def _visit(self, index: int, layer: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> Any:
+        self.make_resident(index)
+        module: Any = layer()
+        return type(module).forward(module, *args, **kwargs)
 
     @property
     def resident_bytes(self) -> int:

@@ -108,8 +108,13 @@ class Sweep:
                 states[number] = self._layer(index, mine, states[number], inputs, number)
         return states
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that is kept from one run to the next."""
+        return sum(tensor.nbytes for held in (self._scratch, self._buffers) for tensor in held.values())
+
     def release(self) -> None:
-        """Gives back the memory that is kept from one run to the next."""
+        """Gives that memory back."""
         self._scratch.clear()
         self._buffers.clear()
 
@@ -127,7 +132,9 @@ class Sweep:
             parents = level.parent[mine]
             first = int(parents[0])
             together = parents.equal(torch.arange(first, first + len(parents)))
-            hidden = states[first : first + len(parents)] if together else states[parents.to(states.device)]
+            hidden = (
+                states[first : first + len(parents)] if together else states.index_select(0, parents.to(states.device))
+            )
             with self._candidates(index, level, mine, inputs):
                 outputs[mine] = self.replay.run(index, hidden, inputs)
         return outputs

@@ -162,7 +162,7 @@ class SweptModel:
         A batch is neighbours of one unit whose layers are called alike, up to a full layer call.
         """
         streamed = getattr(self._model, "moeprune_stream", None) is not None
-        room = self.division.state_tokens
+        room, unit = self.division.state_tokens, self._unit
         wave: list[_Batch] = []
         held = 0
         for number in numbers:
@@ -171,9 +171,10 @@ class SweptModel:
             last = wave[-1] if wave else None
             joins = (
                 last is not None
-                and last.numbers[-1] // self._unit == number // self._unit
+                and last.numbers[-1] // unit == number // unit
                 and last.hidden[0].shape == inputs.hidden.shape
-                and (len(last.numbers) + 1) * tokens <= min(self.division.tokens, room)
+                # A unit that does not fit one call is cut into equal parts.
+                and len(last.numbers) < -(-unit // -(-unit * tokens // min(self.division.tokens, room)))
                 and alike(last.inputs.arguments, inputs.arguments)
             )
             if wave and held + tokens > room or (wave and not joins and not streamed):
@@ -201,7 +202,7 @@ class SweptModel:
         for index, layer in self._layers.items():
             half[index] = tuple(_half_kept(layer))
         mixed = {**half, max(self._layers): full[max(self._layers)]}
-        candidates = [half, full, mixed]
+        candidates = [half, mixed, full]
         inputs = self._replay.inputs(sequence.model_inputs(self._device))
         self._sweep.tokens_at_once = 3 * sequence.input_ids.shape[1]
         tree = grow(candidates, list(self._layers))
@@ -210,7 +211,7 @@ class SweptModel:
             got = [self._replay.project(self._replay.head_inputs(last[leaf])) for leaf in tree.leaf.tolist()]
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
             raise NotReplayable(f"sweeping it fails: {' '.join(str(error).split())[:200]}") from error
-        for candidate, logits in zip(candidates, got, strict=True):
+        for candidate, logits in zip(candidates[:2], got, strict=False):  # the full model has been compared already
             plan = PruningPlan(
                 {index: list(ids) for index, ids in candidate.items()},
                 {index: layer.shape.num_experts for index, layer in self._layers.items()},
@@ -224,12 +225,10 @@ class SweptModel:
         inputs = self._replay.inputs(longest.model_inputs(self._device))
         width, item = inputs.hidden.shape[-1], inputs.hidden.element_size()
         half = {index: tuple(_half_kept(layer)) for index, layer in self._layers.items()}
-        tree = grow([half], list(self._layers))
         self._sweep.tokens_at_once = length
-        self._sweep.release()  # so that all it needs is seen
         states = 2 * length * width * item
-        whole = peak_bytes(lambda: self._sweep.run(tree, [(inputs.hidden, inputs)]), self._device)
-        layer = max(whole - states, 0) + length * width * item  # and the states' copy where a node has several
+        layer = self._layer_bytes(grow([half], list(self._layers)), inputs) - states
+        layer += length * width * item  # the states' copy where a node has several
         per_token = -(-layer // length)
         arguments = 2 * self._replay.argument_bytes(inputs)  # of this sequence and of the one before
 
@@ -255,6 +254,23 @@ class SweptModel:
         state_tokens = max(length, (rest - tokens * per_token) // (2 * width * item))
         division = Division(head, teacher, tokens * per_token, tokens, state_tokens, place)
         return distributed.from_first(lambda: division)  # the same groups in every process
+
+    def _layer_bytes(self, tree: Tree, inputs: LayerInputs) -> int:
+        """Most bytes that any layer's call needs, with what the sweep keeps from call to call."""
+        self._sweep.release()  # so that all of that is seen
+        stream = getattr(self._model, "moeprune_stream", None)
+        hidden, most = inputs.hidden, 0
+
+        def step() -> None:
+            nonlocal hidden
+            hidden = self._sweep.run(tree, [(hidden, inputs)], index, index + 1)[0]
+
+        for index in range(len(self._replay.layers)):
+            if stream is not None:
+                stream.make_resident(index)  # weights are not what is measured
+            before = self._sweep.held_bytes
+            most = max(most, peak_bytes(step, self._device) - (self._sweep.held_bytes - before))
+        return most + self._sweep.held_bytes
 
 
 def _half_kept(layer: MoeLayer) -> list[int]:

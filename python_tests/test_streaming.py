@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, Qwen3Mo
 
 import moeprune_ext as mp
 from moeprune_ext import streaming
-from moeprune_ext.masking import check_slicing
+from moeprune_ext.masking import check_slicing, resize_
 from moeprune_ext.moe import find_moe_layers, model_fingerprint, router_tensors
 from moeprune_ext.streaming import load_streamed
 
@@ -320,12 +320,49 @@ def test_copying_and_pruning_in_place_are_refused(olmoe, source):
     streamed = load_streamed(folder, source=source)
     with pytest.raises(ValueError, match="cannot be copied"):
         copy.deepcopy(streamed)
-    logits_of(streamed)
-    mp.prune_(streamed, mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.5))
-    assert {layer.shape.num_experts for layer in find_moe_layers(streamed).values()} == {4}
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.5)
+    with pytest.raises(ValueError, match="export the plan"):
+        mp.prune_(streamed, plan)
+    resize_(streamed, plan.kept)  # whoever goes past that refusal
     for _ in range(2):
         with pytest.raises(ValueError, match="export the plan"):
             logits_of(streamed)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_load_takes_a_place_to_stream_from(olmoe, source):
+    model, folder = olmoe
+    streamed = mp.load(folder, stream=source)
+    assert streamed.moeprune_stream.device == torch.device("cpu")
+    assert torch.equal(logits_of(streamed), logits_of(model))
+    with pytest.raises(ValueError, match="not attn_implementation"):
+        mp.load(folder, stream=source, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_calibration_and_search_visit_every_layer_once_a_pass(family, source):
+    """Not once a batch, a sequence or a candidate; and what they find is what the ordinary model gives."""
+    model, folder = family
+    streamed = load_streamed(folder / "file", source=source)
+    stream = streamed.moeprune_stream
+    whole = sum(stream.layer_bytes.values())
+    batches = [random_tokens(2, 20, seed) for seed in range(6)]
+    stats = mp.calibrate(streamed, batches)
+    assert stream.bytes_streamed <= 3 * whole  # one pass, after two over a few tokens that compare replay and forward
+    expected = mp.calibrate(model, batches)
+    for layer, table in stats.moments.items():
+        assert torch.allclose(table, expected.moments[layer], rtol=1e-5)
+    evaluator = mp.CandidateEvaluator(streamed, batches)
+    assert evaluator.method.startswith("layer sweep")
+    scores = mp.score_experts(stats)
+    quantum = scores.n_group
+    plans = [mp.PruningPlan.from_pruned_counts(scores, {list(scores)[-1]: quantum * n}) for n in range(1, 3)]
+    before = stream.bytes_streamed
+    found = evaluator.evaluate(plans)
+    assert stream.bytes_streamed - before <= whole
+    ordinary = mp.CandidateEvaluator(model, batches).evaluate(plans)
+    assert [s.esap for s in found] == pytest.approx([s.esap for s in ordinary], abs=1e-6)
+    assert stream.peak_bytes == max(stream.layer_bytes.values())
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -378,7 +415,23 @@ def test_a_gpu_holds_two_layers_and_computes_the_same(source, tmp_path):
     assert torch.cuda.max_memory_allocated() - before < 4 * layer
 
 
-UNDER_A_LIMIT = """
+SEARCHED = """
+import torch
+import moeprune_ext as mp
+
+def searched(model):
+    batches = [torch.arange(2, 42)[None] * seed % 90 for seed in (1, 3, 7)]
+    scores = mp.score_experts(mp.calibrate(model, batches))
+    evaluator = mp.CandidateEvaluator(model, batches, memory_budget=24 << 20)
+    result = mp.evolve(evaluator, scores, 0.5, population=6, generations=2, elites=2)
+    return result.score, sum(result.plan.kept[0])
+"""
+exec(SEARCHED)
+searched = globals()["searched"]
+
+UNDER_A_LIMIT = (
+    SEARCHED
+    + """
 import resource, sys, torch
 from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 import moeprune_ext.streaming
@@ -399,7 +452,9 @@ else:
     model = moeprune_ext.streaming.load_streamed(folder, source="disk")
     with torch.no_grad():
         print("norm", model(torch.arange(2, 8)[None], use_cache=False).logits.double().norm().item())
+    print("found", *searched(model))
 """
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux only")
@@ -413,6 +468,7 @@ def test_a_model_larger_than_memory_runs_from_disk(tmp_path):
     assert size > 350e6
     model.save_pretrained(tmp_path / "model", max_shard_size="20MB")
     expected = logits_of(model, torch.arange(2, 8)[None]).double().norm().item()
+    plan = searched(model)
 
     def run(how):
         command = [sys.executable, "-c", UNDER_A_LIMIT, how, str(tmp_path / "model"), str(200 << 20)]
@@ -426,4 +482,6 @@ def test_a_model_larger_than_memory_runs_from_disk(tmp_path):
     assert plain.returncode == 0 and "failed:" in plain.stdout, plain.stderr[-500:]
     streamed = run("streamed")
     assert streamed.returncode == 0, streamed.stderr[-500:]
-    assert float(streamed.stdout.split()[-1]) == pytest.approx(expected, rel=1e-4)
+    _, norm, _, score, kept = streamed.stdout.split()
+    assert float(norm) == pytest.approx(expected, rel=1e-4)
+    assert (float(score), int(kept)) == (pytest.approx(plan[0], abs=1e-5), plan[1])
