@@ -11,7 +11,7 @@
 set -uo pipefail
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
-device=cuda tests="cuda and not emulated"
+device=cuda tests="cuda and not emulated or a_gpu_holds"
 
 if [ -n "${GPU_CHECK_DRY:-}" ]; then
   device=cpu tests="worked_out_by_hand" gpu="dry run without a GPU"
@@ -86,28 +86,31 @@ say "| --- | --- | --- | --- |"
 cp -r "$checkout/python_tests" "$checkout/bench" "$work"
 cd "$work" || exit 1
 
-stage build 130 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --disable-pip-version-check \
+stage build 100 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --disable-pip-version-check \
   --target "$work/site" "$checkout" -C cmake.define.MOEPRUNE_CUDA=ON -C "build-dir=$work/build"
-stage import 30 "$python" -c '
+stage import 20 "$python" -c '
 import sys, moeprune_ext as mp
 info = mp.build_info()
 print("compute capabilities", *info["cuda_archs"], "CUDA", info["cuda_runtime"], "usable:", info["cuda_available"])
 sys.exit(not mp.__file__.startswith(sys.argv[1]))' "$work/site" # what was just built is what is checked
-stage tests 110 "$python" -m pytest -q -p no:cacheprovider --rootdir "$work" -k "$tests" \
-  python_tests/test_overlap.py python_tests/test_masked_router.py python_tests/test_routing_moments.py
-sanitizer memcheck 60
-sanitizer racecheck 50 --quick
-sanitizer synccheck 25 --quick
+stage tests 75 "$python" -m pytest -q -p no:cacheprovider --rootdir "$work" -k "$tests" python_tests/test_overlap.py \
+  python_tests/test_masked_router.py python_tests/test_routing_moments.py python_tests/test_streaming.py
+sanitizer memcheck 40
+sanitizer racecheck 35 --quick
+sanitizer synccheck 20 --quick
 
 # The benches' own tables go into the report: all cases first, torch.compile where time is left.
 quick=()
 [ "$device" = cpu ] && quick=(--quick)
-stage bench 75 "$python" bench/run.py --device "$device" --no-compile "${quick[@]}"
-stage bench-compile 45 "$python" bench/run.py --device "$device" --only 'nested.*Qwen3|Qwen3.*(C=1,|S=)' "${quick[@]}"
+stage bench 55 "$python" bench/run.py --device "$device" --no-compile "${quick[@]}"
+stage bench-compile 25 "$python" bench/run.py --device "$device" --only 'nested.*Qwen3|Qwen3.*(C=1,|S=)' "${quick[@]}"
+# A search of a random Qwen3-30B-A3B of full size: 61 GB of weights.
+stage search 170 "$python" bench/search.py --device "$device" --model qwen3-30b "${quick[@]}"
 
 for table in bench bench-compile; do
   { printf '\n## %s\n\n' "$table"; grep -E '^\||^20[0-9]{2}-' "$work/$table.log" | sed 's/^| operation/\n&/'; } >> "$report"
 done
+{ printf '\n## search\n\n'; sed -n '/^20[0-9]\{2\}-/,$p' "$work/search.log" | grep -v '^published, experts\|^ours: ' | sed 's/^## /### /'; } >> "$report"
 module=$(find "$work/site/moeprune_ext" -name '_C*.so' 2> /dev/null | head -n 1)
 if [ -n "$module" ] && command -v cuobjdump > /dev/null; then
   { printf '\n## Resources\n\n```\n'; cuobjdump --dump-resource-usage "$module" 2> /dev/null | c++filt |

@@ -19,7 +19,7 @@ from moeprune_ext.data import TokenBatch
 from moeprune_ext.masking import masks
 from moeprune_ext.memory import peak_bytes
 from moeprune_ext.moe import MoeLayer
-from moeprune_ext.ops import log_sum_exp_from_hidden, overlap_from_hidden
+from moeprune_ext.ops import log_sum_exp_from_hidden, overlap, overlap_from_hidden
 from moeprune_ext.plan import PruningPlan
 from moeprune_ext.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay, alike
 from moeprune_ext.routers import Kept, routed_layer
@@ -81,6 +81,8 @@ class SweptModel:
         self._sweep.tokens_at_once = self.division.tokens
         self._teacher = TeacherCache(self.division.teacher_place, self._device)
         ways = sorted({r.way for r in routed.values()})
+        if any(r.spec is not None and r.logits_dtype != torch.float32 for r in routed.values()):
+            ways.append(f"{self._fused_difference(few):.1e} from sliced ones in ESAP on {few.input_ids.numel()} tokens")
         self.about = f"routers {' and '.join(ways)}, {self.division.tokens} tokens at once, units of {unit}"
 
     def teacher(self, numbers: Sequence[int]) -> dict[int, float]:
@@ -219,6 +221,17 @@ class SweptModel:
             with masks(self._layers, plan):
                 expected = self._model(**sequence.model_inputs(self._device), use_cache=False).logits[0]
             self._replay.compare(logits, expected)
+
+    def _fused_difference(self, sequence: TokenBatch) -> float:
+        """1 - ESAP between half-pruned models whose tied half-precision logits the kernel and slicing resolve."""
+        inputs = self._replay.inputs(sequence.model_inputs(self._device))
+        tree = grow([{index: tuple(_half_kept(layer)) for index, layer in self._layers.items()}], list(self._layers))
+        sliced = Sweep(self._replay, {i: routed_layer(layer, "sliced") for i, layer in self._layers.items()}, 1)
+        p, q = (
+            self._replay.project(self._replay.head_inputs(sweep.run(tree, [(inputs.hidden, inputs)])[0][0]))
+            for sweep in (sliced, self._sweep)
+        )
+        return 1 - float(overlap(p, q)["esap"].mean())
 
     def _divide(self, longest: TokenBatch, budget: int, teacher_cache: str) -> Division:
         length = longest.input_ids.shape[1]

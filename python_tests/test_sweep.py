@@ -176,6 +176,16 @@ def test_every_router_is_known_by_trying_it(family):
     assert {routed_layer(layer, "fused").way for layer in half.values()} == {"fused"}
 
 
+def test_the_fused_kernel_for_half_precision_logits_says_how_far_it_is_from_slicing():
+    model = tiny_model("qwen3_moe").bfloat16()
+    tokens = [random_tokens()]
+    fused = mp.CandidateEvaluator(model, tokens, router="fused")
+    assert "routers fused and" in fused.method and "from sliced ones in ESAP on 24 tokens" in fused.method
+    assert 0 <= float(fused.method.split("fused and ")[1].split(" ")[0]) < 0.2
+    assert "from sliced" not in mp.CandidateEvaluator(model, tokens).method
+    assert "from sliced" not in mp.CandidateEvaluator(tiny_model("qwen3_moe"), tokens, router="fused").method
+
+
 def test_a_router_of_unknown_formula_is_sliced(monkeypatch):
     model = tiny_model("olmoe")
     router_class = type(model.model.layers[0].mlp.gate)
