@@ -191,7 +191,7 @@ def speed(setting: Setting, arguments: argparse.Namespace) -> float:
     print("| generation | plans | published, s/evaluation | ours | ratio | largest difference of a score |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     tokens = sum(s.numel() for s in setting.sequences)
-    seconds, limit = [], 100 if setting.device == "cpu" else 15
+    seconds, limit = [], 30 if setting.device == "cpu" else 15
     for generation in wanted:
         some, every = plans[generation][:3], plans[generation]
         scored: dict[str, list[float]] = {}
@@ -295,7 +295,7 @@ class Recording:
 
 
 def outcome(setting: Setting, published_seconds: float, arguments: argparse.Namespace) -> None:
-    generations = 3 if arguments.quick else 12
+    generations = 3 if arguments.quick else 10
     evaluator = mp.CandidateEvaluator(setting.model, setting.sequences, memory_budget=setting.memory_budget)
     real = evaluator.sequence_sums
     print(f"\n## Final ESAP, {setting.name}, {generations} generations of 32, sparsity {SPARSITY:.0%}\n")

@@ -74,7 +74,12 @@ class SequenceSums:
 
 
 class Engine(Protocol):
-    """What computes candidates' rows, called in eval mode without gradients: SweptModel, or WholeForwards."""
+    """What computes candidates' rows, called in eval mode without gradients: SweptModel, or WholeForwards.
+
+    about: how, as far as scores depend on it.
+    """
+
+    about: str
 
     def teacher(self, numbers: Sequence[int]) -> dict[int, float]:
         """Prepares these sequences; {sequence: the sum of the unpruned model's log-sum-exps, NaN where it is NaN}."""
@@ -144,7 +149,7 @@ class CandidateEvaluator:
                 self._engine = SweptModel(
                     model, self.layers, self.sequences, self.unit, memory_budget, teacher_cache, router, seed, backend
                 )
-            self.method = f"layer sweep, {self._engine.about}"
+            self.method = self._engine.about + self._engine.note
         except NotReplayable as reason:
             if method != "whole":
                 warnings.warn(
@@ -153,7 +158,7 @@ class CandidateEvaluator:
                     stacklevel=2,
                 )
             self._engine = WholeForwards(model, self.sequences, memory_budget, seed, backend)
-            self.method = f"whole forwards: {reason}"
+            self.method = f"{self._engine.about}: {reason}"
         self.identity = self._identity(seed)
 
     def _identity(self, seed: int) -> dict[str, Any]:
@@ -173,7 +178,7 @@ class CandidateEvaluator:
             "model": self.fingerprint,
             "data": self.data_fingerprint,
             "dtype": str(next(self.model.parameters()).dtype),
-            "method": self.method,
+            "method": self._engine.about,
             "accept_seed": seed,
             "teacher_log_sum_exp": float(lse.sum()) / self.positions,
         }
@@ -263,6 +268,7 @@ class WholeForwards:
         self._device = next(model.parameters()).device
         self._budget, self._seed, self._backend = memory_budget, seed, backend
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.about = "whole forwards"
 
     def teacher(self, numbers: Sequence[int]) -> dict[int, float]:
         held, sums = 0, {}

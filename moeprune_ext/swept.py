@@ -52,7 +52,10 @@ class _Batch:
 
 
 class SweptModel:
-    """An evaluator.Engine. Raises NotReplayable, with the reason, for a model that cannot be taken apart."""
+    """An evaluator.Engine. Raises NotReplayable, with the reason, for a model that cannot be taken apart.
+
+    about: how candidates are grouped, which scores depend on in their last bits. note: what else to say of it.
+    """
 
     def __init__(
         self,
@@ -80,10 +83,12 @@ class SweptModel:
         self.division = self._divide(longest, memory_budget, teacher_cache)
         self._sweep.tokens_at_once = self.division.tokens
         self._teacher = TeacherCache(self.division.teacher_place, self._device)
-        ways = sorted({r.way for r in routed.values()})
+        ways = " and ".join(sorted({r.way for r in routed.values()}))
+        self.about = f"layer sweep, routers {ways}, {self.division.tokens} tokens at once, units of {unit}"
+        self.note = ""
         if any(r.spec is not None and r.logits_dtype != torch.float32 for r in routed.values()):
-            ways.append(f"{self._fused_difference(few):.1e} from sliced ones in ESAP on {few.input_ids.numel()} tokens")
-        self.about = f"routers {' and '.join(ways)}, {self.division.tokens} tokens at once, units of {unit}"
+            apart = self._fused_difference(few)
+            self.note = f"; fused and sliced routing differ by {apart:.1e} in ESAP on {few.input_ids.numel()} tokens"
 
     def teacher(self, numbers: Sequence[int]) -> dict[int, float]:
         """Fills the teacher cache for these sequences; the sums of their log-sum-exps."""
@@ -166,28 +171,29 @@ class SweptModel:
         streamed = getattr(self._model, "moeprune_stream", None) is not None
         room, unit = self.division.state_tokens, self._unit
         wave: list[_Batch] = []
-        held = 0
+        held = most = 0
         for number in numbers:
             inputs = self._inputs(number)
-            tokens = inputs.hidden.shape[1] * states
             last = wave[-1] if wave else None
-            joins = (
+            if (
                 last is not None
+                and len(last.numbers) < most
                 and last.numbers[-1] // unit == number // unit
                 and last.hidden[0].shape == inputs.hidden.shape
-                # A unit that does not fit one call is cut into equal parts.
-                and len(last.numbers) < -(-unit // -(-unit * tokens // min(self.division.tokens, room)))
                 and alike(last.inputs.arguments, inputs.arguments)
-            )
-            if wave and held + tokens > room or (wave and not joins and not streamed):
+            ):
+                last.numbers.append(number)
+                last.hidden.append(inputs.hidden)
+                continue
+            # A unit that does not fit one call is cut into equal parts. Where a wave ends, which depends on what else
+            # this process has to do, never cuts a batch.
+            tokens = inputs.hidden.shape[1] * states
+            most = -(-unit // -(-unit * tokens // min(self.division.tokens, room)))
+            if wave and (not streamed or held + most * tokens > room):
                 yield wave
-                wave, held, joins = [], 0, False
-            if joins:
-                wave[-1].numbers.append(number)
-                wave[-1].hidden.append(inputs.hidden)
-            else:
-                wave.append(_Batch([number], [inputs.hidden], inputs))
-            held += tokens
+                wave, held = [], 0
+            wave.append(_Batch([number], [inputs.hidden], inputs))
+            held += most * tokens
         if wave:
             yield wave
 
@@ -263,8 +269,9 @@ class SweptModel:
         head = max(head_least, min(MOST_HEAD_BYTES, budget // 4, budget - least + head_least))
         rest = budget - head - teacher - arguments
         most = CPU_TOKENS_AT_ONCE if self._device.type == "cpu" else CUDA_TOKENS_AT_ONCE
-        tokens = max(length, min(most, rest // 2 // per_token))
-        state_tokens = max(length, (rest - tokens * per_token) // (2 * width * item))
+        # In whole sequences, so that a byte more or less on another day groups alike.
+        tokens = max(1, min(most, rest // 2 // per_token) // length) * length
+        state_tokens = max(1, (rest - tokens * per_token) // (2 * width * item) // length) * length
         division = Division(head, teacher, tokens * per_token, tokens, state_tokens, place)
         return distributed.from_first(lambda: division)  # the same groups in every process
 
