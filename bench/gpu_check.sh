@@ -110,7 +110,7 @@ stage search 170 "$python" bench/search.py --device "$device" --model qwen3-30b 
 for table in bench bench-compile; do
   { printf '\n## %s\n\n' "$table"; grep -E '^\||^20[0-9]{2}-' "$work/$table.log" | sed 's/^| operation/\n&/'; } >> "$report"
 done
-{ printf '\n## search\n\n'; sed -n '/^20[0-9]\{2\}-/,$p' "$work/search.log" | grep -v '^published, experts\|^ours: ' | sed 's/^## /### /'; } >> "$report"
+{ printf '\n## search\n\n'; sed -n '/^20[0-9]\{2\}-/,$p' "$work/search.log" | sed 's/^## /### /'; } >> "$report"
 module=$(find "$work/site/moeprune_ext" -name '_C*.so' 2> /dev/null | head -n 1)
 if [ -n "$module" ] && command -v cuobjdump > /dev/null; then
   { printf '\n## Resources\n\n```\n'; cuobjdump --dump-resource-usage "$module" 2> /dev/null | c++filt |

@@ -179,17 +179,21 @@ def _overlap(
 
 
 def _projection(head: Tensor | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """hidden [n, H] -> logits [n, V]. Those of a weight are overwritten by the next call: memory fresh from the system
-    for every chunk would cost a CPU a fifth of the product's time."""
+    """hidden [C, n, H] -> logits [C, n, V], a product for each candidate. Those of a weight are overwritten by the next
+    call: memory fresh from the system for every chunk would cost a CPU a fifth of the product's time."""
     if not isinstance(head, Tensor):
-        return head
+        return lambda hidden: torch.stack([head(rows) for rows in hidden]) if len(hidden) > 1 else head(hidden[0])[None]
     weight, held = head.detach(), torch.empty(0, dtype=head.dtype, device=head.device)
 
     def project(hidden: Tensor) -> Tensor:
         nonlocal held
-        if len(hidden) > len(held):
-            held = torch.empty(len(hidden), len(weight), dtype=weight.dtype, device=weight.device)
-        return torch.mm(hidden, weight.T, out=held[: len(hidden)])
+        candidates, rows, _ = hidden.shape
+        if candidates * rows > len(held):
+            held = torch.empty(candidates * rows, len(weight), dtype=weight.dtype, device=weight.device)
+        logits = held[: candidates * rows].view(candidates, rows, len(weight))
+        for source, target in zip(hidden, logits, strict=True):
+            torch.mm(source, weight.T, out=target)
+        return logits
 
     return project
 
@@ -208,8 +212,8 @@ def log_sum_exp_from_hidden(
     project = _projection(head)
     lse = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
     if len(hidden):
-        for rows in row_chunks(len(hidden), _bytes_in_flight(project(hidden[:1])), chunk_bytes):
-            lse[rows] = log_sum_exp(project(hidden[rows]), backend=backend)
+        for rows in row_chunks(len(hidden), _bytes_in_flight(project(hidden[None, :1])[0]), chunk_bytes):
+            lse[rows] = log_sum_exp(project(hidden[None, rows])[0], backend=backend)
     return lse
 
 
@@ -236,8 +240,9 @@ def overlap_from_hidden(
 
     p_hidden: [T, H]; q_hidden: [C, T, H], or [T, H] for one candidate: last hidden states, any float dtype.
     head: the output weight [V, H], or a callable from hidden states [n, H] to logits [n, V].
-    chunk_bytes: bound on the memory in flight (logits of p and of one candidate, for as many rows as fit). The rows
-        of a chunk do not depend on C, so a candidate's matrix products, hence its results, do not either.
+    chunk_bytes: bound on the memory in flight (logits of p and of one candidate, for as many rows as fit; of more
+        candidates where all rows do). The rows of a chunk do not depend on C, so a candidate's matrix products, hence
+        its results, do not either.
     The other arguments and the results are those of `overlap`. Rows of weight 0 are not projected.
 
     Raises ValueError as `overlap` does, and if chunk_bytes does not hold a row of p and of q.
@@ -262,7 +267,7 @@ def overlap_from_hidden(
     if len(rows_read) == 0 or n_candidates == 0:
         return results
 
-    probe = p_project(p_hidden[rows_read[:1]])  # one row: the vocabulary and dtype of a callable head
+    probe = p_project(p_hidden[None, rows_read[:1]])[0]  # one row: the vocabulary and dtype of a callable head
     check_shape("head(hidden)", probe, [1, "V"])
     if probe.shape[1] == 0:
         raise ValueError("head(hidden) has no vocabulary (V = 0)")
@@ -274,12 +279,15 @@ def overlap_from_hidden(
         raise ValueError(f"chunk_bytes is {chunk_bytes}; a row of p and of q takes {row_bytes} bytes, allow that")
     for chunk in row_chunks(len(rows_read), row_bytes, chunk_bytes):
         rows = chunk if weight is None else rows_read[chunk]
-        p_logits = p_project(p_hidden[rows])
+        p_logits = p_project(p_hidden[None, rows])[0]
         chunk_lse = log_sum_exp(p_logits, backend=backend) if p_lse is None else p_lse[rows]
-        for c in range(n_candidates):
+        # As many candidates in one call of the kernel as there is room for; it shares what it computes of p.
+        together = max(1, chunk_bytes // (row_bytes // 2 * len(p_logits)) - 1)
+        for start in range(0, n_candidates, together):
+            some = slice(start, start + together)
             values = _overlap(
                 p_logits,
-                q_project(q_hidden[c, rows])[None],
+                q_project(q_hidden[some, rows]),
                 chunk_lse,
                 None if weight is None else weight[rows],
                 None if labels is None else labels[rows],
@@ -288,5 +296,5 @@ def overlap_from_hidden(
                 backend,
             )
             for metric, value in values.items():
-                results[metric][c, rows] = value[0].to(out_dtype)
+                results[metric][some, rows] = value.to(out_dtype)
     return results
