@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from moeprune_ext.moe import (
     model_fingerprint,
 )
 from moeprune_ext.ops import routing_moments_
-from moeprune_ext.replay import TRIED_TOKENS, NotReplayable, Replay
+from moeprune_ext.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay
 
 FORMAT = "moeprune.stats/1"
 PAIRS_AT_ONCE = 65_536  # routed pairs whose outputs [pairs, H] are alive at a time: 0.5 GB at H = 4096 in bfloat16
@@ -104,14 +104,16 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fals
     batches: see data.as_batches; positions with attention_mask = 1 count, label masks are ignored. Memory beside the
     model's own: a table of 9 float64 per expert, and expert outputs of one block of routed pairs. Where layers are
     streamed (streaming.py) each is visited once, and the batches' hidden states wait in host memory. Under torchrun the
-    batches are dealt out over the processes, and every process gets the whole statistics. The model is left as it was.
+    batches are dealt out over the processes, and every process gets the whole statistics: the same for any number of
+    them up to the rounding of float64 sums. The model is left as it was.
     Raises ValueError for a model without MoE layers, or for no data. Source: methods of arXiv 2606.15716 and
     2510.13999.
     """
     layers = find_moe_layers(model)
     batches = as_batches(batches, model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     mine = [batches[number] for number in distributed.mine(len(batches))]
-    tables = {index: _Table(layer) for index, layer in layers.items()}
+    scratch: dict[str, Tensor] = {}
+    tables = {index: _Table(layer, scratch) for index, layer in layers.items()}
     replay = _replay(model, layers, batches[0])
     with evaluating(model), ExitStack() as stack:
         for index, layer in layers.items():
@@ -141,10 +143,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fals
 class _Table:
     """One layer's moments and max_norm, and what the rows being run are: attended positions or padding."""
 
-    def __init__(self, layer: MoeLayer) -> None:
+    def __init__(self, layer: MoeLayer, scratch: dict[str, Tensor]) -> None:
         self._index, self._count = layer.index, layer.shape.num_experts
         self._device = next(layer.router.parameters()).device
-        self._pair_outputs = PairOutputs(layer)
+        self._pair_outputs = PairOutputs(layer, scratch)
         self.moments = torch.zeros(self._count, 3, 3, dtype=torch.float64, device=self._device)
         self.max_norm = torch.zeros(self._count, dtype=torch.float32, device=self._device)
         self.attended = torch.empty(0, dtype=torch.bool)
@@ -194,8 +196,12 @@ def _replay(model: nn.Module, layers: Mapping[int, MoeLayer], batch: TokenBatch)
 def _layer_by_layer(replay: Replay, tables: Mapping[int, _Table], batches: list[TokenBatch], bar: tqdm) -> None:
     """Runs all batches through one decoder layer, then the next."""
     device = next(replay.model.parameters()).device
-    inputs = [replay.inputs(batch.model_inputs(device)) for batch in batches]
-    states = [captured.hidden.cpu() for captured in inputs]
+    states: list[Tensor] = []
+    inputs: list[LayerInputs] = []
+    for batch in batches:
+        captured = replay.inputs(batch.model_inputs(device))
+        states.append(captured.hidden.cpu())
+        inputs.append(replace(captured, hidden=states[-1]))
     bar.reset(total=len(replay.layers))
     bar.unit = "layer"
     for index in range(len(replay.layers)):

@@ -1,9 +1,9 @@
 """What several processes share: which sequences are whose, and sums over all of them.
 
 Under `torchrun` every process runs the same program; the data's sequences are dealt out, and each process computes all
-candidates (or all experts' statistics) on its own. What is added up crosses processes in float64, one number from one
-process only for scores, so that any number of processes gives the same bits. Outside torchrun everything here does
-nothing.
+candidates (or all experts' statistics) on its own. What is added up crosses processes in float64: of scores each number
+comes from one process, so that any number of processes gives the same bits; statistics are sums of every process's,
+equal up to the rounding of float64. Outside torchrun everything here does nothing.
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ class CandidateEvaluator:
         nan_rows = torch.zeros(len(plans), len(wanted), dtype=torch.int64)
         mine = set(distributed.mine(len(self.sequences), self.unit))
         columns = {number: column for column, number in enumerate(wanted)}
-        numbers = [number for number in wanted if number in mine]
+        numbers = [number for number in wanted if number in mine and plans]
         with evaluating(self.model):
             for number, chosen, values in self._engine.values(plans, numbers, tuple(metrics)):
                 scored, labels = self._rows(number)

@@ -168,7 +168,7 @@ def evolve(
         bar.set_postfix_str(f"best {known.scores[ranked[0]]:.5f}")
     bar.close()
     best = survivors[0]
-    if math.isnan(known.scores[best]):
+    if math.isnan(known.scores[best]) or best in known.dropped:
         raise ValueError("every candidate gave NaN logits; use a dtype with more range, such as bfloat16 or float32")
     plan = to_plan(best)
     if journal is not None and distributed.is_first():
@@ -235,21 +235,21 @@ def _raced(
     def score(candidates: list[int], sequences: list[int]) -> Tensor:
         return sign * evaluator.sequence_sums([plans[i] for i in candidates], (fitness,), sequences).sums[fitness]
 
-    standing = [sign * known.sums[counts] for counts in survivors if math.isfinite(known.scores[counts])]
+    standing = [sign * known.sums[c] for c in survivors if c not in known.dropped and math.isfinite(known.scores[c])]
     found = race(
         score,
         len(new),
         weights,
-        torch.stack(standing) if standing else None,
+        torch.stack(standing) if len(standing) == elites else None,
         elites=elites,
         level=level,
         seed=seed,
     )
     record: dict[str, Any] = {"scores": [], "sequence_sums": [], "dropped": []}
-    for counts, sums, seen in zip(new, found.sums * sign, found.seen, strict=True):
-        met = ~sums.isnan() if seen < len(weights) else torch.ones(len(weights), dtype=torch.bool)
+    for counts, sums, seen, broken in zip(new, found.sums * sign, found.seen, found.broken, strict=True):
+        met = ~sums.isnan()
         positions = sum(w for w, here in zip(weights, met.tolist(), strict=True) if here)
-        mean = float(sums[met].sum() / positions) if positions else math.nan
+        mean = math.nan if broken or not positions else float(sums[met].sum() / positions)
         if seen == len(weights):
             record["scores"].append([list(counts), _json_number(mean)])
             record["sequence_sums"].append([_json_number(x) for x in sums.tolist()])

@@ -102,12 +102,13 @@ def check_new_folder(out: Path) -> None:
 
 
 def load(
-    folder: Folder, *, stream: str | None = None, device: str | torch.device = "cpu", **kwargs: Any
+    folder: Folder, *, stream: str | None = None, device: str | torch.device | None = None, **kwargs: Any
 ) -> PreTrainedModel:
     """Loads any export, uniform or not, and any plain MoE checkpoint; kwargs go to `from_pretrained`.
 
     stream: for a model larger than the device, where its decoder layers wait while they are not called: in "host"
-    memory or on "disk", in the checkpoint (streaming.py; of the kwargs it takes `dtype`). device: where the model goes.
+    memory or on "disk", in the checkpoint (streaming.py; of the kwargs it takes `dtype`). device: where the model goes,
+    if it is to be moved from where `from_pretrained` puts it.
     Nothing is downloaded and no code from the folder runs unless kwargs say so. MXFP4 weights (GPT-OSS) are
     dequantised, because their packed kernels bypass the router. Raises ValueError for a directory that is not a
     model, and when weights are missing, damaged or do not fit.
@@ -121,7 +122,7 @@ def load(
     if stream is not None:
         if unknown := sorted(set(kwargs) - {"dtype"}):
             raise ValueError(f"a streamed model takes device and dtype, not {', '.join(unknown)}")
-        return load_streamed(folder, device=device, source=stream, **kwargs)
+        return load_streamed(folder, device="cpu" if device is None else device, source=stream, **kwargs)
     raw = read_config(folder)
     quantization = raw.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
@@ -134,7 +135,7 @@ def load(
     refuse(folder, problems)
     if CONFIG_KEY in raw:
         model.__class__ = loader.__base__
-    return model.to(device)
+    return model if device is None else model.to(device)
 
 
 def _pruned(

@@ -16,7 +16,7 @@ from typing import Any
 from moeprune_ext import distributed
 from moeprune_ext.files import read_json, write_text
 
-# A sum that another number of threads or processes rounds differently.
+# A sum that another number of threads rounds differently.
 NEARLY = ("teacher_log_sum_exp",)
 
 

@@ -235,14 +235,15 @@ def intercepted(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients and in eval mode, whatever the model was in."""
-    was_training = model.training
+    """Without gradients and in eval mode, whatever the model and its modules were in."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def model_fingerprint(model: nn.Module, layers: Mapping[int, MoeLayer] | None = None) -> str:

@@ -212,14 +212,21 @@ def log_sum_exp_from_hidden(
     project = _projection(head)
     lse = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
     if len(hidden):
-        for rows in row_chunks(len(hidden), _bytes_in_flight(project(hidden[None, :1])[0]), chunk_bytes):
+        for rows in row_chunks(len(hidden), bytes_in_flight(project(hidden[None, :1])[0], backend), chunk_bytes):
             lse[rows] = log_sum_exp(project(hidden[None, rows])[0], backend=backend)
     return lse
 
 
-def _bytes_in_flight(logits: Tensor) -> int:
-    """Of a row of p and of one candidate: logits, what the kernel keeps of them (1 %), and vectors of the row."""
-    return 2 * logits.shape[1] * logits.element_size() * 101 // 100 + 64
+def bytes_in_flight(logits: Tensor, backend: str) -> int:
+    """Of a row of p and of one candidate: logits, what the kernel keeps of them (1 %), or the reference's temporaries,
+    and vectors of the row."""
+    temporaries = _reference_row_bytes(logits) if kernels(backend, logits) is None else 0
+    return 2 * logits.shape[1] * logits.element_size() * 101 // 100 + 64 + temporaries
+
+
+def _reference_row_bytes(logits: Tensor) -> int:
+    """The reference holds about eight temporaries the size of its logits."""
+    return 8 * logits.shape[-1] * (8 if logits.dtype == torch.float64 else 4)
 
 
 @torch.no_grad()
@@ -272,7 +279,7 @@ def overlap_from_hidden(
     if probe.shape[1] == 0:
         raise ValueError("head(hidden) has no vocabulary (V = 0)")
     _check_overlap_rows(n_rows, probe.shape[1], p_lse, weight, labels, metrics)
-    row_bytes = _bytes_in_flight(probe)
+    row_bytes = bytes_in_flight(probe, backend)
     if weight is not None:  # rows are left out: those read are copied
         row_bytes += n_hidden * (p_hidden.element_size() + q_hidden.element_size())
     if chunk_bytes < row_bytes:

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeprune_ext.distributed import from_first
+
 FIRST_ROUND = 4  # sequences: fewer leave Student's t hardly any power
 
 
@@ -35,11 +37,12 @@ class Race:
     """How a generation's race went.
 
     sums: float64 [C, N], NaN where a candidate was not scored. seen: sequences scored, [C]; N for those that stayed.
-    spent: positions scored, over all candidates.
+    broken: [C], whether a score was NaN. spent: positions scored, over all candidates.
     """
 
     sums: Tensor
     seen: list[int]
+    broken: list[bool]
     spent: int
 
 
@@ -73,23 +76,27 @@ def race(
     positions = torch.tensor(weights, dtype=torch.float64)
     plan = rounds(total)
     sums = torch.full((candidates, total), math.nan, dtype=torch.float64)
-    seen, spent = [0] * candidates, 0
+    seen, broken, spent = [0] * candidates, [False] * candidates, 0
     running = list(range(candidates))
     for before, now in zip([0, *plan], plan, strict=False):
+        if not running:
+            break
         fresh = sorted(order[before:now])
-        sums[torch.tensor(running)[:, None], torch.tensor(fresh)] = score(running, fresh)
+        scores = score(running, fresh)
+        sums[torch.tensor(running)[:, None], torch.tensor(fresh)] = scores
         spent += len(running) * int(positions[fresh].sum())
-        for candidate in running:
+        for candidate, row in zip(running, scores, strict=True):
             seen[candidate] = now
+            broken[candidate] |= bool(row.isnan().any())
         if now == total:
             break
         looked_at = torch.tensor(order[:now])
         share = level / (len(plan) - 1)
-        keeps = _keeps(sums[running][:, looked_at], positions, elite_sums, looked_at, elites, share)
+        standing = sums[running][:, looked_at]
+        # The first process decides for all, should they compute on unlike machines.
+        keeps = from_first(lambda: _keeps(standing, positions, elite_sums, looked_at, elites, share))  # noqa: B023
         running = [candidate for candidate, kept in zip(running, keeps, strict=True) if kept]
-        if not running:
-            break
-    return Race(sums, seen, spent)
+    return Race(sums, seen, broken, spent)
 
 
 def _keeps(
@@ -98,6 +105,8 @@ def _keeps(
     """Which candidates go on. sums: [c, n], on the sequences `seen` [n]; weights: [N]; elite_sums: [e, N]."""
     n, total = len(seen), len(weights)
     here = weights[seen]
+    if not bool(here.sum() > 0):
+        return [True] * len(sums)  # nothing was to be scored there
     if elite_sums is not None:
         means = elite_sums.sum(1) / weights.sum()
         partners, ahead = elite_sums[:, seen], means - means.min()  # of the worst elite
@@ -105,7 +114,7 @@ def _keeps(
         ranked = sums.sum(1).nan_to_num(-math.inf).sort(descending=True, stable=True).indices
         partners = sums[ranked[min(elites, len(ranked)) - 1]][None]
         ahead = torch.zeros(1, dtype=torch.float64)
-        if bool(partners.isnan().any()):  # fewer candidates have scores than elites are wanted
+        if not bool(partners.isfinite().all()):  # fewer candidates have scores than elites are wanted
             return (~sums.isnan().any(1)).tolist()
     differences = sums[:, None] - partners  # [c, e, n]
     mean = differences.sum(-1) / here.sum()

@@ -69,7 +69,7 @@ class Replay:
             self.layers: Sequence[nn.Module] = list(decoder_layers(model, moe_layers)[1])
         except ValueError as error:
             raise NotReplayable(str(error)) from None
-        self._device = next(model.parameters()).device
+        self._device, self._dtype = next(model.parameters()).device, next(model.parameters()).dtype
         self._output_tails: list[tuple[Any, ...] | None] = [None] * len(self.layers)
         self._head_module: nn.Module | None = None
         self.head: Tensor | Callable[[Tensor], Tensor] = self.logits
@@ -82,13 +82,14 @@ class Replay:
         """
         found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first: list[Tensor] = []
+        compared: dict[tuple[int, int], Tensor] = {}
 
         def capture(index: int, _: Any, *args: Any, **kwargs: Any) -> Any:
             hidden, args, kwargs = _split(args, kwargs)
             if index == 0:
                 first.append(hidden)
             before = None if self._arguments is None else self._arguments[index]
-            found.append(_keep_once((args, kwargs), before))
+            found.append(_keep_once((args, kwargs), before, compared))
             if index == len(self.layers) - 1:
                 raise _Captured
             return self._output(index, hidden)
@@ -179,8 +180,10 @@ class Replay:
                 if not isinstance(output, tuple) or not isinstance(output[0], Tensor):
                     raise NotReplayable(f"decoder layer {index} returns {type(output).__name__}, not hidden states")
                 self._output_tails[index] = output[1:]
-        if projected and isinstance(head, nn.Linear) and head.bias is None and torch.equal(projected[0][0], expected):
-            self._head_module, self.head = head, head.weight
+        if isinstance(head, nn.Linear) and head.bias is None and projected:
+            logits = projected[0][0]
+            if logits.dtype == expected.dtype and torch.equal(logits, expected):
+                self._head_module, self.head = head, head.weight
 
         try:
             inputs = self.inputs(model_inputs)
@@ -188,7 +191,10 @@ class Replay:
             for index in range(len(self.layers)):
                 states = [self.run(index, hidden, inputs) for hidden in states]
             for row in torch.cat(states):
-                self.compare(self.project(self.head_inputs(row)), expected)
+                head_inputs = self.head_inputs(row)
+                if head_inputs.dtype != row.dtype or head_inputs.shape != row.shape:
+                    raise NotReplayable("its head takes other hidden states than its layers give")
+                self.compare(self.project(head_inputs), expected)
         except NotReplayable:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
@@ -200,10 +206,10 @@ class Replay:
         if not bool(torch.isfinite(expected).all()):
             return  # the evaluator refuses such a teacher with a better message
         # Near a tie a router may fall to the other expert, in half precision on many rows: those may differ.
-        alike = 99 if expected.dtype in (torch.float32, torch.float64) else 50
+        share = 99 if self._dtype in (torch.float32, torch.float64) else 50
         differences = (got.float() - expected.float()).abs_().amax(-1).sort().values
-        worst = float(differences[(len(differences) * alike - 1) // 100]) / max(1.0, float(expected.abs().max()))
-        if not worst <= TOLERANCE[expected.dtype]:
+        worst = float(differences[(len(differences) * share - 1) // 100]) / max(1.0, float(expected.abs().max()))
+        if not worst <= TOLERANCE[self._dtype]:
             raise NotReplayable(f"replaying its layers gives other logits, by {worst:.2g} of the largest")
 
 
@@ -226,18 +232,23 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
     return rest.pop("hidden_states"), (), rest
 
 
-def _keep_once(value: Any, before: Any) -> Any:
-    """`value` with every tensor that equals its counterpart in `before` replaced by that one."""
+def _keep_once(value: Any, before: Any, compared: dict[tuple[int, int], Tensor]) -> Any:
+    """`value` with every tensor that equals its counterpart in `before` replaced by that one.
+
+    compared: what was found out so far; layers mostly share their arguments.
+    """
     if isinstance(value, Tensor):
-        same = isinstance(before, Tensor) and before.shape == value.shape and before.dtype == value.dtype
-        return before if same and torch.equal(before, value) else value
+        pair = id(value), id(before)
+        if pair not in compared:
+            same = isinstance(before, Tensor) and before.shape == value.shape and before.dtype == value.dtype
+            compared[pair] = before if same and torch.equal(before, value) else value
+        return compared[pair]
     if isinstance(value, tuple | list):
         parts = before if isinstance(before, tuple | list) and len(before) == len(value) else [None] * len(value)
-        return type(value)([_keep_once(v, part) for v, part in zip(value, parts, strict=True)])
+        return type(value)([_keep_once(v, part, compared) for v, part in zip(value, parts, strict=True)])
     if isinstance(value, dict):
-        return {
-            name: _keep_once(v, before.get(name) if isinstance(before, dict) else None) for name, v in value.items()
-        }
+        known = before if isinstance(before, dict) else {}
+        return {name: _keep_once(v, known.get(name), compared) for name, v in value.items()}
     return value
 
 

@@ -1,6 +1,6 @@
 """One layer under many masks at once: the router sends each row over the experts that its own mask keeps.
 
-Where a router's formula is known as a RouterSpec, all rows go through the fused kernel `masked_router`; elsewhere the
+Where a router's formula is known as a RouterSpec, all rows go through one call of `masked_router`; elsewhere the
 router is sliced for each mask (masking.py) and given the rows of that mask. The formula is not looked up by the
 router's name: `fit_spec` tries the specifications that its tensors allow until one gives the router's own answers.
 Rows whose experts tie at the edge of the top-k may go to another of the tied experts, so "auto" takes the kernel only
@@ -32,15 +32,16 @@ Kept = tuple[int, ...]  # ascending ids of the experts that a mask keeps
 class RoutedLayer:
     """How to route one layer's rows under many masks.
 
-    places: where its router's answer, a tuple, holds logits, weights and ids; None: it answers otherwise, and the whole
-    block is run mask by mask. spec: the router's formula for the fused kernel, None: sliced. logits_dtype: that of the
-    router's matrix product.
+    places: where its router's answer, a tuple of `parts`, holds logits, weights and ids; None: it answers otherwise,
+    and the whole block is run mask by mask. spec: the router's formula for the fused kernel, None: sliced.
+    logits_dtype: that of the router's matrix product.
     """
 
     layer: MoeLayer
     places: tuple[int, int, int] | None
     spec: RouterSpec | None
     logits_dtype: torch.dtype | None = None
+    parts: int = 3
 
     @property
     def way(self) -> str:
@@ -59,8 +60,8 @@ def routed_layer(layer: MoeLayer, router: str = "auto") -> RoutedLayer:
         return RoutedLayer(layer, None, None)
     logits = answer[places[0]]
     if router == "sliced" or (router == "auto" and logits.dtype != torch.float32):
-        return RoutedLayer(layer, places, None)
-    return RoutedLayer(layer, places, fit_spec(layer, places, hidden, answer), logits.dtype)
+        return RoutedLayer(layer, places, None, logits.dtype, len(answer))
+    return RoutedLayer(layer, places, fit_spec(layer, places, hidden, answer), logits.dtype, len(answer))
 
 
 def _probe(layer: MoeLayer, rows: int = 64) -> Tensor:
@@ -217,7 +218,7 @@ def _route(routed: RoutedLayer, masks: Sequence[Kept], of_state: Tensor) -> Any:
         ids, weights = masked_router(
             logits, top_k=layer.shape.top_k, keep=keep.to(logits.device), assigned=assigned, spec=routed.spec
         )
-        answer: list[Tensor] = [logits] * 3
+        answer: list[Tensor] = [logits] * routed.parts  # beyond the three, nothing is looked at
         answer[place_of_weights] = weights.to(routed.spec.weights_dtype or weights.dtype)
         answer[place_of_ids] = ids
         return tuple(answer)

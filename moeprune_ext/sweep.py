@@ -80,8 +80,7 @@ def grow(candidates: Sequence[Mapping[int, Kept]], layers: Sequence[int]) -> Tre
 class Sweep:
     """Runs trees of candidates through a model's layers.
 
-    tokens_at_once: rows of hidden states in one call of a layer (one state at least). Memory: see `state_bytes` and
-    `evaluator.CandidateEvaluator`.
+    tokens_at_once: rows of hidden states in one call of a layer (one state at least).
     """
 
     def __init__(self, replay: Replay, routed: Mapping[int, RoutedLayer], tokens_at_once: int) -> None:
@@ -105,20 +104,25 @@ class Sweep:
             level = tree.levels.get(index)
             for number, (hidden, inputs) in enumerate(batches):
                 mine = None if level is None else level.times(len(hidden), len(states[number]) // len(hidden))
-                states[number] = self._layer(index, mine, states[number], inputs, number)
+                states[number] = self.layer(index, mine, states[number], inputs, number)
         return states
 
     @property
+    def scratch_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._scratch.values())
+
+    @property
     def held_bytes(self) -> int:
-        """Memory that is kept from one run to the next."""
-        return sum(tensor.nbytes for held in (self._scratch, self._buffers) for tensor in held.values())
+        """Memory that is kept from one run to the next: scratch, and the states' buffers."""
+        return self.scratch_bytes + sum(tensor.nbytes for tensor in self._buffers.values())
 
     def release(self) -> None:
         """Gives that memory back."""
         self._scratch.clear()
         self._buffers.clear()
 
-    def _layer(self, index: int, level: Level | None, states: Tensor, inputs: LayerInputs, number: int) -> Tensor:
+    def layer(self, index: int, level: Level | None, states: Tensor, inputs: LayerInputs, number: int) -> Tensor:
+        """One layer of `run`: [M, S, H] -> [M', S, H], in the buffers of batch `number`."""
         count = len(states) if level is None else len(level.parent)
         _, length, width = states.shape
         # Two buffers a sequence in turn: memory fresh from the system costs a pass over it.

@@ -20,23 +20,23 @@ from moeprune_ext.masking import masks
 from moeprune_ext.memory import peak_bytes
 from moeprune_ext.moe import MoeLayer
 from moeprune_ext.ops import log_sum_exp_from_hidden, overlap, overlap_from_hidden
+from moeprune_ext.ops_overlap import bytes_in_flight
 from moeprune_ext.plan import PruningPlan
 from moeprune_ext.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay, alike
 from moeprune_ext.routers import Kept, routed_layer
-from moeprune_ext.sweep import Sweep, Tree, grow
+from moeprune_ext.sweep import Level, Sweep, Tree, grow
 from moeprune_ext.teacher import TeacherCache, TeacherRows, choose_place
 
 CPU_TOKENS_AT_ONCE, CUDA_TOKENS_AT_ONCE = 8_192, 65_536  # beyond these a layer call gains nothing
-MOST_HEAD_BYTES = 256 * 2**20
+CPU_HEAD_BYTES, CUDA_HEAD_BYTES = 2**28, 2**31
 
 
 @dataclass(frozen=True)
 class Division:
-    """A memory budget in parts, in bytes. tokens: in one call of a layer. states: held by the sweep, in tokens."""
+    """What a memory budget allows. head: bytes for logits in flight. tokens: in one call of a layer. state_tokens: of
+    hidden states that the sweep holds. teacher_place: see teacher.py."""
 
     head: int
-    teacher: int
-    layer: int
     tokens: int
     state_tokens: int
     teacher_place: str
@@ -72,19 +72,31 @@ class SweptModel:
         self._model, self._layers, self._sequences = model, dict(layers), sequences
         self._unit, self._seed, self._backend = unit, seed, backend
         self._device = next(model.parameters()).device
-        self._replay = Replay(model, self._layers)
+        self._streamed = getattr(model, "moeprune_stream", None) is not None
+        self._first = min(self._layers)
         longest = max(sequences, key=lambda sequence: sequence.input_ids.shape[1])
         few = TokenBatch(*(part[:, :TRIED_TOKENS] for part in vars(sequences[0]).values()))
-        self._replay.check(few.model_inputs(self._device))
-        routed = {index: routed_layer(layer, router) for index, layer in self._layers.items()}
-        self._first = min(self._layers)
-        self._sweep = Sweep(self._replay, routed, 1)
-        self._check_masked(few)
-        self.division = self._divide(longest, memory_budget, teacher_cache)
+        problem: NotReplayable | None = None
+        try:
+            self._replay = Replay(model, self._layers)
+            self._replay.check(few.model_inputs(self._device))
+            routed = {index: routed_layer(layer, router) for index, layer in self._layers.items()}
+            self._sweep = Sweep(self._replay, routed, 1)
+            self._check_masked(few)
+        except NotReplayable as reason:
+            problem = reason
+        # All processes or none.
+        if bool(distributed.maximum_(torch.tensor([problem is not None], dtype=torch.float64))):
+            raise problem or NotReplayable("another process cannot replay it")
+        self.division = distributed.from_first(lambda: self._divide(longest, memory_budget, teacher_cache))
+        self._sweep.release()
         self._sweep.tokens_at_once = self.division.tokens
         self._teacher = TeacherCache(self.division.teacher_place, self._device)
         ways = " and ".join(sorted({r.way for r in routed.values()}))
-        self.about = f"layer sweep, routers {ways}, {self.division.tokens} tokens at once, units of {unit}"
+        self.about = (
+            f"layer sweep, routers {ways}, units of {unit}, {self.division.tokens} tokens at once, "
+            f"{self.division.state_tokens} held, {self.division.head >> 20} MiB of logits"
+        )
         self.note = ""
         if any(r.spec is not None and r.logits_dtype != torch.float32 for r in routed.values()):
             apart = self._fused_difference(few)
@@ -94,7 +106,7 @@ class SweptModel:
         """Fills the teacher cache for these sequences; the sums of their log-sum-exps."""
         alone = grow([self._kept(None)], list(self._layers))
         sums = {}
-        for wave in self._waves(numbers, 1):
+        for wave in self._waves(numbers, 3):  # as much memory as three states: captured, begun and run
             captured = [(torch.cat(batch.hidden), batch.inputs) for batch in wave]
             starts = self._sweep.run(alone, captured, 0, self._first)
             # The next run writes where these lie.
@@ -122,16 +134,14 @@ class SweptModel:
         for start in range(0, len(order), group):
             chosen = order[start : start + group]
             tree = grow([candidates[i] for i in chosen], layers)
-            for wave in self._waves(numbers, tree.states):
-                rows = [[self._teacher[n] for n in batch.numbers] for batch in wave]
-                begun = [
-                    (torch.cat([row.start for row in held]), batch.inputs)
-                    for held, batch in zip(rows, wave, strict=True)
-                ]
-                for batch, held, last in zip(wave, rows, self._sweep.run(tree, begun, self._first), strict=True):
+            for wave in self._waves(numbers, tree.states + 1):
+                begun = [(torch.cat([self._teacher[n].start for n in b.numbers]), b.inputs) for b in wave]
+                for batch, last in zip(wave, self._sweep.run(tree, begun, self._first), strict=True):
                     states = last.view(len(batch.numbers), -1, *last.shape[1:])
-                    for n, row, mine in zip(batch.numbers, held, states, strict=True):
-                        yield n, chosen, self._compare(n, row, mine, tree, metrics)
+                    for n, mine in zip(batch.numbers, states, strict=True):
+                        yield n, chosen, self._compare(n, self._teacher[n], mine, tree, metrics)
+            if self._streamed:
+                self._sweep.release()  # the next wave may be cut otherwise
 
     def _inputs(self, number: int) -> LayerInputs:
         return self._replay.inputs(self._sequences[number].model_inputs(self._device))
@@ -168,7 +178,6 @@ class SweptModel:
 
         A batch is neighbours of one unit whose layers are called alike, up to a full layer call.
         """
-        streamed = getattr(self._model, "moeprune_stream", None) is not None
         room, unit = self.division.state_tokens, self._unit
         wave: list[_Batch] = []
         held = most = 0
@@ -189,7 +198,7 @@ class SweptModel:
             # this process has to do, never cuts a batch.
             tokens = inputs.hidden.shape[1] * states
             most = -(-unit // -(-unit * tokens // min(self.division.tokens, room)))
-            if wave and (not streamed or held + most * tokens > room):
+            if wave and (not self._streamed or held + most * tokens > room):
                 yield wave
                 wave, held = [], 0
             wave.append(_Batch([number], [inputs.hidden], inputs))
@@ -243,12 +252,9 @@ class SweptModel:
         length = longest.input_ids.shape[1]
         inputs = self._replay.inputs(longest.model_inputs(self._device))
         width, item = inputs.hidden.shape[-1], inputs.hidden.element_size()
-        half = {index: tuple(_half_kept(layer)) for index, layer in self._layers.items()}
-        self._sweep.tokens_at_once = length
         states = 2 * length * width * item
-        layer = self._layer_bytes(grow([half], list(self._layers)), inputs) - states
-        layer += length * width * item  # the states' copy where a node has several
-        per_token = -(-layer // length)
+        per_token = -(-self._layer_bytes(inputs) // length)
+        layer = per_token * length
         arguments = 2 * self._replay.argument_bytes(inputs)  # of this sequence and of the one before
 
         wanted = [int(sequence.wanted.sum()) for sequence in self._sequences]
@@ -257,7 +263,7 @@ class SweptModel:
         on_device = place == "device" or (place == "host" and self._device.type == "cpu")
         teacher = sum(rows) if on_device else max(rows)
         logits = self._replay.project(self._replay.head_inputs(inputs.hidden[0, :1]))
-        head_least = 16 * (2 * logits.shape[1] * logits.element_size() * 101 // 100 + 64)
+        head_least = 16 * bytes_in_flight(logits, self._backend)
         least = head_least + teacher + layer + states + arguments
         if budget < least:
             mib = [f"{size / 2**20:,.1f}" for size in (budget, layer, states + arguments, teacher, head_least)]
@@ -266,31 +272,43 @@ class SweptModel:
                 f"{mib[1]}, a candidate's hidden states and masks {mib[2]}, the teacher's rows {mib[3]} ({place}) and "
                 f"logits {mib[4]}; allow {least / 2**20 + 0.1:,.1f} MiB or shorten the sequences"
             )
-        head = max(head_least, min(MOST_HEAD_BYTES, budget // 4, budget - least + head_least))
+        on_cpu = self._device.type == "cpu"
+        most_head = CPU_HEAD_BYTES if on_cpu else CUDA_HEAD_BYTES
+        head = max(head_least, min(most_head, budget // 4, budget - least + head_least))
         rest = budget - head - teacher - arguments
-        most = CPU_TOKENS_AT_ONCE if self._device.type == "cpu" else CUDA_TOKENS_AT_ONCE
+        most = CPU_TOKENS_AT_ONCE if on_cpu else CUDA_TOKENS_AT_ONCE
         # In whole sequences, so that a byte more or less on another day groups alike.
         tokens = max(1, min(most, rest // 2 // per_token) // length) * length
         state_tokens = max(1, (rest - tokens * per_token) // (2 * width * item) // length) * length
-        division = Division(head, teacher, tokens * per_token, tokens, state_tokens, place)
-        return distributed.from_first(lambda: division)  # the same groups in every process
+        return Division(head, tokens, state_tokens, place)
 
-    def _layer_bytes(self, tree: Tree, inputs: LayerInputs) -> int:
-        """Most bytes that any layer's call needs, with what the sweep keeps from call to call."""
-        self._sweep.release()  # so that all of that is seen
+    def _layer_bytes(self, inputs: LayerInputs) -> int:
+        """Most bytes beside the states that a layer's call for one state needs, with what the sweep keeps from call to
+        call. On a GPU half of those for two states of one node: pairs that they share go through the experts' own
+        function, which takes more."""
+        together = 1 if self._device.type == "cpu" else 2
+        self._sweep.tokens_at_once = together * inputs.hidden.shape[1]
+        self._sweep.release()  # so that all of it is seen
         stream = getattr(self._model, "moeprune_stream", None)
-        hidden, most = inputs.hidden, 0
+        hidden, outputs, most = inputs.hidden, inputs.hidden, 0
 
         def step() -> None:
-            nonlocal hidden
-            hidden = self._sweep.run(tree, [(hidden, inputs)], index, index + 1)[0]
+            nonlocal outputs
+            outputs = self._sweep.layer(index, level, hidden, inputs, 0)
 
+        full = self._kept(None)
         for index in range(len(self._replay.layers)):
+            level = None
+            if index in self._layers:
+                masks = (tuple(_half_kept(self._layers[index])), full[index])
+                level = Level(torch.zeros(together, dtype=torch.int64), torch.arange(together), masks)
             if stream is not None:
                 stream.make_resident(index)  # weights are not what is measured
             before = self._sweep.held_bytes
             most = max(most, peak_bytes(step, self._device) - (self._sweep.held_bytes - before))
-        return most + self._sweep.held_bytes
+            hidden = outputs[:1].clone()
+        state_bytes = inputs.hidden.nbytes  # copied where a node has several
+        return (most + self._sweep.scratch_bytes) // together + state_bytes
 
 
 def _half_kept(layer: MoeLayer) -> list[int]:

@@ -52,7 +52,6 @@ class TeacherCache:
 
     def __init__(self, place: str, device: torch.device) -> None:
         self.place = place
-        self.nbytes = 0
         self._device = device
         self._held: dict[int, TeacherRows] = {}
         self._folder: Path | None = None
@@ -62,7 +61,6 @@ class TeacherCache:
 
     def __setitem__(self, number: int, rows: TeacherRows) -> None:
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in vars(rows).items()}
-        self.nbytes += sum(tensor.nbytes for tensor in tensors.values())
         if self._folder is not None:
             save_file({name: tensor.cpu() for name, tensor in tensors.items()}, self._folder / f"{number}.safetensors")
             return

@@ -101,6 +101,17 @@ def test_a_candidate_without_scores_is_dropped_at_once_and_no_rival_to_others():
     assert lonely.seen == [16, 4, 16, 16, 16]
 
 
+def test_a_race_of_nobody_and_scores_that_are_infinite_or_weightless():
+    nobody = race(lambda c, s: pytest.fail("nobody to score"), 0, [1] * 16, None, elites=4, level=0.05, seed=0)
+    assert (nobody.seen, nobody.spent) == ([], 0)
+    sums = torch.rand(5, 16, dtype=torch.float64)
+    sums[3] = -math.inf  # a KL of +inf
+    found = race(lambda c, s: sums[c][:, s], 5, [1] * 16, None, elites=5, level=0.05, seed=0)
+    assert [found.seen[i] for i in (0, 1, 2, 4)] == [16] * 4 and not any(found.broken)
+    weights = [0] * 12 + [1] * 4  # rounds in which nothing is scored decide nothing
+    assert min(race(lambda c, s: sums[c][:, s] * 0, 5, weights, None, elites=4, level=0.05, seed=1).seen) == 16
+
+
 @pytest.fixture(scope="module")
 def searched():
     model = tiny_model("olmoe")
@@ -140,6 +151,33 @@ def test_a_raced_search_is_deterministic_and_resumes_to_the_same_history(searche
         mp.evolve(evaluator, scores, **SETTINGS, race_level=0.1, out=tmp_path)
     with pytest.raises(ValueError, match="fidelity: 'race' there, 'full' now"):
         mp.evolve(evaluator, scores, **{**SETTINGS, "fidelity": "full"}, out=tmp_path)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.7])
+def test_a_raced_search_with_hardly_any_plans_to_find(searched, sparsity):
+    """No budget: one plan. Nearly the whole capacity: fewer plans than a generation, and generations without new ones."""
+    evaluator, scores = searched
+    result = mp.evolve(evaluator, scores, **{**SETTINGS, "sparsity": sparsity, "elites": 8, "generations": 8})
+    assert math.isfinite(result.score)
+    assert evaluator.evaluate([result.plan])[0].esap == pytest.approx(result.score, abs=1e-6)
+
+
+def test_candidates_that_give_nan_are_counted_and_never_returned(searched):
+    evaluator, scores = searched
+
+    class Broken:
+        """Every candidate meets a NaN on one of the first sequences of the race."""
+
+        def __getattr__(self, name):
+            return getattr(evaluator, name)
+
+        def sequence_sums(self, plans, metrics, sequences):
+            found = evaluator.sequence_sums(plans, metrics, sequences)
+            found.sums["esap"][:, -1] = math.nan
+            return found
+
+    with pytest.raises(ValueError, match="every candidate gave NaN"):
+        mp.evolve(Broken(), scores, **SETTINGS)
 
 
 @pytest.mark.parametrize(
