@@ -155,7 +155,7 @@ def test_a_raced_search_is_deterministic_and_resumes_to_the_same_history(searche
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.7])
 def test_a_raced_search_with_hardly_any_plans_to_find(searched, sparsity):
-    """No budget: one plan. Nearly the whole capacity: fewer plans than a generation, and generations without new ones."""
+    """No budget: one plan. Nearly the whole capacity: fewer plans than a generation, and generations without any."""
     evaluator, scores = searched
     result = mp.evolve(evaluator, scores, **{**SETTINGS, "sparsity": sparsity, "elites": 8, "generations": 8})
     assert math.isfinite(result.score)
