@@ -88,6 +88,20 @@ def test_search_resumes(work, capsys):
     assert "seed" in refusal(capsys, *search, "--generations", 2, *data, "-o", work / "run", "--seed", 9)
 
 
+def test_streamed_calibration_and_raced_search(work, capsys, tmp_path):
+    data = ["--data", work / "text.txt", "--sequence-length", 64, "--sequences", 8]
+    stats = tmp_path / "stats.safetensors"
+    assert run(capsys, "calibrate", work / "model", *data, "--stream", "disk", "-o", stats)["tokens"] == 512
+    settings = ["--population", 6, "--generations", 3, "--elites", 2, "--fidelity", "race", "--race-level", 0.2]
+    search = ["search", work / "model", "--stats", stats, *settings, *data, "--stream", "host", "--router", "sliced"]
+    result = run(capsys, *search, "-o", tmp_path / "run")
+    assert "layer sweep, routers sliced" in result["method"]
+    assert mp.PruningPlan.load(result["plan"]).sparsity == 0.5
+    lines = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    for name in ("token_evaluations", "token_evaluations_saved"):
+        assert result[name] == sum(line[name] for line in lines)
+
+
 def bad_requests(work):
     model, stats, text = work / "model", work / "stats.safetensors", work / "text.txt"
     plan = work / "run" / "plan.json"
@@ -119,6 +133,8 @@ def bad_requests(work):
         "infeasible budget": ([*search, "--sparsity", 0.9, *out], "at most 0.75"),
         "sparsity of one": ([*search, "--sparsity", 1, *out], "below 1"),
         "unknown criterion": ([*search, "--criterion", "best", *out], "unknown criterion"),
+        "impossible race": ([*search, "--fidelity", "race", "--race-level", 0.9, *out], "below 0.5"),
+        "no memory": ([*search, "--memory-budget", 1e-6, *out], "allow"),
         "unknown fitness": ([*search, "--fitness", "bleu", *out], "unknown fitness"),
         "plan for another model": (["export", work / "other", "--plan", plan, *out], "another model"),
         "top-k over kept": (["export", model, "--plan", work / "greedy.json", *out], "needs at least 4"),
