@@ -89,9 +89,9 @@ def test_search_resumes(work, capsys):
 
 
 def test_streamed_calibration_and_raced_search(work, capsys, tmp_path):
-    data = ["--data", work / "text.txt", "--sequence-length", 64, "--sequences", 8]
+    data = ["--data", work / "text.txt", "--sequence-length", 32, "--sequences", 8]
     stats = tmp_path / "stats.safetensors"
-    assert run(capsys, "calibrate", work / "model", *data, "--stream", "disk", "-o", stats)["tokens"] == 512
+    assert run(capsys, "calibrate", work / "model", *data, "--stream", "disk", "-o", stats)["tokens"] == 256
     settings = ["--population", 6, "--generations", 3, "--elites", 2, "--fidelity", "race", "--race-level", 0.2]
     search = ["search", work / "model", "--stats", stats, *settings, *data, "--stream", "host", "--router", "sliced"]
     result = run(capsys, *search, "-o", tmp_path / "run")
