@@ -37,6 +37,7 @@ def join() -> None:
 def leave() -> None:
     """Leaves the group again, once every process is done."""
     if dist.is_initialized():
+        dist.barrier()  # a group is not taken apart while another process still talks to it
         dist.destroy_process_group()
 
 

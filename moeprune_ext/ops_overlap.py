@@ -217,10 +217,10 @@ def log_sum_exp_from_hidden(
     return lse
 
 
-def bytes_in_flight(logits: Tensor, backend: str) -> int:
-    """Of a row of p and of one candidate: logits, what the kernel keeps of them (1 %), or the reference's temporaries,
-    and vectors of the row."""
-    temporaries = _reference_row_bytes(logits) if kernels(backend, logits) is None else 0
+def bytes_in_flight(logits: Tensor, backend: str | None) -> int:
+    """Of a row of p and of one candidate: logits, what the kernel keeps of them (1 %), vectors of the row, and, where
+    `backend` leads to it (None: leave that out), the reference's temporaries."""
+    temporaries = _reference_row_bytes(logits) if backend is not None and kernels(backend, logits) is None else 0
     return 2 * logits.shape[1] * logits.element_size() * 101 // 100 + 64 + temporaries
 
 
@@ -280,10 +280,12 @@ def overlap_from_hidden(
         raise ValueError("head(hidden) has no vocabulary (V = 0)")
     _check_overlap_rows(n_rows, probe.shape[1], p_lse, weight, labels, metrics)
     row_bytes = bytes_in_flight(probe, backend)
+    least = bytes_in_flight(probe, None)
     if weight is not None:  # rows are left out: those read are copied
-        row_bytes += n_hidden * (p_hidden.element_size() + q_hidden.element_size())
-    if chunk_bytes < row_bytes:
-        raise ValueError(f"chunk_bytes is {chunk_bytes}; a row of p and of q takes {row_bytes} bytes, allow that")
+        copies = n_hidden * (p_hidden.element_size() + q_hidden.element_size())
+        row_bytes, least = row_bytes + copies, least + copies
+    if chunk_bytes < least:
+        raise ValueError(f"chunk_bytes is {chunk_bytes}; a row of p and of q takes {least} bytes, allow that")
     for chunk in row_chunks(len(rows_read), row_bytes, chunk_bytes):
         rows = chunk if weight is None else rows_read[chunk]
         p_logits = p_project(p_hidden[None, rows])[0]
