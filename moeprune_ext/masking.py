@@ -160,6 +160,14 @@ def check_plan(plan: PruningPlan, layers: Mapping[int, MoeLayer], fingerprint: s
                 )
 
 
+def half_kept(layer: MoeLayer) -> list[int]:
+    """About half of a layer's experts, as many in every group as its router needs."""
+    count, groups = layer.shape.num_experts, layer.shape.n_group
+    size = count // groups
+    keep = max(-(-layer.shape.min_kept // groups), (size + 1) // 2)
+    return [g * size + i for g in range(groups) for i in range(size - keep, size)]
+
+
 def check_slicing(layers: Mapping[int, MoeLayer]) -> None:
     """Refuses, by name, a router that slicing does not mask correctly.
 
@@ -175,10 +183,7 @@ def check_slicing(layers: Mapping[int, MoeLayer]) -> None:
         hidden_size = int(weight.shape[1])
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(32, hidden_size, generator=generator).to(weight.device, weight.dtype)
-        count, groups = layer.shape.num_experts, layer.shape.n_group
-        keep_per_group = max(-(-layer.shape.min_kept // groups), (count // groups + 1) // 2)
-        size = count // groups
-        kept = [g * size + i for g in range(groups) for i in range(size - keep_per_group, size)]
+        count, kept = layer.shape.num_experts, half_kept(layer)
         with torch.no_grad():
             full = _router_output(layer, hidden)
             with masked(layer, kept):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeprune_ext.masking import masked
+from moeprune_ext.masking import half_kept, masked
 from moeprune_ext.moe import MoeLayer, replaced_forward, router_tensors
 from moeprune_ext.ops import RouterSpec, masked_router
 from moeprune_ext.reference import SCORES
@@ -109,9 +109,7 @@ def fit_spec(
         return None
     if not torch.allclose(_logits(layer, hidden, logits.dtype), logits, rtol=1e-5, atol=1e-6):
         return None
-    count, group = layer.shape.num_experts, layer.shape.num_experts // layer.shape.n_group
-    fewer = max(-(-layer.shape.min_kept // layer.shape.n_group), (group + 1) // 2)
-    half = tuple(e for e in range(count) if e % group >= group - fewer)
+    half = tuple(half_kept(layer))
     with torch.no_grad(), masked(layer, half):
         sliced = layer.router(hidden)
     kept = torch.tensor(half, device=ids.device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moeprune_ext import distributed
 from moeprune_ext.data import TokenBatch
-from moeprune_ext.masking import masks
+from moeprune_ext.masking import half_kept, masks
 from moeprune_ext.memory import peak_bytes
 from moeprune_ext.moe import MoeLayer
 from moeprune_ext.ops import log_sum_exp_from_hidden, overlap, overlap_from_hidden
@@ -217,7 +217,7 @@ class SweptModel:
         """Compares pruned candidates that share a beginning with whole masked forwards of the model."""
         full, half = self._kept(None), self._kept(None)
         for index, layer in self._layers.items():
-            half[index] = tuple(_half_kept(layer))
+            half[index] = tuple(half_kept(layer))
         mixed = {**half, max(self._layers): full[max(self._layers)]}
         candidates = [half, mixed, full]
         inputs = self._replay.inputs(sequence.model_inputs(self._device))
@@ -240,7 +240,7 @@ class SweptModel:
     def _fused_difference(self, sequence: TokenBatch) -> float:
         """1 - ESAP between half-pruned models whose tied half-precision logits the kernel and slicing resolve."""
         inputs = self._replay.inputs(sequence.model_inputs(self._device))
-        tree = grow([{index: tuple(_half_kept(layer)) for index, layer in self._layers.items()}], list(self._layers))
+        tree = grow([{index: tuple(half_kept(layer)) for index, layer in self._layers.items()}], list(self._layers))
         sliced = Sweep(self._replay, {i: routed_layer(layer, "sliced") for i, layer in self._layers.items()}, 1)
         p, q = (
             self._replay.project(self._replay.head_inputs(sweep.run(tree, [(inputs.hidden, inputs)])[0][0]))
@@ -300,7 +300,7 @@ class SweptModel:
         for index in range(len(self._replay.layers)):
             level = None
             if index in self._layers:
-                masks = (tuple(_half_kept(self._layers[index])), full[index])
+                masks = (tuple(half_kept(self._layers[index])), full[index])
                 level = Level(torch.zeros(together, dtype=torch.int64), torch.arange(together), masks)
             if stream is not None:
                 stream.make_resident(index)  # weights are not what is measured
@@ -309,11 +309,3 @@ class SweptModel:
             hidden = outputs[:1].clone()
         state_bytes = inputs.hidden.nbytes  # copied where a node has several
         return (most + self._sweep.scratch_bytes) // together + state_bytes
-
-
-def _half_kept(layer: MoeLayer) -> list[int]:
-    """About half of a layer's experts, as many in every group as its router needs."""
-    count, groups = layer.shape.num_experts, layer.shape.n_group
-    size = count // groups
-    keep = max(-(-layer.shape.min_kept // groups), (size + 1) // 2)
-    return [g * size + i for g in range(groups) for i in range(size - keep, size)]
