@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -44,13 +44,16 @@ FORMAT = "moeprune.scores/1"
 class ExpertScores(Mapping[int, Tensor]):
     """A mapping {decoder layer: float64 [E]}, higher = keep, that knows the routers it is for.
 
-    shapes: {decoder layer: LayerShape}. criterion: its name. model: the model's fingerprint, None when unknown.
+    shapes: {decoder layer: LayerShape}, min_kept raised where the user wants more kept than the router needs.
+    criterion: its name. model: the model's fingerprint, None when unknown. protected: {decoder layer: ids of experts
+    that no plan may remove, whatever they score}.
     """
 
     values_by_layer: dict[int, Tensor]
     shapes: dict[int, LayerShape]
     criterion: str | None = None
     model: str | None = None
+    protected: dict[int, frozenset[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.values_by_layer:
@@ -62,6 +65,9 @@ class ExpertScores(Mapping[int, Tensor]):
                 )
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"layer {layer}: scores must be finite")
+        for layer, ids in self.protected.items():
+            if layer not in self.shapes or not all(0 <= expert < self.shapes[layer].num_experts for expert in ids):
+                raise ValueError(f"layer {layer}: there are no such experts to protect: {sorted(ids)}")
 
     def __getitem__(self, layer: int) -> Tensor:
         return self.values_by_layer[layer]
@@ -81,6 +87,34 @@ class ExpertScores(Mapping[int, Tensor]):
     def n_group(self) -> int:
         """Groups of the router, 1 when it is not group-limited (the most of any layer)."""
         return max(shape.n_group for shape in self.shapes.values())
+
+    def constrained(
+        self,
+        *,
+        min_kept: int = 0,
+        min_kept_per_group: int = 0,
+        protect: Mapping[int, Iterable[int]] | None = None,
+    ) -> ExpertScores:
+        """The same scores for plans that keep at least so many experts per layer, and per group of group-limited
+        routers, and never remove the experts `protect` {layer: ids} (`super_experts` finds some).
+
+        Whatever was asked for before stays. Raises ValueError for more than a layer has.
+        """
+        protected = {
+            layer: self.protected.get(layer, frozenset()) | frozenset((protect or {}).get(layer, ()))
+            for layer in sorted({*self.protected, *(protect or {})})
+        }
+        shapes = {}
+        for layer, shape in self.shapes.items():
+            size = shape.num_experts // shape.n_group
+            fullest = max(sum(e // size == group for e in protected.get(layer, ())) for group in range(shape.n_group))
+            wanted = max(shape.min_kept, min_kept, shape.n_group * max(min_kept_per_group, fullest))
+            if wanted > shape.num_experts:
+                raise ValueError(
+                    f"layer {layer} has {shape.num_experts} experts in {shape.n_group} groups and cannot keep {wanted}"
+                )
+            shapes[layer] = replace(shape, min_kept=wanted)
+        return replace(self, shapes=shapes, protected={layer: ids for layer, ids in protected.items() if ids})
 
     @classmethod
     def wrap(
@@ -118,6 +152,7 @@ class ExpertScores(Mapping[int, Tensor]):
             "model": self.model,
             "shapes": {str(layer): vars(shape) for layer, shape in self.shapes.items()},
             "scores": {str(layer): values.tolist() for layer, values in self.items()},
+            "protected": {str(layer): sorted(ids) for layer, ids in self.protected.items()},
         }
         write_text(path, json.dumps(content) + "\n")
 
@@ -130,7 +165,8 @@ class ExpertScores(Mapping[int, Tensor]):
         try:
             values = {int(k): torch.tensor(v, dtype=torch.float64) for k, v in content["scores"].items()}
             shapes = {int(k): LayerShape(**v) for k, v in content["shapes"].items()}
-            return cls(values, shapes, content.get("criterion"), content.get("model"))
+            protected = {int(k): frozenset(map(int, v)) for k, v in content.get("protected", {}).items()}
+            return cls(values, shapes, content.get("criterion"), content.get("model"), protected)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is a damaged file of expert scores: {error}") from None
 
@@ -176,3 +212,38 @@ def _triple(criterion: str | tuple[int, int, str]) -> tuple[str, tuple[int, int,
     if alpha not in (0, 1, 2) or beta not in (0, 1, 2) or reduce not in ("mean", "sum"):
         raise ValueError(f'alpha and beta must be 0, 1 or 2 and reduce "mean" or "sum"; got {criterion!r}')
     return f"({alpha}, {beta}, {reduce})", (alpha, beta, reduce)
+
+
+def super_experts(stats: RoutingStats, *, quantile: float = 0.995, share: float = 0.1) -> dict[int, list[int]]:
+    """Outlier experts that a plan had better keep: {decoder layer: ids}, layers without one left out.
+
+    An expert is one when its largest output norm is above this quantile of all experts' and above this share of the
+    largest. Source: Super Experts, arXiv 2507.23279, with the L2 norm of an output in the place of its largest element
+    (our choice: it is what calibration keeps).
+    """
+    if not 0 <= quantile <= 1 or not 0 <= share <= 1:
+        raise ValueError(f"quantile and share lie in [0, 1]; got {quantile} and {share}")
+    norms = torch.cat([norm.double() for norm in stats.max_norm.values()])
+    threshold = max(float(torch.quantile(norms, quantile)), share * float(norms.max()))
+    found = {layer: (norm.double() > threshold).nonzero()[:, 0].tolist() for layer, norm in stats.max_norm.items()}
+    return {layer: ids for layer, ids in found.items() if ids}
+
+
+def rank_correlations(scores: Sequence[ExpertScores]) -> dict[int, Tensor]:
+    """How far criteria agree: {decoder layer: float64 [C, C]}, Spearman's rank correlation of each two, in [-1, 1].
+
+    Tied experts share their mean rank; NaN where a criterion scores all experts of the layer alike.
+    """
+    correlations = {}
+    for layer in scores[0]:
+        ranks = torch.stack([_ranks(one[layer]) for one in scores])
+        ranks -= ranks.mean(1, keepdim=True)
+        norms = ranks.norm(dim=1)
+        correlations[layer] = ((ranks @ ranks.T) / torch.outer(norms, norms)).clamp(-1, 1)
+    return correlations
+
+
+def _ranks(values: Tensor) -> Tensor:
+    below = (values[None, :] < values[:, None]).sum(1)
+    alike = (values[None, :] == values[:, None]).sum(1)
+    return below.double() + (alike.double() - 1) / 2

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -28,13 +28,15 @@ class PruningPlan:
 
     kept: {decoder layer: ascending expert ids}. num_experts: {decoder layer: experts before pruning}. model:
     fingerprint of the model the plan was made for, None when unknown. criterion: name of the scores behind the order,
-    for the record.
+    for the record. merged: {decoder layer: {kept expert: {expert: share}}}, kept experts whose weights become this sum
+    of experts' weights, the shares adding up to 1; the others stay as they are.
     """
 
     kept: dict[int, list[int]]
     num_experts: dict[int, int]
     model: str | None = None
     criterion: str | None = None
+    merged: dict[int, dict[int, dict[int, float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.kept:
@@ -45,6 +47,15 @@ class PruningPlan:
             count = self.num_experts[layer]
             if not ids or sorted(set(ids)) != list(ids) or ids[0] < 0 or ids[-1] >= count:
                 raise ValueError(f"layer {layer}: kept ids must be ascending, distinct and in [0, {count}), got {ids}")
+
+        for layer, sums in self.merged.items():
+            for expert, shares in sums.items():
+                known = expert in self.kept.get(layer, ()) and all(0 <= e < self.num_experts[layer] for e in shares)
+                if not known or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
+                    raise ValueError(
+                        f"layer {layer}: expert {expert} cannot be merged from {shares}: it must be a kept one, the others "
+                        "experts of its layer, and their shares add up to 1"
+                    )
 
     @property
     def pruned_counts(self) -> dict[int, int]:
@@ -84,7 +95,7 @@ class PruningPlan:
                     f"layer {layer}: cannot prune {count} experts from {shape.n_group} groups that must stay equal; "
                     f"prune {below} or {below + shape.n_group}"
                 )
-            gone = set(pruning_order(values, shape.n_group)[:count])
+            gone = set(pruning_order(values, shape.n_group, scores.protected.get(layer, frozenset()))[:count])
             kept[layer] = [expert for expert in range(shape.num_experts) if expert not in gone]
         num_experts = {layer: shape.num_experts for layer, shape in scores.shapes.items()}
         return cls(kept, num_experts, scores.model, scores.criterion)
@@ -99,6 +110,13 @@ class PruningPlan:
             "num_experts": {str(layer): n for layer, n in self.num_experts.items()},
             "kept": {str(layer): ids for layer, ids in self.kept.items()},
         }
+        if self.merged:
+            content["merged"] = {
+                str(layer): {
+                    str(expert): {str(e): share for e, share in shares.items()} for expert, shares in sums.items()
+                }
+                for layer, sums in self.merged.items()
+            }
         write_text(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -110,7 +128,11 @@ class PruningPlan:
         try:
             kept = {int(layer): [int(e) for e in ids] for layer, ids in content["kept"].items()}
             num_experts = {int(layer): int(n) for layer, n in content["num_experts"].items()}
-            return cls(kept, num_experts, content.get("model"), content.get("criterion"))
+            merged = {
+                int(layer): {int(k): {int(e): float(share) for e, share in v.items()} for k, v in sums.items()}
+                for layer, sums in content.get("merged", {}).items()
+            }
+            return cls(kept, num_experts, content.get("model"), content.get("criterion"), merged)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is a damaged pruning plan: {error}") from None
 
@@ -126,8 +148,8 @@ def plan_of(plan: PruningPlan | HasPlan) -> PruningPlan:
     return plan if isinstance(plan, PruningPlan) else plan.plan
 
 
-def pruning_order(values: Tensor, n_group: int = 1) -> list[int]:
-    """Expert ids, first to be pruned first: the lowest score, ties the higher id.
+def pruning_order(values: Tensor, n_group: int = 1, protected: frozenset[int] = frozenset()) -> list[int]:
+    """Expert ids, first to be pruned first: the lowest score, ties the higher id; protected experts after all others.
 
     With groups: one ranking per group, interleaved rank by rank, so every prefix of a multiple of n_group takes equally
     many from each group (our choice).
@@ -136,7 +158,8 @@ def pruning_order(values: Tensor, n_group: int = 1) -> list[int]:
     size = count // n_group
     numbers = values.tolist()
     rankings = [
-        sorted(range(g * size, (g + 1) * size), key=lambda expert: (numbers[expert], -expert)) for g in range(n_group)
+        sorted(range(g * size, (g + 1) * size), key=lambda expert: (expert in protected, numbers[expert], -expert))
+        for g in range(n_group)
     ]
     return [ranking[place] for place in range(size) for ranking in rankings]
 
