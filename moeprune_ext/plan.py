@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -53,8 +53,8 @@ class PruningPlan:
                 known = expert in self.kept.get(layer, ()) and all(0 <= e < self.num_experts[layer] for e in shares)
                 if not known or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
                     raise ValueError(
-                        f"layer {layer}: expert {expert} cannot be merged from {shares}: it must be a kept one, the others "
-                        "experts of its layer, and their shares add up to 1"
+                        f"layer {layer}: expert {expert} cannot be merged from {shares}: it must be a kept one, the "
+                        "others experts of its layer, and their shares add up to 1"
                     )
 
     @property
@@ -102,7 +102,7 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, beside the target and then renamed."""
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT,
             "model": self.model,
             "criterion": self.criterion,
