@@ -3,9 +3,10 @@ experts."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from moeprune_ext.files import read_json
 from moeprune_ext.masking import resize_
 from moeprune_ext.moe import (
     MoeLayer,
+    decoder_layers,
     find_moe_layers,
     fingerprint_text,
     router_tensors,
@@ -31,12 +33,15 @@ SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Place:
-    """What a stored tensor is to its layer: one expert's (`expert` its id), or sliced along `axis`."""
+    """What a stored tensor is to its layer: one expert's (`expert` its id), or sliced along `axis`, where `trailing`
+    slices beyond the experts' stay. path: what it becomes in the layer's block, as in moe.PerExpertTensor."""
 
     layer: int
+    path: str
     expert: int | None = None
     axis: int = 0
-    router_path: str | None = None
+    trailing: int = 0
+    is_router: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Checkpoint:
 
     config: config.json as it is. layers: the MoE layers of a skeleton without weights. shards: {file: tensor names}.
     places: {tensor name: Place} of every per-expert tensor. extra: names of multi-token-prediction layers, which
-    transformers does not build. fingerprint: as moe.model_fingerprint.
+    transformers does not build. fingerprint: as moe.model_fingerprint. loader: the transformers class that loads it.
     """
 
     folder: Path
@@ -55,6 +60,7 @@ class Checkpoint:
     places: dict[str, Place]
     extra: frozenset[str]
     fingerprint: str
+    loader: str
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -64,18 +70,26 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_config(folder)
     hf_config = read_hf_config(folder)
-    layers = skeleton_layers(hf_config, config)
+    model = skeleton(hf_config, config)
+    layers = find_moe_layers(model)
     shards = find_shards(folder)
-    decoder_layers = hf_config.get_text_config().num_hidden_layers
-    names = [name for stored in shards.values() for name in stored]
-    extra = frozenset(name for name in names if _is_extra(name, decoder_layers))
-    places = _locate(shards, layers, extra)
-    return Checkpoint(folder, config, layers, shards, places, extra, _fingerprint(shards, places, layers, config))
+    rename = renaming(model, None)
+    becomes = {name: rename(name)[0] for stored in shards.values() for name in stored}
+    extra = _extra(becomes, model, layers)
+    places = _locate(shards, becomes, layers, extra)
+    fingerprint = _fingerprint(shards, places, layers, model)
+    return Checkpoint(folder, config, layers, shards, places, extra, fingerprint, auto_class(hf_config).__name__)
 
 
-def _is_extra(name: str, decoder_layers: int) -> bool:
-    match = re.search(r"\blayers\.(\d+)\.", name)
-    return re.search(r"(?:^|\.)mtp\.", name) is not None or (match is not None and int(match[1]) >= decoder_layers)
+def _extra(becomes: Mapping[str, str], model: nn.Module, layers: Mapping[int, MoeLayer]) -> frozenset[str]:
+    """Names of layers that the architecture does not have: multi-token prediction, past the last decoder layer."""
+    path, decoder = decoder_layers(model, layers)
+    found = []
+    for name, target in becomes.items():
+        past = re.match(rf"{re.escape(path)}\.(\d+)\.", target)
+        if re.search(r"(?:^|\.)mtp\.", name) or (past is not None and int(past[1]) >= len(decoder)):
+            found.append(name)
+    return frozenset(found)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -105,15 +119,48 @@ def read_hf_config(folder: Path) -> Any:
         raise ValueError(f"{folder}: transformers does not accept config.json: {message[:300]}") from error
 
 
-def skeleton_layers(config: Any, raw: Mapping[str, Any]) -> dict[int, MoeLayer]:
-    """The MoE layers of the model that a configuration describes, without weights."""
-    from transformers import AutoModelForCausalLM
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads models of this configuration: a causal language model where there is one, else
+    the multimodal model around it."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise ValueError(f"{config.model_type} is not a language model that transformers can load")
+
+
+def skeleton(config: Any, raw: Mapping[str, Any]) -> Any:
+    """The model that a configuration describes, without weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(copy.deepcopy(config))
     if CONFIG_KEY in raw:
         resize_recorded_(model, raw)
-    return find_moe_layers(model)
+    return model
+
+
+def renaming(model: Any, rules: list[Any] | None) -> Callable[[str], tuple[str, Any]]:
+    """Stored tensor's name -> (the parameter that it becomes or goes into, the (pattern, converter) that makes it or
+    None), as transformers' convert_and_load_state_dict_in_model decides.
+
+    rules: the model's weight conversions; None: its own.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = copy.deepcopy(get_model_conversion_mapping(model) if rules is None else rules)  # they remember being used
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    parameters, prefix = model.state_dict(), model.base_model_prefix
+
+    def rename(name: str) -> tuple[str, Any]:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if target not in parameters and name in parameters:
+            target, pattern = rename_source_key(name, [], [], prefix, parameters)
+        return target, None if pattern is None else (pattern, by_pattern[pattern])
+
+    return rename
 
 
 def resize_recorded_(model: nn.Module, raw: Mapping[str, Any]) -> None:
@@ -149,34 +196,37 @@ def find_shards(folder: Path) -> dict[Path, list[str]]:
 
 
 def _locate(
-    shards: Mapping[Path, Sequence[str]], layers: Mapping[int, MoeLayer], extra: frozenset[str]
+    shards: Mapping[Path, Sequence[str]],
+    becomes: Mapping[str, str],
+    layers: Mapping[int, MoeLayer],
+    extra: frozenset[str],
 ) -> dict[str, Place]:
     """Finds the per-expert tensors among the stored names, and checks that every layer's set is complete.
 
-    Stored names may differ from module names in their prefix and in how experts are split (`experts.3.w1.weight` or one
-    stacked `experts.gate_up_proj`), never in the layer number, the word `experts`, and the router's own leaf names.
+    becomes: {stored name: parameter}. Experts may be stored one by one (`experts.3.w1.weight`) or stacked.
     """
+    blocks = {f"{layer.name}.": layer for layer in layers.values()}
     places: dict[str, Place] = {}
     for file, names in shards.items():
         with safe_open(file, framework="pt") as shard:
             for name in names:
-                match = re.search(r"\blayers\.(\d+)\.(.+)", name)
-                if match and name not in extra and int(match[1]) in layers:
-                    shape = shard.get_slice(name).get_shape()
-                    place = _place(match[2], shape, layers[int(match[1])])
+                layer = next((layer for path, layer in blocks.items() if becomes[name].startswith(path)), None)
+                if layer is not None and name not in extra:
+                    path = becomes[name][len(layer.name) + 1 :]
+                    place = _place(name, path, shard.get_slice(name).get_shape(), layer)
                     if place is not None:
                         places[name] = place
     for index, layer in layers.items():
         mine = [place for place in places.values() if place.layer == index]
         expected = sorted(tensor.path for tensor in router_tensors(layer))
-        found = sorted(place.router_path for place in mine if place.router_path is not None)
+        found = sorted(place.path for place in mine if place.is_router)
         if found != expected:
             raise ValueError(
                 f"layer {index}: the checkpoint holds router tensors {found}, the architecture has {expected}; stored "
                 "names that differ in this way are not supported yet"
             )
         ids = {place.expert for place in mine if place.expert is not None}
-        stacked = any(place.expert is None and place.router_path is None for place in mine)
+        stacked = any(place.expert is None and not place.is_router for place in mine)
         if ids != set(range(layer.shape.num_experts)) and not (stacked and not ids):
             raise ValueError(
                 f"layer {index}: the checkpoint holds {len(ids)} experts, but the configuration says "
@@ -185,26 +235,23 @@ def _locate(
     return places
 
 
-def _place(tail: str, shape: Sequence[int], layer: MoeLayer) -> Place | None:
-    if match := re.search(r"(?:^|\.)experts\.(\d+)\.", tail):
-        return Place(layer.index, expert=int(match[1]))
+def _place(name: str, path: str, shape: Sequence[int], layer: MoeLayer) -> Place | None:
+    """name: as stored. path: below the layer's block, what it becomes."""
     count = layer.shape.num_experts
     for tensor in router_tensors(layer):
-        *_, parent, leaf = ("", *tensor.path.split("."))
-        # `weight` and `bias` are anyone's; a correction bias is the router's wherever it is stored.
-        wanted = f"{parent}.{leaf}" if leaf in {"weight", "bias"} else leaf
-        if f".{tail}".endswith(f".{wanted}") and tensor.axis < len(shape) and shape[tensor.axis] == count:
-            return Place(layer.index, axis=tensor.axis, router_path=tensor.path)
-    if re.search(r"(?:^|\.)experts\.", tail) and shape and shape[0] == count:
-        return Place(layer.index)
+        if path == tensor.path and tensor.axis < len(shape) and shape[tensor.axis] == count + tensor.trailing:
+            return Place(layer.index, path, axis=tensor.axis, trailing=tensor.trailing, is_router=True)
+    if not path.startswith(f"{layer.experts_name}."):
+        return None
+    if match := re.search(r"(?:^|\.)experts\.(\d+)\.", name):
+        return Place(layer.index, path, expert=int(match[1]))
+    if shape and shape[0] in (count, count + layer.trailing):
+        return Place(layer.index, path, trailing=shape[0] - count)
     return None
 
 
 def _fingerprint(
-    shards: Mapping[Path, Sequence[str]],
-    places: Mapping[str, Place],
-    layers: Mapping[int, MoeLayer],
-    config: Mapping[str, Any],
+    shards: Mapping[Path, Sequence[str]], places: Mapping[str, Place], layers: Mapping[int, MoeLayer], model: nn.Module
 ) -> str:
     """moe.model_fingerprint, from the stored router tensors."""
     tensors: dict[tuple[int, str], Tensor] = {}
@@ -212,15 +259,13 @@ def _fingerprint(
         with safe_open(file, framework="pt") as shard:
             for name in names:
                 place = places.get(name)
-                if place is not None and place.router_path is not None:
-                    tensors[place.layer, place.router_path] = shard.get_tensor(name)
+                if place is not None and place.is_router:
+                    tensors[place.layer, place.path] = shard.get_tensor(name)
     digest = hashlib.sha256()
     for index, layer in layers.items():
         for tensor in router_tensors(layer):
             update_fingerprint(digest, index, tensors[index, tensor.path])
-    text = config.get("text_config")
-    model_type = text["model_type"] if isinstance(text, dict) and "model_type" in text else config["model_type"]
-    return fingerprint_text(model_type, digest)
+    return fingerprint_text(model.config.get_text_config().model_type, digest)  # type: ignore[union-attr, operator]
 
 
 def loader_class(base: Any, raw: Mapping[str, Any], **methods: Any) -> Any:

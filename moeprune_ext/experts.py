@@ -34,7 +34,7 @@ class PairOutputs:
 
     def __init__(self, layer: MoeLayer, scratch: dict[str, Tensor] | None = None) -> None:
         self._experts: Any = layer.experts
-        self._count = layer.shape.num_experts
+        self._count = layer.router_rows
         self._scratch = {} if scratch is None else scratch
 
     @cached_property

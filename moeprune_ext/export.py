@@ -25,17 +25,19 @@ from torch import Tensor
 from moeprune_ext.checkpoint import (
     CONFIG_KEY,
     INDEX,
+    Checkpoint,
     Place,
+    auto_class,
     from_pretrained,
     loader_class,
     read_checkpoint,
     read_config,
     read_hf_config,
     refuse,
-    skeleton_layers,
+    skeleton,
 )
 from moeprune_ext.masking import check_plan
-from moeprune_ext.moe import EXPERT_COUNT_NAMES, MoeLayer
+from moeprune_ext.moe import EXPERT_COUNT_NAMES, find_moe_layers
 from moeprune_ext.plan import HasPlan, PruningPlan, plan_of
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
             if file.is_file() and file.name not in REPLACED and not file.name.endswith(WEIGHTS):
                 shutil.copyfile(file, beside / file.name)
         plan.save(beside / "pruning_plan.json")
-        (beside / "README.md").write_text(_model_card(source, plan, layers, kept, total))
+        (beside / "README.md").write_text(_model_card(checkpoint, plan, kept, total))
         if out.exists():
             out.rmdir()
         beside.replace(out)
@@ -113,7 +115,6 @@ def load(
     dequantised, because their packed kernels bypass the router. Raises ValueError for a directory that is not a
     model, and when weights are missing, damaged or do not fit.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import Mxfp4Config
 
     from moeprune_ext.streaming import load_streamed
@@ -127,10 +128,13 @@ def load(
     quantization = raw.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
         kwargs.setdefault("quantization_config", Mxfp4Config(dequantize=True))
-    loader: Any = AutoModelForCausalLM
+    config = kwargs["config"] if "config" in kwargs else read_hf_config(folder)
+    loader = auto_class(config)
     if CONFIG_KEY in raw:
-        kwargs.setdefault("config", read_hf_config(folder))
-        loader = loader_class(AutoModelForCausalLM._model_mapping[type(kwargs["config"])], raw)
+        base = loader._model_mapping[type(config)]
+        of_text = base.config_class is not type(config)  # a language model alone, of a model of text and more
+        kwargs["config"] = config.get_text_config() if of_text else config
+        loader = loader_class(base, raw)
     model, problems = from_pretrained(loader, folder, **kwargs)
     refuse(folder, problems)
     if CONFIG_KEY in raw:
@@ -147,8 +151,10 @@ def _pruned(
         if place is None:
             yield name, shard.get_tensor(name)
         elif place.expert is None:
-            ids = torch.tensor(kept[place.layer])
-            yield name, shard.get_tensor(name).index_select(place.axis, ids)
+            stored = shard.get_tensor(name)
+            size = stored.shape[place.axis]
+            rows = [*kept[place.layer], *range(size - place.trailing, size)]
+            yield name, stored.index_select(place.axis, torch.tensor(rows))
         elif place.expert in kept[place.layer]:
             new = list(kept[place.layer]).index(place.expert)
             yield re.sub(r"((?:^|\.)experts\.)\d+\.", rf"\g<1>{new}.", name), shard.get_tensor(name)
@@ -174,7 +180,8 @@ def _pruned_config(raw: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) ->
 def _check_config(folder: Path, raw: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> None:
     """The written configuration must describe exactly the experts that were written."""
     described = {
-        index: layer.shape.num_experts for index, layer in skeleton_layers(read_hf_config(folder), raw).items()
+        index: layer.shape.num_experts
+        for index, layer in find_moe_layers(skeleton(read_hf_config(folder), raw)).items()
     }
     wanted = {index: len(ids) for index, ids in kept.items()}
     if described != wanted:
@@ -184,25 +191,20 @@ def _check_config(folder: Path, raw: Mapping[str, Any], kept: Mapping[int, Seque
         )
 
 
-def _model_card(
-    source: Path,
-    plan: PruningPlan,
-    layers: Mapping[int, MoeLayer],
-    kept: Mapping[int, Sequence[int]],
-    total: int,
-) -> str:
+def _model_card(checkpoint: Checkpoint, plan: PruningPlan, kept: Mapping[int, Sequence[int]], total: int) -> str:
+    layers, name = checkpoint.layers, checkpoint.folder.resolve().name
     before = sum(layer.shape.num_experts for layer in layers.values())
     after = sum(len(ids) for ids in kept.values())
     uniform = len({len(ids) for ids in kept.values()}) == 1
     loader = (
-        'AutoModelForCausalLM.from_pretrained("<this directory>")'
+        f'{checkpoint.loader}.from_pretrained("<this directory>")'
         if uniform
         else 'moeprune_ext.load("<this directory>")  # layers keep different numbers of experts'
     )
     rows = "\n".join(f"| {index} | {layers[index].shape.num_experts} | {len(ids)} |" for index, ids in kept.items())
     return (
-        f"---\ntags:\n- moeprune\n- expert-pruning\n---\n\n# {source.resolve().name}, {after} of {before} experts\n\n"
-        f"Pruned from `{source.resolve().name}` with moeprune_ext, criterion {plan.criterion or 'unknown'}, "
+        f"---\ntags:\n- moeprune\n- expert-pruning\n---\n\n# {name}, {after} of {before} experts\n\n"
+        f"Pruned from `{name}` with moeprune_ext, criterion {plan.criterion or 'unknown'}, "
         f"{1 - after / before:.1%} of the routed experts removed; weights take {total / 1e6:,.1f} MB. No weight was "
         f"retrained or changed. The plan is in `pruning_plan.json`.\n\n```python\n{loader}\n```\n\n"
         f"| layer | experts before | kept |\n| --- | --- | --- |\n{rows}\n"

@@ -10,14 +10,19 @@ Source of the rule that a pruned expert is absent from the softmax: EvoESAP, arX
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeprune_ext.moe import (
     EXPERT_COUNT_NAMES,
+    READS_CONFIG,
+    ROW_COUNT_NAMES,
     ExpertsFunction,
     MoeLayer,
     PerExpertTensor,
@@ -33,38 +38,69 @@ from moeprune_ext.plan import HasPlan, PruningPlan, plan_of
 def _slice(tensors: list[PerExpertTensor], kept: Sequence[int]) -> None:
     for place in tensors:
         old = getattr(place.owner, place.name)
-        new = old.detach().index_select(place.axis, torch.tensor(kept, device=old.device))
+        rows = place.slices(kept, old.shape[place.axis])
+        new = old.detach().index_select(place.axis, torch.tensor(rows, device=old.device))
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(place.owner, place.name, new)
 
 
-def _expert_counters(modules: list[nn.Module], count: int) -> list[tuple[nn.Module, str]]:
-    """The attributes in which modules store the number of experts."""
-    return [(m, name) for m in modules for name in EXPERT_COUNT_NAMES if getattr(m, name, None) == count]
+@dataclass(frozen=True)
+class _Counter:
+    """An attribute in which `owner` stores the number of experts, or (`trailing` > 0) of all the router's rows."""
+
+    owner: Any
+    name: str
+    trailing: int
+
+
+def _expert_counters(layer: MoeLayer, modules: list[nn.Module]) -> list[_Counter]:
+    names: dict[int, tuple[str, ...]] = {layer.shape.num_experts: EXPERT_COUNT_NAMES}
+    if layer.trailing:
+        names[layer.router_rows] = (*EXPERT_COUNT_NAMES, *ROW_COUNT_NAMES)
+    return [
+        _Counter(module, name, total - layer.shape.num_experts)
+        for module in modules
+        for total, known in names.items()
+        for name in known
+        if getattr(module, name, None) == total
+    ]
+
+
+def _own_config(router: nn.Module, kept: int) -> Any:
+    """The configuration that a router reads its expert count from, for it alone."""
+    config = copy.copy(router.config)
+    for name in EXPERT_COUNT_NAMES:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, kept)
+    return config
 
 
 @contextmanager
 def masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
     """Inside, the layer routes over the kept experts only; afterwards it is as before."""
-    count = layer.shape.num_experts
     tensors = router_tensors(layer)
     before = [getattr(place.owner, place.name) for place in tensors]
-    counters = _expert_counters([*layer.router.modules(), layer.block], count)
-    kept_ids = torch.tensor(kept, device=before[0].device)
+    counters = _expert_counters(layer, [*layer.router.modules(), layer.block])
+    config: Any = getattr(layer.router, "config", None)
+    kept_ids = torch.tensor(layer.with_trailing(kept), device=before[0].device)
 
     def to_stored_ids(original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         return original(hidden, kept_ids.to(expert_ids.device)[expert_ids], weights)
 
     try:
         _slice(tensors, kept)
-        for module, name in counters:
-            setattr(module, name, len(kept))
+        for counter in counters:
+            setattr(counter.owner, counter.name, len(kept) + counter.trailing)
+        if type(layer.router).__name__ in READS_CONFIG:
+            layer.router.config = _own_config(layer.router, len(kept))
         with intercepted(layer.experts, to_stored_ids):
             yield
     finally:
-        for module, name in counters:
-            setattr(module, name, count)
+        for counter in counters:
+            setattr(counter.owner, counter.name, layer.shape.num_experts + counter.trailing)
+        if type(layer.router).__name__ in READS_CONFIG:
+            layer.router.config = config
         for place, tensor in zip(tensors, before, strict=True):
             setattr(place.owner, place.name, tensor)
 
@@ -113,9 +149,10 @@ def resize_(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> None:
         layer = layers[index]
         if len(ids) < layer.shape.num_experts:
             _slice(router_tensors(layer) + expert_tensors(layer), ids)
-            modules = [*layer.router.modules(), layer.block, layer.experts]
-            for module, name in _expert_counters(modules, layer.shape.num_experts):
-                setattr(module, name, len(ids))
+            for counter in _expert_counters(layer, [*layer.router.modules(), layer.block, layer.experts]):
+                setattr(counter.owner, counter.name, len(ids) + counter.trailing)
+            if type(layer.router).__name__ in READS_CONFIG:
+                layer.router.config = _own_config(layer.router, len(ids))
     counts = {len(kept.get(index, range(layer.shape.num_experts))) for index, layer in layers.items()}
     if len(counts) == 1:
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -172,43 +209,78 @@ def check_slicing(layers: Mapping[int, MoeLayer]) -> None:
     """Refuses, by name, a router that slicing does not mask correctly.
 
     One layer of each router class is sliced to a spread of its experts and compared with the definition: its logits
-    must be the full router's at the kept experts, and its choice K distinct kept experts per row.
+    must be the full router's at the kept experts (probabilities: those, divided by their sum), and its choice K
+    distinct kept experts per row.
     """
     seen: set[type] = set()
     for layer in layers.values():
-        if type(layer.router) in seen:
+        if type(layer.router) in seen or layer.shape.capacity == 0:
             continue
         seen.add(type(layer.router))
-        weight = next(p for p in layer.router.parameters() if p.ndim == 2)
-        hidden_size = int(weight.shape[1])
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(32, hidden_size, generator=generator).to(weight.device, weight.dtype)
-        count, kept = layer.shape.num_experts, half_kept(layer)
-        with torch.no_grad():
-            full = _router_output(layer, hidden)
-            with masked(layer, kept):
-                sliced = _router_output(layer, hidden)
-        ids = next((t for t in sliced if not t.is_floating_point()), None)
-        logits_agree = any(
-            a.shape[-1] == count
-            and b.shape[-1] == len(kept)
-            and torch.allclose(a[..., kept].float(), b.float(), rtol=1e-2, atol=1e-3)
-            for a, b in zip(full, sliced, strict=True)
-        )
-        ids_valid = (
-            ids is not None
-            and ids.shape[-1] == layer.shape.top_k
-            and int(ids.min()) >= 0
-            and int(ids.max()) < len(kept)
-            and bool((ids.sort(-1).values.diff(dim=-1) > 0).all())
-        )
-        if not (logits_agree and ids_valid):
+        hidden, kept = probe(layer, 32), half_kept(layer)
+        full = router_answer(layer, hidden)
+        with masked(layer, kept):
+            sliced = router_answer(layer, hidden)
+        if full is None or sliced is None or not _is_masked(layer, kept, full, sliced):
             raise ValueError(
                 f"{type(layer.router).__name__} (layer {layer.index}) is a router that slicing does not mask "
                 "correctly; this model is not supported yet"
             )
 
 
-def _router_output(layer: MoeLayer, hidden: Tensor) -> list[Tensor]:
-    output = layer.router(hidden)
-    return [t for t in (output if isinstance(output, tuple | list) else [output]) if isinstance(t, Tensor)]
+def _is_masked(layer: MoeLayer, kept: Sequence[int], full: Sequence[Tensor], sliced: Sequence[Tensor]) -> bool:
+    rows, count = layer.with_trailing(kept), layer.shape.num_experts
+    ids = next((t for t in sliced if not t.is_floating_point()), None)
+
+    def agree(a: Tensor, b: Tensor) -> bool:
+        if a.shape[-1] == count and b.shape[-1] == len(kept):
+            a = a[..., list(kept)].float()
+        elif layer.trailing and a.shape[-1] == layer.router_rows and b.shape[-1] == len(rows):
+            a = a[..., rows].float()
+        else:
+            return False
+        options = (a, a / a.sum(-1, keepdim=True))
+        return any(torch.allclose(option, b.float(), rtol=1e-2, atol=1e-3) for option in options)
+
+    return (
+        ids is not None
+        and ids.shape[-1] == layer.shape.top_k
+        and int(ids.min()) >= 0
+        and int(ids.max()) < len(rows)
+        and bool((ids.sort(-1).values.diff(dim=-1) > 0).all())
+        and any(agree(a, b) for a, b in zip(full, sliced, strict=True))
+    )
+
+
+def probe(layer: MoeLayer, rows: int) -> Tensor:
+    """Random hidden states [rows, H] on which a router can be tried."""
+    weight = next(p for p in layer.router.parameters() if p.ndim == 2)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+
+
+def router_answer(layer: MoeLayer, hidden: Tensor) -> tuple[Tensor, ...] | None:
+    """The tensors that a layer's router answers for hidden [T, H]; None where they cannot be had.
+
+    A router that wants more than hidden states (its parent's correction bias, another shape) is called by its parent.
+    """
+    answers: list[Any] = []
+
+    def no_experts(original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        return torch.zeros_like(hidden)
+
+    with torch.no_grad():
+        try:
+            answers.append(layer.router(hidden))
+        except (TypeError, RuntimeError, IndexError, ValueError):
+            hook = layer.router.register_forward_hook(lambda module, inputs, output: answers.append(output))
+            try:
+                with intercepted(layer.experts, no_experts):
+                    layer.block(hidden[None])
+            except (TypeError, RuntimeError, IndexError, ValueError, AttributeError):
+                return None
+            finally:
+                hook.remove()
+    answer = answers[0] if answers else None
+    parts = answer if isinstance(answer, tuple | list) else [answer]
+    return tuple(part for part in parts if isinstance(part, Tensor)) or None

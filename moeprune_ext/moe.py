@@ -2,7 +2,7 @@
 
 transformers 5 gives nearly every MoE model the same two joints: a *router* module that holds every per-expert tensor of
 the routing decision, and an *experts* module called as `experts(hidden [T, H], expert_ids [T, K], weights [T, K])`.
-Nothing here knows a model by name.
+Nothing here knows a model by name but the three lines of the adapter table, on routers that are more than that.
 """
 
 from __future__ import annotations
@@ -27,6 +27,20 @@ EXPERT_COUNT_NAMES = (
     "moe_num_experts",
     "num_routed_experts",
 )
+# ... and of all the router's rows, where it has more than experts.
+ROW_COUNT_NAMES = ("n_total_experts", "num_router_classes", "total_experts")
+
+# The adapter table, by the router's class.
+# Rows of the router beyond the experts', which every mask keeps: shared experts' gates, a skip class, identity experts.
+TRAILING_ROWS: dict[str, Callable[[Any, int], int]] = {
+    "InklingTopkRouter": lambda router, count: router.n_shared_experts,
+    "LongcatFlashTopkRouter": lambda router, count: router.e_score_correction_bias.shape[0] - count,
+    "ZayaRouter": lambda router, count: 1,
+}
+# The expert count is read from the router's configuration at every call.
+READS_CONFIG = frozenset({"ZayaRouter"})
+# The experts are looked up by token id, whatever the hidden state is: such a layer is never pruned.
+FIXED_CHOICE = frozenset({"DeepseekV4HashRouter"})
 
 ExpertsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [T, H], expert ids [T, K], weights [T, K]
 
@@ -52,8 +66,8 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One decoder layer's router and experts; `index` is the decoder layer's number, `name` the path of their
-    parent."""
+    """One decoder layer's router and experts; `index` is the decoder layer's number, `name` the path of their parent.
+    trailing: rows of the router beyond its experts', whose ids follow theirs."""
 
     index: int
     name: str
@@ -63,6 +77,16 @@ class MoeLayer:
     router_name: str
     experts_name: str
     shape: LayerShape
+    trailing: int = 0
+
+    @property
+    def router_rows(self) -> int:
+        """Ids that the router can answer lie below this."""
+        return self.shape.num_experts + self.trailing
+
+    def with_trailing(self, kept: Sequence[int]) -> list[int]:
+        """The router's rows that remain when it keeps these experts."""
+        return [*kept, *range(self.shape.num_experts, self.router_rows)]
 
 
 def find_moe_layers(model: nn.Module) -> dict[int, MoeLayer]:
@@ -81,13 +105,20 @@ def find_moe_layers(model: nn.Module) -> dict[int, MoeLayer]:
         index = int(numbers[0])
         if index in layers:
             raise ValueError(
-                f"decoder layer {index} has two experts modules ({layers[index].name} and {name}); models with several "
-                "MoE stacks need their language model passed on its own"
+                f"decoder layer {index} has two experts modules ({layers[index].name} and {name}): with several stacks "
+                "of experts behind one configuration this model is not supported; where one of them is a language "
+                "model of its own, pass that"
+            )
+        if len(inspect.signature(type(experts).forward).parameters) < 4:  # self, hidden states, expert ids, weights
+            raise ValueError(
+                f"{name} ({type(experts).__name__}) is not called with hidden states, expert ids and gate weights, so "
+                "what it computes for one expert cannot be asked for; this model is not supported"
             )
         block = model.get_submodule(parent_name)
         router_name, router = _find_router(block, experts, parent_name)
         shape = _layer_shape(block, router, experts, parent_name)
-        layers[index] = MoeLayer(index, parent_name, block, router, experts, router_name, experts_name, shape)
+        trailing = _trailing(router, shape.num_experts)
+        layers[index] = MoeLayer(index, parent_name, block, router, experts, router_name, experts_name, shape, trailing)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no Mixture-of-Experts layers: no module holds stacked expert weights behind a "
@@ -109,18 +140,28 @@ def decoder_layers(model: nn.Module, layers: Mapping[int, MoeLayer]) -> tuple[st
 
 
 def _is_experts(module: nn.Module) -> bool:
-    count = getattr(module, "num_experts", None)
-    return isinstance(count, int) and any(p.ndim == 3 and p.shape[0] == count for p in module.parameters(recurse=False))
+    count = _expert_count(module)
+    return count is not None and any(p.ndim == 3 and p.shape[0] == count for p in module.parameters(recurse=False))
+
+
+def _expert_count(experts: nn.Module) -> int | None:
+    return _first_integer(("num_experts", "num_routed_experts"), experts)
+
+
+def _trailing(router: nn.Module, count: int) -> int:
+    rows = TRAILING_ROWS.get(type(router).__name__)
+    return 0 if rows is None else rows(router, count)
 
 
 def _find_router(block: nn.Module, experts: nn.Module, name: str) -> tuple[str, nn.Module]:
-    count: int = experts.num_experts  # type: ignore[assignment]
+    count = _expert_count(experts)
+    assert count is not None
     found = [
         (child_name, child)
         for child_name, child in block.named_children()
         if child is not experts
         and re.search(r"router|gate", type(child).__name__, re.IGNORECASE)
-        and any(_expert_axis(t, count) is not None for t in child.parameters())
+        and any(_expert_axis(t, count, _trailing(child, count)) is not None for t in child.parameters())
     ]
     if len(found) != 1:
         classes = sorted({type(child).__name__ for child in block.children()})
@@ -131,7 +172,7 @@ def _find_router(block: nn.Module, experts: nn.Module, name: str) -> tuple[str, 
     return found[0]
 
 
-def _first_integer(names: Sequence[str], *modules: nn.Module) -> int | None:
+def _first_integer(names: Sequence[str], *modules: object) -> int | None:
     for module in modules:
         for name in names:
             value = getattr(module, name, None)
@@ -141,8 +182,11 @@ def _first_integer(names: Sequence[str], *modules: nn.Module) -> int | None:
 
 
 def _layer_shape(block: nn.Module, router: nn.Module, experts: nn.Module, name: str) -> LayerShape:
-    count: int = experts.num_experts  # type: ignore[assignment]
+    count = _expert_count(experts)
+    assert count is not None
     top_k = _first_integer(("top_k", "num_experts_per_tok"), router, block)
+    if top_k is None:
+        top_k = _first_integer(("top_k_experts",), *filter(None, [getattr(router, "config", None)]))
     if top_k is None:
         raise ValueError(
             f"{name}: the router {type(router).__name__} does not say how many experts it selects per token"
@@ -156,6 +200,8 @@ def _layer_shape(block: nn.Module, router: nn.Module, experts: nn.Module, name: 
         per_group = max(per_group, 2)  # DeepSeek-V3 ranks groups, be it one, by the sum of their two best experts
     if top_k > count:
         raise ValueError(f"{name}: the configuration selects {top_k} experts per token, but there are {count}")
+    if type(router).__name__ in FIXED_CHOICE:
+        return LayerShape(count, top_k, min_kept=count)
     return LayerShape(count, top_k, n_group, min_kept=max(top_k, n_group * per_group))
 
 
@@ -164,42 +210,49 @@ def _has_correction_bias(router: nn.Module) -> bool:
     return any("correction_bias" in name for name, _ in tensors)
 
 
-def _expert_axis(tensor: Tensor, count: int) -> int | None:
-    """The axis that counts experts: the first of size `count` ([E, H] weights), which may be the last ([1, E]
-    biases)."""
-    return next((axis for axis, size in enumerate(tensor.shape) if size == count), None)
+def _expert_axis(tensor: Tensor, count: int, trailing: int = 0) -> int | None:
+    """The axis that counts experts: the first of that size ([E, H] weights), which may be the last ([1, E] biases)."""
+    return next((axis for axis, size in enumerate(tensor.shape) if size in (count, count + trailing)), None)
 
 
 @dataclass(frozen=True)
 class PerExpertTensor:
-    """A parameter or buffer with one slice per expert: `owner.name`, its path inside the block, and that axis."""
+    """A parameter or buffer with one slice per expert: `owner.name`, its path inside the block, and that axis.
+    trailing: slices of it beyond the experts'."""
 
     owner: nn.Module
     name: str
     path: str
     axis: int
+    trailing: int = 0
+
+    def slices(self, kept: Sequence[int], size: int) -> list[int]:
+        """Of `size` slices along the axis, those that remain when these experts are kept."""
+        return [*kept, *range(size - self.trailing, size)]
 
 
 def router_tensors(layer: MoeLayer) -> list[PerExpertTensor]:
     """Every per-expert tensor of the routing decision: the router's own, at any depth, and the parent block's direct
     ones."""
     owners = [(f"{layer.router_name}.{path}".rstrip("."), m) for path, m in layer.router.named_modules()]
-    return _per_expert_tensors([*owners, ("", layer.block)], layer.shape.num_experts)
+    return _per_expert_tensors([*owners, ("", layer.block)], layer)
 
 
 def expert_tensors(layer: MoeLayer) -> list[PerExpertTensor]:
     """Every per-expert tensor of the experts module: weights, biases, scales, stacked along axis 0."""
-    found = _per_expert_tensors([(layer.experts_name, layer.experts)], layer.shape.num_experts)
+    found = _per_expert_tensors([(layer.experts_name, layer.experts)], layer)
     return [tensor for tensor in found if tensor.axis == 0]
 
 
-def _per_expert_tensors(owners: list[tuple[str, nn.Module]], count: int) -> list[PerExpertTensor]:
+def _per_expert_tensors(owners: list[tuple[str, nn.Module]], layer: MoeLayer) -> list[PerExpertTensor]:
     found = []
+    count = layer.shape.num_experts
     for path, owner in owners:
         for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
-            axis = _expert_axis(tensor, count)
+            axis = _expert_axis(tensor, count, layer.trailing)
             if axis is not None:
-                found.append(PerExpertTensor(owner, name, f"{path}.{name}".lstrip("."), axis))
+                full_path = f"{path}.{name}".lstrip(".")
+                found.append(PerExpertTensor(owner, name, full_path, axis, tensor.shape[axis] - count))
     return found
 
 

@@ -9,6 +9,7 @@ for routers that compute their logits in float32; half-precision logits tie ofte
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeprune_ext.masking import half_kept, masked
+from moeprune_ext.masking import half_kept, masked, probe, router_answer
 from moeprune_ext.moe import MoeLayer, replaced_forward, router_tensors
 from moeprune_ext.ops import RouterSpec, masked_router
 from moeprune_ext.reference import SCORES
@@ -53,31 +54,28 @@ def routed_layer(layer: MoeLayer, router: str = "auto") -> RoutedLayer:
 
     router: "auto", "fused" (wherever a specification fits, half-precision logits included) or "sliced".
     """
-    hidden = _probe(layer)
-    answer = _answer(layer, hidden)
+    by_itself = RoutedLayer(layer, None, None)
+    hidden = probe(layer, 64)
+    answer = router_answer(layer, hidden)
     places = None if answer is None else _places(answer, layer)
     if answer is None or places is None:
-        return RoutedLayer(layer, None, None)
+        return by_itself
     logits = answer[places[0]]
-    if router == "sliced" or (router == "auto" and logits.dtype != torch.float32):
-        return RoutedLayer(layer, places, None, logits.dtype, len(answer))
-    return RoutedLayer(layer, places, fit_spec(layer, places, hidden, answer), logits.dtype, len(answer))
+    spec = None
+    if router == "fused" or (router == "auto" and logits.dtype == torch.float32):
+        spec = fit_spec(layer, places, hidden, answer)
+    if spec is None and not _takes_hidden_alone(layer.router):
+        return by_itself
+    return RoutedLayer(layer, places, spec, logits.dtype, len(answer))
 
 
-def _probe(layer: MoeLayer, rows: int = 64) -> Tensor:
-    weight = _weight(layer.router)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+def _takes_hidden_alone(router: nn.Module) -> bool:
+    """Whether hidden states are all that a router is given: what else a block passes on may count experts, too."""
+    return len(inspect.signature(type(router).forward).parameters) == 2  # self and the hidden states
 
 
 def _weight(router: nn.Module) -> Tensor:
     return next(p for p in router.parameters() if p.ndim == 2)
-
-
-def _answer(layer: MoeLayer, hidden: Tensor) -> tuple[Tensor, ...] | None:
-    with torch.no_grad():
-        answer = layer.router(hidden)
-    return answer if isinstance(answer, tuple) and all(isinstance(part, Tensor) for part in answer) else None
 
 
 def _places(answer: tuple[Tensor, ...], layer: MoeLayer) -> tuple[int, int, int] | None:
@@ -88,6 +86,8 @@ def _places(answer: tuple[Tensor, ...], layer: MoeLayer) -> tuple[int, int, int]
         return [i for i, t in enumerate(answer) if t.shape[-1] == width and t.is_floating_point() == floating]
 
     logits, weights, ids = place(count, True), place(top_k, True), place(top_k, False)
+    if not logits and layer.trailing:
+        logits = place(layer.router_rows, True)
     if count == top_k and len(weights) == 2:  # every expert is chosen: by the order that all routers of this kind have
         logits, weights = weights[:1], weights[1:]
     return (logits[0], weights[0], ids[0]) if len(logits) == len(weights) == len(ids) == 1 else None
@@ -110,8 +110,10 @@ def fit_spec(
     if not torch.allclose(_logits(layer, hidden, logits.dtype), logits, rtol=1e-5, atol=1e-6):
         return None
     half = tuple(half_kept(layer))
-    with torch.no_grad(), masked(layer, half):
-        sliced = layer.router(hidden)
+    with masked(layer, half):
+        sliced = router_answer(layer, hidden)
+    if sliced is None:
+        return None
     kept = torch.tensor(half, device=ids.device)
     for spec in _specs(layer, weights.dtype):
         try:
@@ -229,7 +231,8 @@ def _route(routed: RoutedLayer, masks: Sequence[Kept], of_state: Tensor) -> Any:
             with masked(layer, kept):
                 # masked() replaces the experts' forward, not the router's: this calls the sliced router itself.
                 part = list(original(by_state[mine].flatten(0, 1), *args, **kwargs))
-            part[place_of_ids] = torch.tensor(kept, device=hidden.device)[part[place_of_ids]]
+            rows = torch.tensor(layer.with_trailing(kept), device=hidden.device)
+            part[place_of_ids] = rows[part[place_of_ids]]
             part[place_of_logits] = part[place_of_weights]  # of another width for every mask, and not looked at
             if not answer:
                 answer = [p.new_empty(states, by_state.shape[1], p.shape[-1]) for p in part]

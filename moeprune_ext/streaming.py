@@ -25,14 +25,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moeprune_ext.checkpoint import (
-    CONFIG_KEY,
     find_shards,
     from_pretrained,
     loader_class,
     read_config,
     read_hf_config,
     refuse,
-    resize_recorded_,
+    renaming,
+    skeleton,
 )
 from moeprune_ext.moe import decoder_layers, find_moe_layers, router_tensors
 
@@ -126,19 +126,14 @@ class _LayerReader:
     """
 
     def __init__(self, folder: Path, raw: Mapping[str, Any]) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.dtypes: dict[str, torch.dtype] = {}
         # {layer: {parameter: (converter, [(pattern of it, stored name)])}}; where one makes several, under the first
         self._recipes: dict[int, dict[str, tuple[Any, list[tuple[str | None, str]]]]] = {}
         self._shards = find_shards(folder)
         self.config = read_hf_config(folder)
-        with torch.device("meta"):
-            self.skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(self.config))
+        self.skeleton = skeleton(self.config, raw)
         if type(self.skeleton.config) is not type(self.config):  # of a model of text and more, the language model
             self.config = self.config.get_text_config()
-        if CONFIG_KEY in raw:
-            resize_recorded_(self.skeleton, raw)
         layers = find_moe_layers(self.skeleton)
         path, _ = decoder_layers(self.skeleton, layers)
         tied = self.skeleton.all_tied_weights_keys
@@ -150,23 +145,14 @@ class _LayerReader:
         self.streamed = {name: int(place[1]) for name, place in places.items() if place and name not in stay}
 
     def state_dict(self, weight_mapping: list[Any] | None) -> dict[str, Any]:
-        """Every stored tensor, of which only those that stay on the device are read; the others' recipes are noted.
+        """Every stored tensor, of which only those that stay on the device are read; the others' recipes are noted."""
+        from transformers.core_model_loading import dot_natural_key
 
-        The rules are applied to names as in transformers' convert_and_load_state_dict_in_model.
-        """
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-        rules = copy.deepcopy(weight_mapping or [])  # they remember being used
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        parameters, prefix = self.skeleton.state_dict(), self.skeleton.base_model_prefix
+        rename, parameters = renaming(self.skeleton, weight_mapping or []), self.skeleton.state_dict()
         stay = set()
         for name in sorted((name for names in self._shards.values() for name in names), key=dot_natural_key):
-            target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-            if target not in parameters and name in parameters:
-                target, pattern = rename_source_key(name, [], [], prefix, parameters)
-            converter = None if pattern is None else by_pattern[pattern]
+            target, converted = rename(name)
+            pattern, converter = converted or (None, None)
             if target in self.streamed:
                 recipes = self._recipes.setdefault(self.streamed[target], {})
                 recipes.setdefault(target, (converter, []))[1].append((pattern, name))

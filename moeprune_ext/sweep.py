@@ -177,9 +177,7 @@ class Sweep:
             if not shares and not pair_outputs.direct:
                 return original(hidden, ids, weights)
             device = hidden.device
-            rows, counts, pair_of = distinct_pairs(
-                ids, first_of.to(device), node_of.to(device), layer.shape.num_experts
-            )
+            rows, counts, pair_of = distinct_pairs(ids, first_of.to(device), node_of.to(device), layer.router_rows)
             return weighted_sum(pair_outputs(original, hidden, rows, counts), pair_of, weights)
 
         return function

@@ -28,7 +28,7 @@ def info(options: argparse.Namespace) -> tuple[Any, str]:
         with safe_open(file, framework="pt") as shard:
             for name in names:
                 place = checkpoint.places.get(name)
-                part = "everything else" if place is None else "routers" if place.router_path else "experts"
+                part = "everything else" if place is None else "routers" if place.is_router else "experts"
                 stored = shard.get_slice(name)
                 sizes[part] += math.prod(stored.get_shape()) * _BYTES[stored.get_dtype()]
     total = sum(sizes.values())

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ ISAS = ops.build_info()["cpu_isas"]
 EMULATED = importlib.util.find_spec("moeprune_ext._C_emulated") is not None  # built with MOEPRUNE_EMULATOR=ON
 CUDA = ops.build_info()["cuda_available"] and torch.cuda.is_available()
 OPERATIONS = ("log_sum_exp", "masked_router", "overlap", "overlap_from_hidden", "routing_moments_")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-models", type=Path, help="write the table of architectures (test_models.py) to this file")
 
 
 def to_gpu(value):
