@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeprune_ext.dispatch import row_chunks
-from moeprune_ext.moe import ExpertsFunction, MoeLayer
+from moeprune_ext.moe import WANT_TWO, ExpertsFunction, MoeLayer
 
 CHUNK_BYTES = 64 * 2**20  # of weighted outputs on their way into a sum
 
@@ -34,7 +34,7 @@ class PairOutputs:
 
     def __init__(self, layer: MoeLayer, scratch: dict[str, Tensor] | None = None) -> None:
         self._experts: Any = layer.experts
-        self._count = layer.router_rows
+        self._num_experts, self._count = layer.shape.num_experts, layer.router_rows
         self._scratch = {} if scratch is None else scratch
 
     @cached_property
@@ -49,9 +49,11 @@ class PairOutputs:
         """
         if self.direct:
             return self._products(hidden, rows, counts)
-        ids = torch.repeat_interleave(torch.tensor(counts, device=hidden.device))
-        ones = torch.ones(len(rows), 1, dtype=hidden.dtype, device=hidden.device)
-        return original(hidden.index_select(0, rows), ids[:, None], ones)
+        ids = torch.repeat_interleave(torch.tensor(counts, device=hidden.device))[:, None]
+        weights = torch.ones(len(rows), 1, dtype=hidden.dtype, device=hidden.device)
+        if type(self._experts).__name__ in WANT_TWO:
+            ids, weights = F.pad(ids, (0, 1), value=self._num_experts), F.pad(weights, (0, 1))
+        return original(hidden.index_select(0, rows), ids, weights)
 
     def _products(self, hidden: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
         experts = self._experts

@@ -2,7 +2,7 @@
 
 transformers 5 gives nearly every MoE model the same two joints: a *router* module that holds every per-expert tensor of
 the routing decision, and an *experts* module called as `experts(hidden [T, H], expert_ids [T, K], weights [T, K])`.
-Nothing here knows a model by name but the three lines of the adapter table, on routers that are more than that.
+Nothing here knows a model by name but the adapter table, on routers and experts that are more than that.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ TRAILING_ROWS: dict[str, Callable[[Any, int], int]] = {
 READS_CONFIG = frozenset({"ZayaRouter"})
 # The experts are looked up by token id, whatever the hidden state is: such a layer is never pruned.
 FIXED_CHOICE = frozenset({"DeepseekV4HashRouter"})
+# Experts whose forward fails when a row names one expert only; they have an identity expert, the first trailing row.
+WANT_TWO = frozenset({"LongcatFlashExperts"})
 
 ExpertsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [T, H], expert ids [T, K], weights [T, K]
 

@@ -82,7 +82,8 @@ ODD: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mistral4": {"head_dim": 16},
     "muse_spark_audio": {"hidden_sizes": [8] * 4},
-    "nemotron_h_omni": {"video_temporal_patch_size": None},
+    "dots3_note_vision_encoder": {"mlp_layer_types": _SPARSE, "per_layer_config": {}},
+    "radio": {"video_temporal_patch_size": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -139,6 +140,8 @@ def tiny(model_type: str, seed: int = 0) -> PreTrainedModel:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("tid2eid"):  # DeepSeek-V4's experts by token
                 tensor.copy_(torch.stack([torch.randperm(8)[: tensor.shape[1]] for _ in range(len(tensor))]))
+            elif name.endswith("balancing_biases"):  # of Zaya: loading sets the last to -1, whatever was stored
+                tensor[:-1].normal_(0, 0.1)
             elif "bias" in name and tensor.is_floating_point():
                 tensor.normal_(0, 0.1)
             elif (
