@@ -141,6 +141,7 @@ class CandidateEvaluator:
         longest = max(sequence.input_ids.shape[1] for sequence in self.sequences)
         self.unit = max(1, min(UNIT_TOKENS // longest, len(self.sequences) // 16))
         check_slicing(self.layers)
+        self._whole = WholeForwards(model, self.sequences, memory_budget, seed, backend)
         self._engine: Engine
         try:
             if method == "whole":
@@ -157,7 +158,7 @@ class CandidateEvaluator:
                     "of its own",
                     stacklevel=2,
                 )
-            self._engine = WholeForwards(model, self.sequences, memory_budget, seed, backend)
+            self._engine = self._whole
             self.method = f"{self._engine.about}: {reason}"
         self.identity = self._identity(seed)
 
@@ -196,7 +197,8 @@ class CandidateEvaluator:
         """One CandidateScore per plan, in order; a score does not depend on the other plans of the call, up to the
         rounding of matrix products of another size (below 1e-6 in float32).
 
-        metrics: any of esap, kl_pq, kl_qp, top1_agree, accept, nll.
+        metrics: any of esap, kl_pq, kl_qp, top1_agree, accept, nll. A call with a plan that merges experts takes one
+        forward of the model per plan.
         Raises ValueError, before any work, for an unknown metric or a plan this model cannot carry out.
         """
         found = self.sequence_sums(plans, metrics)
@@ -228,6 +230,8 @@ class CandidateEvaluator:
             raise ValueError("nll needs a position whose next token is labelled, and the data has none")
         for plan in plans:
             check_plan(plan, self.layers, self.fingerprint)
+            if plan.merged and getattr(self.model, "moeprune_stream", None) is not None:
+                raise ValueError("a streamed model cannot hold merged experts: load it whole to evaluate this plan")
         wanted = list(range(len(self.sequences)) if sequences is None else sequences)
         sums = torch.zeros(len(metrics), len(plans), len(wanted), dtype=torch.float64)
         nan_rows = torch.zeros(len(plans), len(wanted), dtype=torch.int64)
@@ -235,7 +239,10 @@ class CandidateEvaluator:
         columns = {number: column for column, number in enumerate(wanted)}
         numbers = [number for number in wanted if number in mine and plans]
         with evaluating(self.model):
-            for number, chosen, values in self._engine.values(plans, numbers, tuple(metrics)):
+            engine = self._engine
+            if any(plan.merged for plan in plans):  # a sweep shares experts' outputs between plans
+                engine = self._whole
+            for number, chosen, values in engine.values(plans, numbers, tuple(metrics)):
                 scored, labels = self._rows(number)
                 for m, name in enumerate(metrics):
                     rows = (labels >= 0) if name == "nll" else scored

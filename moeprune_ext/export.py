@@ -9,6 +9,7 @@ ordinary model that can be calibrated, scored and searched again. Memory: one sh
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -36,7 +37,7 @@ from moeprune_ext.checkpoint import (
     refuse,
     skeleton,
 )
-from moeprune_ext.masking import check_plan
+from moeprune_ext.masking import check_plan, weighted_average
 from moeprune_ext.moe import EXPERT_COUNT_NAMES, find_moe_layers
 from moeprune_ext.plan import HasPlan, PruningPlan, plan_of
 
@@ -63,6 +64,7 @@ def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
     check_plan(plan, layers, checkpoint.fingerprint)
     kept = {index: plan.kept.get(index, list(range(layer.shape.num_experts))) for index, layer in layers.items()}
     config = _pruned_config(checkpoint.config, kept)
+    merged = _Merged(checkpoint, plan)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.parent / f".{out.name}.partial"
@@ -76,7 +78,7 @@ def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
         for file, names in shards.items():
             with safe_open(file, framework="pt") as shard:
                 stored = [name for name in names if name not in checkpoint.extra]
-                tensors = dict(_pruned(shard, stored, checkpoint.places, kept))
+                tensors = dict(_pruned(shard, stored, checkpoint.places, kept, merged))
                 save_file(tensors, beside / file.name, metadata=shard.metadata() or {"format": "pt"})
             total += sum(tensor.nbytes for tensor in tensors.values())
             weight_map |= dict.fromkeys(tensors, file.name)
@@ -142,8 +144,54 @@ def load(
     return model if device is None else model.to(device)
 
 
+class _Merged:
+    """Weights of the merged experts of a plan, put together from stored tensors of any shard.
+
+    Raises ValueError for weights that cannot be averaged as they are stored.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: PruningPlan) -> None:
+        self._sums = plan.merged
+        self._file_of = {name: file for file, names in checkpoint.shards.items() for name in names}
+        self._open = functools.cache(lambda file: safe_open(file, framework="pt"))
+        # {(layer, stored name without the expert's number): {expert: stored name}}
+        self._siblings: dict[tuple[int, str], dict[int, str]] = {}
+        for name, place in checkpoint.places.items():
+            if place.layer not in self._sums or place.is_router:
+                continue
+            dtype = self._open(self._file_of[name]).get_slice(name).get_dtype()
+            if dtype not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(
+                    f"{name} is stored as {dtype}: quantised experts cannot be merged; dequantise them first"
+                )
+            if place.expert is not None:
+                self._siblings.setdefault((place.layer, _without_number(name)), {})[place.expert] = name
+
+    def one(self, name: str, place: Place, own: Tensor) -> Tensor:
+        """An expert stored by itself: `own`, or the average that takes its place."""
+        shares = self._sums.get(place.layer, {}).get(place.expert)  # type: ignore[arg-type]
+        if shares is None:
+            return own
+        names = self._siblings[place.layer, _without_number(name)]
+        return weighted_average({e: self._open(self._file_of[names[e]]).get_tensor(names[e]) for e in shares}, shares)
+
+    def stacked(self, place: Place, own: Tensor) -> Tensor:
+        """All experts of a layer in one tensor, the merged ones replaced."""
+        sums = {} if place.is_router else self._sums.get(place.layer, {})
+        new = {expert: weighted_average({e: own[e] for e in shares}, shares) for expert, shares in sums.items()}
+        if new:
+            own = own.clone()
+        for expert, weight in new.items():
+            own[expert] = weight
+        return own
+
+
+def _without_number(name: str) -> str:
+    return re.sub(r"((?:^|\.)experts\.)\d+\.", r"\g<1>*.", name)
+
+
 def _pruned(
-    shard: Any, names: Sequence[str], places: Mapping[str, Place], kept: Mapping[int, Sequence[int]]
+    shard: Any, names: Sequence[str], places: Mapping[str, Place], kept: Mapping[int, Sequence[int]], merged: _Merged
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one shard that survive, under their new names."""
     for name in names:
@@ -151,13 +199,14 @@ def _pruned(
         if place is None:
             yield name, shard.get_tensor(name)
         elif place.expert is None:
-            stored = shard.get_tensor(name)
+            stored = merged.stacked(place, shard.get_tensor(name))
             size = stored.shape[place.axis]
             rows = [*kept[place.layer], *range(size - place.trailing, size)]
             yield name, stored.index_select(place.axis, torch.tensor(rows))
         elif place.expert in kept[place.layer]:
             new = list(kept[place.layer]).index(place.expert)
-            yield re.sub(r"((?:^|\.)experts\.)\d+\.", rf"\g<1>{new}.", name), shard.get_tensor(name)
+            renamed = re.sub(r"((?:^|\.)experts\.)\d+\.", rf"\g<1>{new}.", name)
+            yield renamed, merged.one(name, place, shard.get_tensor(name))
 
 
 def _pruned_config(raw: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> dict[str, Any]:
@@ -201,11 +250,13 @@ def _model_card(checkpoint: Checkpoint, plan: PruningPlan, kept: Mapping[int, Se
         if uniform
         else 'moeprune_ext.load("<this directory>")  # layers keep different numbers of experts'
     )
+    merges = sum(len(sums) for sums in plan.merged.values())
+    changed = f"{merges} experts are averages of merged ones." if merges else "No weight was retrained or changed."
     rows = "\n".join(f"| {index} | {layers[index].shape.num_experts} | {len(ids)} |" for index, ids in kept.items())
     return (
         f"---\ntags:\n- moeprune\n- expert-pruning\n---\n\n# {name}, {after} of {before} experts\n\n"
         f"Pruned from `{name}` with moeprune_ext, criterion {plan.criterion or 'unknown'}, "
-        f"{1 - after / before:.1%} of the routed experts removed; weights take {total / 1e6:,.1f} MB. No weight was "
-        f"retrained or changed. The plan is in `pruning_plan.json`.\n\n```python\n{loader}\n```\n\n"
+        f"{1 - after / before:.1%} of the routed experts removed; weights take {total / 1e6:,.1f} MB. {changed} "
+        f"The plan is in `pruning_plan.json`.\n\n```python\n{loader}\n```\n\n"
         f"| layer | experts before | kept |\n| --- | --- | --- |\n{rows}\n"
     )

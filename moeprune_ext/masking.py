@@ -115,22 +115,60 @@ def applied(model: nn.Module, plan: PruningPlan | HasPlan) -> Iterator[nn.Module
     plan = plan_of(plan)
     layers = find_moe_layers(model)
     check_plan(plan, layers, model_fingerprint(model, layers))
+    if plan.merged and getattr(model, "moeprune_stream", None) is not None:
+        raise ValueError("a streamed model cannot hold merged experts; export the plan and load the export")
     with masks(layers, plan):
         yield model
 
 
 @contextmanager
 def masks(layers: Mapping[int, MoeLayer], plan: PruningPlan) -> Iterator[None]:
-    """`applied` for layers already found and a plan already checked."""
+    """`applied` for layers already found and a plan already checked.
+
+    Merged experts take the places of kept ones, whose own weights are held meanwhile.
+    """
     with ExitStack() as stack:
+        for index, sums in plan.merged.items():
+            stack.enter_context(_merged(layers[index], sums))
         for index, kept in plan.kept.items():
             if len(kept) < layers[index].shape.num_experts:
                 stack.enter_context(masked(layers[index], kept))
         yield
 
 
+def weighted_average(weights: Mapping[int, Tensor], shares: Mapping[int, float]) -> Tensor:
+    """sum over e of shares[e] * weights[e], in float32 or better, in the dtype of the weights."""
+    dtype = next(iter(weights.values())).dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.stack([weights[expert].to(wide) * share for expert, share in shares.items()]).sum(0).to(dtype)
+
+
+def _merge_(layer: MoeLayer, sums: Mapping[int, Mapping[int, float]]) -> list[tuple[Tensor, dict[int, Tensor]]]:
+    """Replaces kept experts' weights by sums of experts'; what stood there: [(tensor, {expert: its slice})]."""
+    before = []
+    for place in expert_tensors(layer):
+        tensor = getattr(place.owner, place.name).detach()
+        new = {expert: weighted_average({e: tensor[e] for e in shares}, shares) for expert, shares in sums.items()}
+        before.append((tensor, {expert: tensor[expert].clone() for expert in sums}))
+        for expert, weight in new.items():
+            tensor[expert] = weight
+    return before
+
+
+@contextmanager
+def _merged(layer: MoeLayer, sums: Mapping[int, Mapping[int, float]]) -> Iterator[None]:
+    before = _merge_(layer, sums)
+    try:
+        yield
+    finally:
+        for tensor, slices in before:
+            for expert, weight in slices.items():
+                tensor[expert] = weight
+
+
 def prune_(model: nn.Module, plan: PruningPlan) -> None:
-    """Removes the experts a plan does not keep, in place: router and expert tensors are sliced, counts are set.
+    """Removes the experts a plan does not keep, in place: router and expert tensors are sliced, counts are set; merged
+    experts get their weights.
 
     The configuration's expert count follows when every layer keeps equally many. Raises ValueError as `applied`, and
     for a model whose layers are streamed.
@@ -139,6 +177,8 @@ def prune_(model: nn.Module, plan: PruningPlan) -> None:
         raise ValueError("a streamed model cannot be pruned in place; export the plan and load the export")
     layers = find_moe_layers(model)
     check_plan(plan, layers, model_fingerprint(model, layers))
+    for index, sums in plan.merged.items():
+        _merge_(layers[index], sums)
     resize_(model, plan.kept)
 
 

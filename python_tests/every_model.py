@@ -32,7 +32,7 @@ LAYERS = 4
 # Sizes by the names that configurations give them: the first pattern that matches the whole name.
 SIZES: dict[str, Any] = {
     r"vocab_size|unpadded_vocab_size|vocab_size_per_layer_input|ngram_vocab_size_base": VOCABULARY,
-    r"(moe_|out_|text_|audio_)?hidden_size|d_model|projection_dim|output_dim|ple_embed_dim": 32,
+    r"(moe_|out_|text_|audio_)?hidden_size|adapter_(in|out)_dim|d_model|projection_dim|output_dim|ple_embed_dim": 32,
     r"num_hidden_layers|encoder_layers": LAYERS,
     r"depth|n(um)?_layers": 2,  # longcat_flash's layers hold two of the decoder's
     r"(swa_|encoder_)?(num_)?(attention_)?heads|num_sliding_attention_heads": 4,

@@ -1,6 +1,7 @@
 """Every family the papers prune: mask, prune, export, reload, and the same numbers each way."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -111,6 +112,38 @@ def test_score_equals_exported_checkpoint(family, plans, kind, tmp_path):
     assert score.kl_pq == pytest.approx(float(direct["kl_pq"].mean()), abs=1e-5)
     nll = torch.nn.functional.cross_entropy(logits_of(reloaded, tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert score.nll == pytest.approx(float(nll), abs=1e-5)
+
+
+def test_merged_experts_are_averages_wherever_a_plan_is_carried_out(family, plans, tmp_path):
+    """Under a mask, pruned in memory, exported and in the evaluator, whether stored one by one or stacked."""
+    _, model, _ = family
+    uneven = plans["uneven"]
+    first = next(layer for layer, count in uneven.pruned_counts.items() if count)
+    gone = next(e for e in range(8) if e not in uneven.kept[first])
+    into, other = uneven.kept[first][:2]
+    plan = dataclasses.replace(uneven, merged={first: {into: {into: 0.6, gone: 0.3, other: 0.1}}})
+    tokens = random_tokens(seed=6)
+    full = logits_of(model, tokens)
+    with mp.applied(model, plan):
+        merged = logits_of(model, tokens)
+    assert torch.equal(logits_of(model, tokens), full), "the weights must come back"
+    with mp.applied(model, uneven):
+        assert not torch.allclose(logits_of(model, tokens), merged, atol=1e-3)
+
+    pruned = copy.deepcopy(model)
+    mp.prune_(pruned, plan)
+    weights, before = (find_moe_layers(m)[first].experts.down_proj for m in (pruned, model))
+    expected = 0.6 * before[into] + 0.3 * before[gone] + 0.1 * before[other]
+    torch.testing.assert_close(weights[uneven.kept[first].index(into)], expected)
+    torch.testing.assert_close(logits_of(pruned, tokens), merged, rtol=0, atol=1e-5)
+
+    plan.save(tmp_path / "plan.json")
+    model.save_pretrained(tmp_path / "full", max_shard_size="20KB")
+    reloaded = mp.load(mp.export(tmp_path / "full", mp.PruningPlan.load(tmp_path / "plan.json"), tmp_path / "out"))
+    torch.testing.assert_close(logits_of(reloaded, tokens), merged, rtol=0, atol=1e-5)
+    direct = mp.reference.overlap(full.flatten(0, 1).double(), merged.flatten(0, 1).double())["esap"].mean()
+    scores = mp.CandidateEvaluator(model, [tokens]).evaluate([uneven, plan])
+    assert scores[1].esap == pytest.approx(float(direct), abs=1e-5) != scores[0].esap
 
 
 def test_reloaded_uneven_model_can_be_calibrated_scored_searched_and_exported_again(family, plans, tmp_path):
@@ -259,6 +292,9 @@ def test_mxfp4_checkpoints_are_loaded_dequantised_and_exported_as_stored(tmp_pat
     scores = mp.score_experts(mp.calibrate(full, [random_tokens()]))
     evaluator = mp.CandidateEvaluator(full, [random_tokens(seed=2)])
     for plan in (mp.uniform_plan(scores, 0.5), mp.PruningPlan.from_pruned_counts(scores, {0: 3, 2: 5})):
+        sums = {index: {ids[0]: {ids[0]: 0.5, ids[1]: 0.5}} for index, ids in plan.kept.items()}
+        with pytest.raises(ValueError, match="quantised experts cannot be merged"):
+            mp.export(tmp_path / "full", dataclasses.replace(plan, merged=sums), tmp_path / "refused")
         out = mp.export(tmp_path / "full", plan, tmp_path / f"out-{plan.is_uniform}")
         stored = load_file(out / "model.safetensors")["model.layers.0.mlp.experts.down_proj_blocks"]
         assert stored.dtype == torch.uint8 and len(stored) == len(plan.kept[0])
