@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moeprune_ext import distributed
-from moeprune_ext.data import TokenBatch, as_batches
+from moeprune_ext.data import TokenBatch, as_batches, without_padding
 from moeprune_ext.dispatch import row_chunks
 from moeprune_ext.experts import PairOutputs, distinct_pairs, weighted_sum
 from moeprune_ext.files import replacing
@@ -38,6 +38,7 @@ from moeprune_ext.ops import routing_moments_
 from moeprune_ext.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay
 
 FORMAT = "moeprune.stats/1"
+RARELY = 32  # tokens below which an expert's averages say little (our choice)
 PAIRS_AT_ONCE = 65_536  # routed pairs whose outputs [pairs, H] are alive at a time: 0.5 GB at H = 4096 in bfloat16
 
 
@@ -55,6 +56,16 @@ class RoutingStats:
     tokens: int
     shapes: dict[int, LayerShape]
     model: str
+
+    @property
+    def tokens_per_expert(self) -> dict[int, Tensor]:
+        """{decoder layer: int64 [E]}, the tokens routed to each expert."""
+        return {layer: table[:, 0, 0].long() for layer, table in self.moments.items()}
+
+    def rarely_routed(self, fewer_than: int = RARELY) -> dict[int, list[int]]:
+        """{decoder layer: ids of the experts that saw fewer tokens than that}; layers without any are left out."""
+        rare = {layer: (seen < fewer_than).nonzero()[:, 0].tolist() for layer, seen in self.tokens_per_expert.items()}
+        return {layer: experts for layer, experts in rare.items() if experts}
 
     def __add__(self, other: RoutingStats) -> RoutingStats:
         if self.model != other.model or self.shapes != other.shapes:
@@ -101,16 +112,18 @@ class RoutingStats:
 def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> RoutingStats:
     """Runs the model over `batches` once and gathers RoutingStats for every MoE layer.
 
-    batches: see data.as_batches; positions with attention_mask = 1 count, label masks are ignored. Memory beside the
-    model's own: a table of 9 float64 per expert, and expert outputs of one block of routed pairs. Where layers are
-    streamed (streaming.py) each is visited once, and the batches' hidden states wait in host memory. Under torchrun the
-    batches are dealt out over the processes, and every process gets the whole statistics: the same for any number of
-    them up to the rounding of float64 sums. The model is left as it was.
+    batches: see data.as_batches; positions with attention_mask = 1 count, whichever side is padded; label masks are
+    ignored. Memory beside the model's own: a table of 9 float64 per expert, and expert outputs of one block of routed
+    pairs. Where layers are streamed (streaming.py) each is visited once, and the batches' hidden states wait in host
+    memory. Under torchrun the batches are dealt out over the processes, and every process gets the whole statistics:
+    the same for any number of them, of as many threads each, up to the rounding of float64 sums. The same sequences in
+    other batches agree as well as the model's own dtype rounds. The model is left as it was.
     Raises ValueError for a model without MoE layers, or for no data. Source: methods of arXiv 2606.15716 and
     2510.13999.
     """
     layers = find_moe_layers(model)
-    batches = as_batches(batches, model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    vocab_size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    batches = without_padding(as_batches(batches, vocab_size))
     mine = [batches[number] for number in distributed.mine(len(batches))]
     scratch: dict[str, Tensor] = {}
     tables = {index: _Table(layer, scratch) for index, layer in layers.items()}
@@ -144,7 +157,7 @@ class _Table:
     """One layer's moments and max_norm, and what the rows being run are: attended positions or padding."""
 
     def __init__(self, layer: MoeLayer, scratch: dict[str, Tensor]) -> None:
-        self._index, self._count = layer.index, layer.shape.num_experts
+        self._index, self._count, self._router_rows = layer.index, layer.shape.num_experts, layer.router_rows
         self._device = next(layer.router.parameters()).device
         self._pair_outputs = PairOutputs(layer, scratch)
         self.moments = torch.zeros(self._count, 3, 3, dtype=torch.float64, device=self._device)
@@ -162,12 +175,15 @@ class _Table:
         output = torch.empty_like(hidden)
         state = torch.zeros(1, dtype=torch.int64, device=hidden.device)
         for block in row_chunks(tokens, top_k, PAIRS_AT_ONCE):
-            rows, counts, pair_of = distinct_pairs(expert_ids[block], state, state, self._count)
+            rows, counts, pair_of = distinct_pairs(expert_ids[block], state, state, self._router_rows)
             outputs = self._pair_outputs(original, hidden[block], rows, counts)
             gates = torch.empty(len(rows), dtype=weights.dtype, device=weights.device)
             gates[pair_of.flatten()] = weights[block].flatten()
             ids = torch.repeat_interleave(torch.tensor(counts, device=hidden.device))
             valid = self.attended[block].to(hidden.device)[rows]
+            if self._router_rows > self._count:  # what goes to no expert, or nowhere with a gate of zero, is no pair
+                valid &= (ids < self._count) & (gates != 0)
+                ids = ids.clamp(max=self._count - 1)
             routing_moments_(self.moments, self.max_norm, ids, gates, outputs, valid=valid)
             output[block] = weighted_sum(outputs, pair_of, weights[block])
         return output
@@ -183,11 +199,11 @@ def _replay(model: nn.Module, layers: Mapping[int, MoeLayer], batch: TokenBatch)
     for every batch."""
     if getattr(model, "moeprune_stream", None) is None:
         return None
-    few = TokenBatch(*(part[:1, :TRIED_TOKENS] for part in vars(batch).values()))
+    few = batch.input_ids[:1, batch.attention_mask[0]][:, :TRIED_TOKENS]
     try:
         replay = Replay(model, layers)
         with evaluating(model):
-            replay.check(few.model_inputs(next(model.parameters()).device))
+            replay.check({"input_ids": few.to(next(model.parameters()).device)})
     except NotReplayable:
         return None
     return replay

@@ -1,4 +1,4 @@
-"""The `moeprune` command: what its verbs take. What they do is in verbs.py.
+"""The `moeprune` command: what its verbs take. What they do is in verbs.py and plan_verbs.py.
 
 Results go to stdout (JSON with --json), progress to stderr. Exit status: 0, 2 for a bad request (one line, nothing
 written), 1 for a failure. Under torchrun, `calibrate` and `search` share their work between the processes, of which the
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moeprune_ext import distributed, verbs
+from moeprune_ext import distributed, plan_verbs, verbs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         distributed.join()
-        if not distributed.is_first() and options.verb not in (verbs.calibrate, verbs.search):
+        if not distributed.is_first() and options.verb not in (verbs.calibrate, plan_verbs.search):
             distributed.leave()
             return
         result, text = options.verb(options)
@@ -49,6 +49,10 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _count_or_zero(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _size(text: str) -> float:
@@ -103,6 +107,17 @@ def _parser() -> argparse.ArgumentParser:
             help="for models larger than the device: layers wait in host memory or in the shards, and visit it in turn",
         )
 
+    def add_limits(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--min-kept", type=_count_or_zero, default=0, help="fewest experts any layer keeps")
+        made.add_argument(
+            "--min-kept-per-group", type=_count_or_zero, default=0, help="the same for each group of grouped routers"
+        )
+        made.add_argument(
+            "--protect-super",
+            action="store_true",
+            help="never prune experts with extreme output norms (super experts, arXiv 2507.23279)",
+        )
+
     add(
         "demo", verbs.demo, "everything, on the embedded model, in about a minute on two cores", "moeprune demo"
     ).add_argument("-o", "--out", type=Path, help="keep statistics, plans and checkpoints in this directory")
@@ -124,27 +139,38 @@ def _parser() -> argparse.ArgumentParser:
     add_stream(made)
     made.add_argument("-o", "--out", type=Path, required=True, help="statistics file to write")
 
+    from moeprune_ext.allocate import NORMALIZATIONS
     from moeprune_ext.criteria import CRITERIA, SELECTION_PRINCIPLE
+    from moeprune_ext.grape import SIMILARITIES
     from moeprune_ext.routers import ROUTERS
 
     criteria = f"{', '.join([*CRITERIA, 'random'])}, or alpha,beta,mean|sum. {SELECTION_PRINCIPLE}"
     example = "moeprune score stats.safetensors --criterion reap -o scores.json"
-    made = add("score", verbs.score, "statistics to one score per expert, by any published criterion", example)
+    made = add("score", verbs.score, "statistics to one score per expert, and how far the criteria agree", example)
     made.add_argument("stats", type=Path, help="statistics file")
-    made.add_argument("--criterion", default="reap", help=criteria)
-    made.add_argument("-o", "--out", type=Path, help="scores file to write")
+    made.add_argument("--criterion", nargs="+", default=["reap"], help=f"one or more of {criteria}")
+    add_limits(made)
+    made.add_argument("-o", "--out", type=Path, help="scores file to write, of one criterion")
 
-    example = "moeprune search MODEL --stats stats.safetensors --sparsity 0.5 --data text.jsonl -o RUN_DIR"
-    made = add(
+    def add_plan(
+        name: str, verb: Callable[[argparse.Namespace], Any], about: str, rest: str
+    ) -> argparse.ArgumentParser:
+        example = f"moeprune {name} MODEL --stats stats.safetensors --sparsity 0.5 {rest}"
+        made = add(name, verb, about, example)
+        made.add_argument("model", type=Path, help="model directory")
+        made.add_argument("--stats", type=Path, required=True, help="statistics file of this model")
+        made.add_argument("--criterion", default="reap", help=criteria)
+        made.add_argument("--sparsity", type=float, default=0.5, help="share of the experts to remove, 0 to below 1")
+        add_limits(made)
+        return made
+
+    made = add_plan(
         "search",
-        verbs.search,
+        plan_verbs.search,
         "EvoESAP: how many experts each layer should lose; resumes RUN_DIR if it exists",
-        example,
+        "--data text.jsonl -o RUN_DIR",
     )
-    made.add_argument("model", type=Path, help="model directory")
-    made.add_argument("--stats", type=Path, required=True, help="statistics file of this model")
-    made.add_argument("--criterion", default="reap", help=criteria)
-    made.add_argument("--sparsity", type=float, default=0.5, help="share of the experts to remove, 0 to below 1")
+    made.add_argument("--init", type=Path, nargs="+", default=[], help="plan files that join the first generation")
     made.add_argument("--fitness", default="esap", help="esap, kl_qp, kl_pq, nll, accept or top1_agree")
     made.add_argument("--population", type=_count, default=32, help="plans per generation")
     made.add_argument("--generations", type=_count, default=50, help="generations")
@@ -160,6 +186,42 @@ def _parser() -> argparse.ArgumentParser:
     add_data(made, True, 64)
     add_stream(made)
     made.add_argument("-o", "--out", type=Path, required=True, help="directory for plan.json, history and settings")
+
+    made = add_plan(
+        "allocate",
+        plan_verbs.allocate,
+        "a plan without a search: uniform, a global threshold, the best additive split (dp), or naee's subsets",
+        "--method dp --data text.jsonl -o plan.json",
+    )
+    made.add_argument(
+        "--method", default="uniform", choices=("uniform", "global", "dp", "naee"), help="how to allocate"
+    )
+    made.add_argument(
+        "--normalize", default="mean", choices=NORMALIZATIONS, help="global: what makes scores of layers comparable"
+    )
+    made.add_argument("--fitness", default="esap", help="dp: what a layer's pruning is measured by, as in search")
+    made.add_argument("--steps", type=_count, help="dp: most counts to measure per layer; all of them if left out")
+    made.add_argument("--damages", type=Path, help="dp: file of what was measured, read if it exists, else written")
+    made.add_argument("--memory-budget", type=_size, default=1.0, help="dp: GiB beside the model's weights")
+    add_data(made, False, 64)
+    add_stream(made)
+    made.add_argument("-o", "--out", type=Path, required=True, help="plan file to write")
+
+    made = add_plan(
+        "grape",
+        plan_verbs.grape,
+        "GRAPE: prunes where experts are most alike, over all layers",
+        "--data text.jsonl -o plan.json",
+    )
+    made.add_argument("--similarity", default="cka", choices=SIMILARITIES, help="of outputs on text, or of weights")
+    made.add_argument("--tokens", type=_count, default=1024, help="tokens on which outputs are compared")
+    made.add_argument(
+        "--entropy", type=float, default=0.9, help="least evenness of removals over layers, 0 to 1; 0: off"
+    )
+    made.add_argument("--merge", action="store_true", help="average similar experts' weights, by score")
+    add_data(made, False, 64)
+    add_stream(made)
+    made.add_argument("-o", "--out", type=Path, required=True, help="plan file to write")
 
     made = add(
         "export",

@@ -76,6 +76,19 @@ def as_batches(batches: Iterable[Any], vocab_size: int | None = None) -> list[To
     return found
 
 
+def without_padding(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+    """The batches without rows that are all padding, and without columns of padding at either end; empty ones are left
+    out."""
+    found = []
+    for batch in batches:
+        rows, columns = batch.attention_mask.any(1), batch.attention_mask.any(0).nonzero()[:, 0]
+        if len(columns):
+            inside = slice(int(columns[0]), int(columns[-1]) + 1)
+            parts = (batch.input_ids, batch.attention_mask, batch.labels_mask)
+            found.append(TokenBatch(*(part[rows, inside] for part in parts)))
+    return found
+
+
 def split_sequences(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
     """Every sequence that has something to score as a batch of its own, [1, S], without the padding around it."""
     found = []
@@ -162,14 +175,16 @@ def load_batches(
     sequence_length: int = 2048,
     sequences: int = 64,
     batch_size: int = 1,
+    labels: bool = True,
 ) -> list[TokenBatch]:
     """Reads data files into at most `sequences` rows of at most `sequence_length` tokens.
 
     `.jsonl` lines hold "text" (packed), "prompt" and "response", or "messages" (the chat template is applied; the
     last assistant message is the response). With a prompt only response tokens are labelled; such rows are padded,
     not packed, cut at sequence_length, and left out when the prompt alone fills it. `.safetensors` holds `input_ids`
-    [N, S] with optional masks. Anything else is one plain text. Raises ValueError, naming the file, for what cannot
-    be read.
+    [N, S] with optional masks. Anything else is one plain text. labels=False is for calibration, where every token
+    counts: messages need no assistant among them, and what is too long is cut, never left out. Raises ValueError,
+    naming the file, for what cannot be read.
     """
     texts: list[str] = []
     rows: list[tuple[list[int], int]] = []  # tokens, and how many of them are prompt
@@ -181,7 +196,7 @@ def load_batches(
             batches += _token_file(path, batch_size, sequences - sum(len(batch.input_ids) for batch in batches))
         elif path.suffix == ".jsonl":
             for record, place in read_json_lines(path):
-                text, prompt_and_response = _record(record, place, tokenizer)
+                text, prompt_and_response = _record(record, place, tokenizer, labels)
                 if prompt_and_response is not None:
                     rows.append(prompt_and_response)
                 else:
@@ -213,34 +228,43 @@ def _token_file(path: Path, batch_size: int, rows: int) -> list[TokenBatch]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     if "input_ids" not in tensors:
         raise ValueError(f"{path} has no tensor `input_ids` (it has: {', '.join(sorted(tensors)) or 'none'})")
-    whole = as_batches([tensors])[0]
+    try:
+        whole = as_batches([tensors])[0]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     parts = zip(
         *(t[: max(rows, 0)].split(batch_size) for t in (whole.input_ids, whole.attention_mask, whole.labels_mask)),
         strict=True,
     )
-    return [TokenBatch(*part) for part in parts]
+    return [TokenBatch(*part) for part in parts if len(part[0])]
 
 
-def _record(record: dict[str, Any], place: str, tokenizer: Any) -> tuple[str, tuple[list[int], int] | None]:
+def _record(
+    record: dict[str, Any], place: str, tokenizer: Any, labels: bool
+) -> tuple[str, tuple[list[int], int] | None]:
     if isinstance(record.get("text"), str):
         return record["text"], None
     if isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str):
         prompt = tokenizer(record["prompt"])["input_ids"]
         response = tokenizer(record["response"], add_special_tokens=False)["input_ids"]
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        return "", (prompt + response + end, len(prompt))
+        return "", (prompt + response + end, len(prompt) if labels else 0)
     messages = record.get("messages")
     if isinstance(messages, list) and messages:
-        return "", _chat(messages, place, tokenizer)
+        return "", _chat(messages, place, tokenizer, labels)
     raise ValueError(f'{place} needs "text", "prompt" and "response", or "messages"; it has: {", ".join(record)}')
 
 
-def _chat(messages: list[Any], place: str, tokenizer: Any) -> tuple[list[int], int]:
-    """Token ids up to the end of the last assistant message, and how many of them come before it."""
+def _chat(messages: list[Any], place: str, tokenizer: Any, labels: bool) -> tuple[list[int], int]:
+    """Token ids up to the end of the last assistant message, and how many of them come before it; all and 0 without
+    labels."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{place} has chat messages, but the tokenizer has no chat template")
     if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
         raise ValueError(f'{place}: every message must be an object with a "role" and a text "content"')
+    if not labels:
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer(whole, add_special_tokens=False)["input_ids"], 0
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
     if last == 0:
         raise ValueError(f"{place} has no assistant message after a first one, so no response to score")

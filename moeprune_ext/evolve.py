@@ -1,8 +1,9 @@
 """EvoESAP: searches how many experts each layer loses, under a fixed total and a fixed pruning order inside each layer.
 
-A candidate is a vector n = (n_1..n_L), sum = budget. First generation: one plan per initial pattern, the rest random.
-Then, generation by generation: the elites survive, and each child is a copy of a random elite with a few level-switch
-mutations, each moving some pruned experts from one layer to another. Source and default settings: arXiv 2603.06003.
+A candidate is a vector n = (n_1..n_L), sum = budget. First generation: one plan per initial pattern, the rest random;
+plans from elsewhere may join (our choice). Then, generation by generation: the elites survive, and each child is a copy
+of a random elite with a few level-switch mutations, each moving some pruned experts from one layer to another. Source
+and default settings: arXiv 2603.06003.
 
 A generation depends only on (seed, generation number, scores so far), so the state of a search is the list of scores
 (journal.py): an interrupted run replays its history file and goes on, and ends with the plan the uninterrupted run
@@ -12,8 +13,6 @@ returned, has been scored on all tokens.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import random
@@ -27,10 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeprune_ext import distributed
+from moeprune_ext.allocate import check_scores, counts_of, in_units, order_fingerprint
 from moeprune_ext.criteria import ExpertScores
 from moeprune_ext.evaluator import LOWER_IS_BETTER, METRICS, CandidateEvaluator, to_maximise
 from moeprune_ext.journal import Journal
-from moeprune_ext.plan import PruningPlan, pruning_order, uniform_counts
+from moeprune_ext.plan import HasPlan, PruningPlan, plan_of
 from moeprune_ext.racing import race
 
 FIDELITIES = ("full", "race")
@@ -80,6 +80,7 @@ def evolve(
     max_steps: int = 3,
     max_attempts: int = 32,
     init_patterns: Sequence[str] = DEFAULT_PATTERNS,
+    init_plans: Sequence[PruningPlan | HasPlan] = (),
     fidelity: str = "full",
     race_level: float = 0.05,
     seed: int = 0,
@@ -92,13 +93,15 @@ def evolve(
     generations, elites: sizes; the defaults make population + (generations - 1) * (population - elites) = 1,404
     evaluations, repeated plans served from a cache. A child makes min(U{1..max_steps}, U{1..max_steps}) moves of
     U{1..max_delta} experts in at most max_attempts tries (in units of the router's groups where it has groups).
+    init_plans: plans of the same budget that join the first generation, before the patterns; how many experts each
+    layer loses is taken from them, which ones is for the scores to say.
     fidelity: "full" scores every candidate on every token; "race" drops a candidate once it is clearly worse than the
     worst elite on the sequences seen, where race_level is the chance of dropping one that is not (racing.py).
     out: a directory for `search.json` (settings), `history.jsonl` (every score, appended per generation) and
     `plan.json`; a directory with a history is resumed, with more generations if asked. Same seed and machine: same
     plan, whatever the number of processes.
     Beyond the released code (our choices): a plan met twice in a generation counts once among the elites, and a
-    population smaller than the list of patterns takes the first of them.
+    population smaller than the list of plans and patterns takes the first of them.
 
     Raises ValueError, before any evaluation, for settings or a budget that cannot be, and for a directory that belongs
     to another search, naming what differs.
@@ -107,17 +110,18 @@ def evolve(
     check_settings(fitness, population, generations, elites, fidelity, race_level)
     if min(max_delta, max_steps, max_attempts) < 1:
         raise ValueError("max_delta, max_steps and max_attempts must be at least 1")
-    _check_scores(evaluator, scores)
-    unit = scores.n_group
-    layers = list(scores)
-    capacities = [scores.shapes[layer].capacity // unit for layer in layers]
-    budget = sum(uniform_counts(scores, sparsity).values()) // unit
+    check_scores(evaluator, scores)
+    unit, limits, budget = in_units(scores, sparsity)
+    layers, capacities = list(limits), list(limits.values())
+    given = [counts_of(plan_of(p), scores, sparsity, f"init_plans[{i}]") for i, p in enumerate(init_plans)]
+    if len(given) > population:
+        raise ValueError(f"{len(given)} init_plans do not fit a population of {population}")
     patterns = list(dict.fromkeys(init_patterns))
     if unknown := [name for name in patterns if name not in DEFAULT_PATTERNS]:
         raise ValueError(f"unknown initial patterns {unknown}; choose from {', '.join(DEFAULT_PATTERNS)}")
     settings = {
         **evaluator.identity,
-        "order": _order_fingerprint(scores),
+        "order": order_fingerprint(scores),
         "criterion": scores.criterion,
         "sparsity": sparsity,
         "fitness": fitness,
@@ -127,6 +131,9 @@ def evolve(
         "max_steps": max_steps,
         "max_attempts": max_attempts,
         "init_patterns": patterns,
+        # None, as where a directory of an earlier version says nothing of them, so that it still resumes.
+        "init_plans": [[n * unit for n in counts] for counts in given] or None,
+        "capacities": None if scores.shapes == evaluator.shapes else [n * unit for n in capacities],
         "fidelity": fidelity,
         "race_level": race_level if fidelity == "race" else None,
         "seed": seed,
@@ -145,7 +152,7 @@ def evolve(
     for generation in range(generations):
         rng = random.Random(f"{seed}:{generation}")
         if generation == 0:
-            members = _first_generation(patterns, population, capacities, budget, rng)
+            members = _first_generation(given, patterns, population, capacities, budget, rng)
         else:
             children = (rng.choice(survivors) for _ in range(population - elites))
             members = survivors + [mutate(c, capacities, rng, max_delta, max_steps, max_attempts) for c in children]
@@ -297,23 +304,16 @@ def check_settings(
         )
 
 
-def _check_scores(evaluator: CandidateEvaluator, scores: ExpertScores) -> None:
-    if scores.model is not None and scores.model != evaluator.fingerprint:
-        raise ValueError(
-            f"the scores were made for another model: their fingerprint is {scores.model}, the evaluator's is "
-            f"{evaluator.fingerprint}; calibrate and score this model"
-        )
-    if dict(scores.shapes) != evaluator.shapes:
-        raise ValueError("the scores' layers, expert counts or routers differ from the evaluator's model")
-    if len({shape.n_group for shape in scores.shapes.values()}) != 1:
-        raise ValueError("layers with different numbers of router groups cannot exchange experts")
-
-
 def _first_generation(
-    patterns: Sequence[str], population: int, capacities: Sequence[int], budget: int, rng: random.Random
+    given: Sequence[Counts],
+    patterns: Sequence[str],
+    population: int,
+    capacities: Sequence[int],
+    budget: int,
+    rng: random.Random,
 ) -> list[Counts]:
-    names = [*patterns, *["random"] * population][:population]
-    return [allocate(pattern_weights(name, len(capacities), rng), capacities, budget) for name in names]
+    names = [*patterns, *["random"] * population][: population - len(given)]
+    return [*given, *(allocate(pattern_weights(name, len(capacities), rng), capacities, budget) for name in names)]
 
 
 def pattern_weights(pattern: str, layers: int, rng: random.Random) -> list[float]:
@@ -384,8 +384,3 @@ def mutate(
             child[taker] += delta
             done += 1
     return tuple(child)
-
-
-def _order_fingerprint(scores: ExpertScores) -> str:
-    orders = [pruning_order(values, scores.shapes[layer].n_group) for layer, values in scores.items()]
-    return hashlib.sha256(json.dumps(orders).encode()).hexdigest()[:16]

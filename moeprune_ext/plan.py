@@ -167,17 +167,21 @@ def pruning_order(values: Tensor, n_group: int = 1, protected: frozenset[int] = 
 def uniform_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:
     """{layer: experts to prune} at one sparsity: round_half_up(sparsity * E / n_group) * n_group (our choice).
 
-    The sum is the budget that every allocation method spends. Raises ValueError for a sparsity outside [0, 1) or a sum
-    that no allocation can spend; a single layer may still be asked for more than it can give.
+    A layer that can lose none, such as one whose experts are looked up by token, has no share (our choice). The sum is
+    the budget that every allocation method spends. Raises ValueError for a sparsity outside [0, 1) or a sum that no
+    allocation can spend; a single layer may still be asked for more than it can give.
     """
     if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is the share of experts to remove, at least 0 and below 1; got {sparsity}")
     counts = {
         # The tiny addition keeps products such as 0.15 * 10 = 1.4999999999999998 on the side they were meant.
         layer: math.floor(sparsity * shape.num_experts / shape.n_group + 0.5 + 1e-9) * shape.n_group
+        if shape.capacity
+        else 0
         for layer, shape in scores.shapes.items()
     }
-    capacity, experts = (sum(getattr(s, name) for s in scores.shapes.values()) for name in ("capacity", "num_experts"))
+    prunable = [shape for shape in scores.shapes.values() if shape.capacity]
+    capacity, experts = (sum(getattr(shape, name) for shape in prunable) for name in ("capacity", "num_experts"))
     if sum(counts.values()) > capacity:
         raise ValueError(
             f"sparsity {sparsity} asks for {sum(counts.values())} of {experts} experts, but at most {capacity} can go: "

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tiny_models import random_tokens, tiny_model
 
 import moeprune_ext as mp
-from moeprune_ext.data import as_batches, data_fingerprint, load_batches, pack
+from moeprune_ext.data import TokenBatch, as_batches, data_fingerprint, load_batches, pack, without_padding
 from moeprune_ext.demo.run import demo_folder
 
 
@@ -115,6 +115,79 @@ def test_files_of_every_kind(tokenizer, tmp_path):
     response = batches[2]
     assert response.labels_mask.sum() == 2, "the response's one digit and the end of text"
     assert tokenizer.decode(response.input_ids[response.scored]) == "2<|endoftext|>"
+
+
+CHAT_TEMPLATE = (  # like Qwen3's, it drops what the assistant thought from all but the last message
+    "{% for m in messages %}<{{ m.role }}>"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE)
+    return tokenizer
+
+
+def chat_file(path, *conversations):
+    """A file of conversations, each written as contents of user and assistant in turn."""
+    roles = ("user", "assistant")
+    messages = [[{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)] for texts in conversations]
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in messages))
+    return [path]
+
+
+def test_the_last_assistant_message_is_the_response(chat_tokenizer, tmp_path):
+    paths = chat_file(tmp_path / "chat.jsonl", ["1+1=", "2", "2+2=", "4", "thanks"], ["3+4=", "7"])
+    batch = load_batches(paths, chat_tokenizer, sequence_length=64, batch_size=2)[0]
+    texts = [chat_tokenizer.decode(ids[scored]) for ids, scored in zip(batch.input_ids, batch.scored, strict=True)]
+    assert texts == ["4</assistant>", "7</assistant>"]
+
+
+def test_without_labels_conversations_are_whole(chat_tokenizer, tmp_path):
+    """Calibration needs no response: none, a template that rewrites the past, a prompt longer than the sequence."""
+    conversations = [["hello"], ["1+1=", "<think>2</think>2", "2+2=", "4", "thanks"], ["x = 1 " * 40, "yes"]]
+    paths = chat_file(tmp_path / "chat.jsonl", *conversations)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "y = 2 " * 40, "response": "no"}) + "\n")
+    paths.append(tmp_path / "pairs.jsonl")
+    batch = load_batches(paths, chat_tokenizer, sequence_length=48, batch_size=4, labels=False)[0]
+    assert torch.equal(batch.scored, batch.attention_mask) and batch.input_ids.shape == (4, 48)
+    texts = [
+        chat_tokenizer.decode(ids[attended])
+        for ids, attended in zip(batch.input_ids, batch.attention_mask, strict=True)
+    ]
+    assert texts[0] == "<user>hello</user>"
+    assert texts[1].startswith("<user>1+1=</user><assistant>2</assistant>")
+    assert texts[2].startswith("<user>x = 1 x = 1") and texts[3].startswith("y = 2 y = 2")
+    with pytest.raises(ValueError, match="chat.jsonl:1 has no assistant message"):
+        load_batches(paths, chat_tokenizer, sequence_length=48)
+
+
+def test_without_padding_keeps_every_attended_token_and_its_masks():
+    ids = random_tokens(rows=4, length=6)
+    attended = torch.tensor([[0, 0, 1, 1, 0, 0], [0] * 6, [0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0]]).bool()
+    labelled = torch.tensor([0, 0, 0, 1, 1, 1]).bool().expand(4, 6)
+    blank = TokenBatch(ids, torch.zeros_like(attended), labelled)
+    (found,) = without_padding([blank, TokenBatch(ids, attended, labelled), blank])
+    assert found.input_ids.tolist() == ids[[0, 2, 3], 1:5].tolist()
+    assert found.attention_mask.tolist() == attended[[0, 2, 3], 1:5].tolist()
+    assert found.labels_mask.tolist() == labelled[[0, 2, 3], 1:5].tolist()
+
+
+def test_token_files_keep_their_masks_and_stop_at_the_sequences_asked_for(tokenizer, tmp_path):
+    ids = random_tokens(rows=3, length=8).int()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0], [0] * 8])
+    paths = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for path in paths:
+        save_file({"input_ids": ids, "attention_mask": mask}, path)
+    batches = load_batches(paths, tokenizer, sequences=5, batch_size=2)
+    assert [len(batch.input_ids) for batch in batches] == [2, 1, 2]
+    assert torch.equal(batches[0].attention_mask, mask[:2].bool()) and batches[0].input_ids.dtype == torch.int64
+    assert len(load_batches(paths, tokenizer, sequences=3, batch_size=3)) == 1, "no batch without rows"
+    save_file({"input_ids": ids.float()}, paths[1])
+    with pytest.raises(ValueError, match="b.safetensors: .*integer tensor"):
+        load_batches(paths, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,63 @@ def test_resuming_with_other_settings_is_refused_and_says_which(small, tmp_path,
         mp.evolve(evaluator, scores, **{**SETTINGS, **change}, out=tmp_path)
 
 
+def test_given_plans_come_first_then_patterns_then_random_ones(small, tmp_path):
+    evaluator, scores = small
+    steep, flat = (mp.PruningPlan.from_pruned_counts(scores, c) for c in ({0: 6, 1: 6, 2: 4}, {0: 5, 1: 3, 2: 3, 3: 5}))
+    result = mp.SearchResult(flat, 0.0, [])  # a search's result stands where its plan may
+    first = {**SETTINGS, "generations": 1, "init_patterns": ["uniform", "up"]}
+    mp.evolve(evaluator, scores, **first, init_plans=[steep, result], out=tmp_path / "given")
+    mp.evolve(evaluator, scores, **first, out=tmp_path / "none")
+    given, none = (
+        [counts for counts, _ in json.loads((tmp_path / name / "history.jsonl").read_text())["scores"]]
+        for name in ("given", "none")
+    )
+    assert given[:4] == [[6, 6, 4, 0], [5, 3, 3, 5], *none[:2]]
+    assert len(given) == 6 and given[4:] == none[2:4]
+    mp.evolve(evaluator, scores, **{**first, "population": 3}, init_plans=[steep, flat], out=tmp_path / "cut")
+    cut = json.loads((tmp_path / "cut" / "history.jsonl").read_text())["scores"]
+    assert [counts for counts, _ in cut] == given[:3]
+
+
+def test_a_search_is_never_worse_than_a_plan_it_was_given(small):
+    evaluator, scores = small
+    best = mp.evolve(evaluator, scores, **SETTINGS, seed=1)
+    again = mp.evolve(evaluator, scores, **{**SETTINGS, "generations": 1}, seed=2, init_plans=[best])
+    assert again.score >= best.score - 1e-6
+
+
+def test_resuming_with_other_given_plans_or_limits_is_refused(small, tmp_path):
+    evaluator, scores = small
+    plans = [mp.PruningPlan.from_pruned_counts(scores, counts) for counts in ({0: 6, 1: 5, 2: 5}, {1: 5, 2: 5, 3: 6})]
+    whole = mp.evolve(evaluator, scores, **SETTINGS, init_plans=plans)
+    mp.evolve(evaluator, scores, **{**SETTINGS, "generations": 2}, init_plans=plans, out=tmp_path)
+    for others in ((), plans[:1], plans[::-1]):
+        with pytest.raises(ValueError, match="init_plans"):
+            mp.evolve(evaluator, scores, **SETTINGS, init_plans=others, out=tmp_path)
+    with pytest.raises(ValueError, match=r"capacities: None there, \[6, 5, 6, 6\] now"):
+        lowest = mp.plan.pruning_order(scores[1])[-3:]  # they would have stayed longest, so the order is the same
+        mp.evolve(evaluator, scores.constrained(protect={1: lowest}), **SETTINGS, init_plans=plans, out=tmp_path)
+    assert mp.evolve(evaluator, scores, **SETTINGS, init_plans=plans, out=tmp_path).plan == whole.plan
+
+
+def test_a_directory_of_an_earlier_version_resumes(small, tmp_path):
+    evaluator, scores = small
+    whole = mp.evolve(evaluator, scores, **SETTINGS)
+    mp.evolve(evaluator, scores, **{**SETTINGS, "generations": 2}, out=tmp_path)
+    settings = json.loads((tmp_path / "search.json").read_text())
+    assert settings.pop("init_plans") is None and settings.pop("capacities") is None
+    (tmp_path / "search.json").write_text(json.dumps(settings))
+    assert mp.evolve(evaluator, scores, **SETTINGS, out=tmp_path).plan == whole.plan
+
+
+def test_stricter_scores_are_searched_within_their_limits(small):
+    evaluator, scores = small
+    stricter = scores.constrained(min_kept=3, protect={2: range(6)})
+    plan = mp.evolve(evaluator, stricter, **SETTINGS).plan
+    assert sum(plan.pruned_counts.values()) == 16 and max(plan.pruned_counts.values()) <= 5
+    assert set(plan.kept[2]) >= set(range(6))
+
+
 def test_resuming_with_other_data_is_refused(small, tmp_path):
     evaluator, scores = small
     mp.evolve(evaluator, scores, **{**SETTINGS, "generations": 1}, out=tmp_path)
@@ -213,10 +270,14 @@ def test_resuming_with_other_weights_or_dtype_is_refused(small, tmp_path):
         ({"population": 0}, "at least 1"),
         ({"fitness": "bleu"}, "unknown fitness"),
         ({"init_patterns": ["sideways"]}, "sideways"),
+        ({"init_plans": [{0: 6, 1: 6, 2: 4}, {0: 6}]}, r"init_plans\[1\] prunes 6 experts; at sparsity 0.5 16 must go"),
+        ({"init_plans": [{0: 6, 1: 6, 2: 4}] * 7}, "7 init_plans do not fit a population of 6"),
     ],
 )
 def test_impossible_settings_are_refused_before_any_evaluation(small, tmp_path, settings, message):
     evaluator, scores = small
+    if "init_plans" in settings:
+        settings = {"init_plans": [mp.PruningPlan.from_pruned_counts(scores, c) for c in settings["init_plans"]]}
     with pytest.raises(ValueError, match=message):
         mp.evolve(evaluator, scores, **{**SETTINGS, **settings}, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
