@@ -185,7 +185,8 @@ def uniform_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:
     if sum(counts.values()) > capacity:
         raise ValueError(
             f"sparsity {sparsity} asks for {sum(counts.values())} of {experts} experts, but at most {capacity} can go: "
-            f"the routers select {scores.top_k} per token and need as many left; use a sparsity of at most "
+            f"the routers select {scores.top_k} per token and need as many left, or more were asked to stay; use a "
+            f"sparsity of at most "
             f"{math.floor(capacity / experts * 1e4) / 1e4:g}"
         )
     return counts

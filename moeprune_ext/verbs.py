@@ -134,8 +134,11 @@ def score(options: argparse.Namespace) -> tuple[Any, str]:
         f"how far the others order a layer's experts as {first.criterion} does: rank correlation, 1 = alike",
         text_table(["layer", *titles[1:]], [*rows, ["mean", *(f"{x:.2f}" for x in mean)]]),
     ]
+    criteria = {str(one.criterion): {str(i): v.tolist() for i, v in one.items()} for one in chosen}
     result = {
-        "criteria": {str(one.criterion): {str(i): v.tolist() for i, v in one.items()} for one in chosen},
+        "criterion": first.criterion,
+        "scores": criteria[str(first.criterion)],
+        "criteria": criteria,
         "protected": {str(layer): sorted(ids) for layer, ids in first.protected.items()},
         "compared": titles,
         "rank_correlations": {

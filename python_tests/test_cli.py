@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import moeprune_ext as mp
 from moeprune_ext.cli import main
+from moeprune_ext.criteria import CRITERIA, super_experts
 from moeprune_ext.demo import corpus
 from moeprune_ext.demo.run import demo_folder
 
@@ -61,6 +62,88 @@ def test_score_prints_any_criterion(work, capsys):
     for text, criterion in (("msan", "msan"), ("2,1,mean", (2, 1, "mean"))):
         result = run(capsys, "score", work / "stats.safetensors", "--criterion", text)
         assert result["scores"]["3"] == mp.score_experts(stats, criterion)[3].tolist()
+
+
+def test_score_says_how_far_criteria_agree(work, capsys):
+    stats = mp.RoutingStats.load(work / "stats.safetensors")
+    result = run(capsys, "score", work / "stats.safetensors", "--criterion", "man", "frequency", "0,0,sum")
+    assert result["compared"][:3] == ["man", "frequency", "(0, 0, sum)"] and set(CRITERIA) <= set(result["compared"])
+    assert set(result["criteria"]) == {"man", "frequency", "(0, 0, sum)"}
+    for layer, matrix in result["rank_correlations"].items():
+        matrix = torch.tensor(matrix, dtype=torch.float64)
+        torch.testing.assert_close(matrix, matrix.T)
+        torch.testing.assert_close(matrix.diagonal(), torch.ones(len(matrix), dtype=torch.float64))
+        assert matrix[1, 2] == pytest.approx(1)  # frequency is that triple
+        order = torch.stack([mp.score_experts(stats, name)[int(layer)] for name in ("man", "frequency")])
+        ranks = order.argsort(1).argsort(1).double()
+        if all(len(row.unique()) == len(row) for row in order):
+            assert matrix[0, 1] == pytest.approx(float(torch.corrcoef(ranks)[0, 1]))
+    main(["score", str(work / "stats.safetensors"), "--criterion", "man", "msan"])
+    shown = capsys.readouterr().out
+    assert shown.count("higher = keep") == 2 and "rank correlation" in shown
+
+
+def test_minima_and_super_experts_bind_every_plan(work, capsys, tmp_path):
+    stats = mp.RoutingStats.load(work / "stats.safetensors")
+    outliers = super_experts(stats)
+    assert outliers
+    limits = ["--min-kept", 6, "--protect-super"]
+    run(capsys, "score", work / "stats.safetensors", *limits, "-o", tmp_path / "scores.json")
+    scores = mp.ExpertScores.load(tmp_path / "scores.json")
+    assert {layer: set(ids) for layer, ids in scores.protected.items()} == {k: set(v) for k, v in outliers.items()}
+    make = [work / "model", "--stats", work / "stats.safetensors", "--criterion", "frequency", *limits]
+    data = ["--data", work / "text.txt", "--sequence-length", 32, "--sequences", 4]
+    sizes = ["--population", 4, "--generations", 2, "--elites", 1]
+    for verb in (["allocate", "--method", "global"], ["allocate", "--method", "dp"], ["grape"], ["search", *sizes]):
+        out = tmp_path / "-".join(map(str, verb))
+        asked = [*data, "-o", out] if verb[-1] != "global" else ["-o", out]
+        result = run(capsys, verb[0], *make, *verb[1:], *asked)
+        plan = mp.PruningPlan.load(result["plan"])
+        assert plan.sparsity == 0.5 and min(map(len, plan.kept.values())) >= 6
+        assert all(set(ids) <= set(plan.kept[layer]) for layer, ids in outliers.items())
+
+
+def test_damages_are_measured_once_and_plans_join_a_search(work, capsys, tmp_path):
+    make = [work / "model", "--stats", work / "stats.safetensors"]
+    data = ["--data", work / "text.txt", "--sequence-length", 32, "--sequences", 4]
+    measured = ["--method", "dp", "--damages", tmp_path / "damages.json"]
+    first = run(capsys, "allocate", *make, *measured, "--steps", 4, *data, "-o", tmp_path / "dp.json")
+    again = run(capsys, "allocate", *make, *measured, "--sparsity", 0.25, "-o", tmp_path / "dp25.json")  # no data
+    assert first["sparsity"] == 0.5 and again["sparsity"] == 0.25
+    assert again["additive_damage"] <= first["additive_damage"]
+    naee = run(capsys, "allocate", *make, "--method", "naee", *data, "-o", tmp_path / "naee.json")
+    assert set(naee["kept_per_layer"].values()) == {8}
+    init = ["--init", tmp_path / "dp.json", tmp_path / "naee.json"]
+    sizes = ["--population", 4, "--generations", 1, "--elites", 1]
+    run(capsys, "search", *make, *sizes, *init, *data, "-o", tmp_path / "run")
+    history = json.loads((tmp_path / "run" / "history.jsonl").read_text().splitlines()[0])
+    assert history["scores"][0][0] == [16 - n for n in first["kept_per_layer"].values()]
+
+
+def test_grape_merges_and_the_merged_model_is_exported(work, capsys, tmp_path):
+    make = [work / "model", "--stats", work / "stats.safetensors", "--sparsity", 0.25]
+    result = run(capsys, "grape", *make, "--similarity", "weights", "--merge", "-o", tmp_path / "plan.json")
+    plan = mp.PruningPlan.load(tmp_path / "plan.json")
+    assert plan.sparsity == 0.25 and result["merged"] == sum(map(len, plan.merged.values())) > 0
+    run(capsys, "export", work / "model", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad(), mp.applied(mp.load(work / "model", dtype=torch.float32), plan) as model:
+        expected = model(tokens).logits
+        got = mp.load(tmp_path / "out", dtype=torch.float32)(tokens).logits
+    # The export averages in the stored dtype's precision.
+    assert float((got - expected).abs().max()) <= 0.05 * float(expected.abs().max())
+    assert "averages" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_calibration_reports_rarely_routed_experts(work, capsys, tmp_path):
+    data = ["--data", work / "text.txt", "--sequence-length", 32, "--sequences", 2]
+    result = run(capsys, "calibrate", work / "model", *data, "-o", tmp_path / "stats.safetensors")
+    stats = mp.RoutingStats.load(tmp_path / "stats.safetensors")
+    for layer, counts in stats.tokens_per_expert.items():
+        few = {str(e): n for e, n in enumerate(counts.tolist()) if n < 32}
+        assert result["rarely_routed"].get(str(layer), {}) == few
+    main(["calibrate", str(work / "model"), *map(str, data), "-o", str(tmp_path / "stats.safetensors")])
+    assert "fewer than 32 tokens" in capsys.readouterr().out
 
 
 def test_search_export_eval_chain_gives_the_searched_model(work, capsys):
@@ -145,6 +228,17 @@ def bad_requests(work):
         "useless device": (["eval", model, "--task", work / "task.jsonl", "--device", "meta"], "unknown device"),
         "sequence of nothing": (["calibrate", model, "--data", text, "--sequence-length", 0, *out], "at least 1"),
         "negative budget": ([*search, "--memory-budget", "-1", *out], "above 0"),
+        "several criteria, one file": (["score", stats, "--criterion", "man", "ean", *out], "one criterion"),
+        "nothing left to prune": (["score", stats, "--min-kept", 17], "cannot keep 17"),
+        "minimum over budget": (["allocate", model, "--stats", stats, "--min-kept", 15, *out], "can go"),
+        "dp without text": (["allocate", model, "--stats", stats, "--method", "dp", *out], "--data"),
+        "naee with minima": (
+            ["allocate", model, "--stats", stats, "--method", "naee", "--min-kept", 7, *data, *out],
+            "subsets of its own",
+        ),
+        "grape without text": (["grape", model, "--stats", stats, *out], "--similarity weights"),
+        "evenness above one": (["grape", model, "--stats", stats, "--entropy", 2, *data, *out], "entropy"),
+        "init of another budget": ([*search, "--sparsity", 0.25, "--init", plan, *out], "prunes 48 experts"),
         "output exists": (["export", model, "--plan", plan, "-o", work / "model"], "already exists"),
     }
 
@@ -188,7 +282,9 @@ def test_bad_requests_get_one_line_and_leave_nothing(work, wrong_models, capsys,
     assert sorted(work.rglob("*")) == before
 
 
-@pytest.mark.parametrize("verb", ["demo", "info", "calibrate", "score", "search", "export", "eval"])
+@pytest.mark.parametrize(
+    "verb", ["demo", "info", "calibrate", "score", "search", "allocate", "grape", "export", "eval"]
+)
 def test_every_verb_has_help_with_an_example(capsys, verb):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
