@@ -1,17 +1,20 @@
 """moeprune_ext: prune Mixture-of-Experts language models without gradients.
 
-model + text --calibrate--> RoutingStats --score_experts--> ExpertScores --uniform_plan | evolve--> PruningPlan
---export--> checkpoint --load--> model. One step, one module; every product is a file.
+model + text --calibrate--> RoutingStats --score_experts--> ExpertScores --uniform_plan | global_plan | dp_plan | grape |
+evolve--> PruningPlan --export--> checkpoint --load--> model. One step, one module; every product is a file.
 """
 
 from moeprune_ext import reference
+from moeprune_ext.allocate import damages, dp_plan, global_plan
 from moeprune_ext.calibrate import RoutingStats, calibrate
-from moeprune_ext.criteria import ExpertScores, score_experts
+from moeprune_ext.criteria import ExpertScores, score_experts, super_experts
 from moeprune_ext.evaluate import accuracy, load_task, perplexity
 from moeprune_ext.evaluator import CandidateEvaluator, CandidateScore
 from moeprune_ext.evolve import SearchResult, evolve
 from moeprune_ext.export import export, load
+from moeprune_ext.grape import grape
 from moeprune_ext.masking import applied, prune_
+from moeprune_ext.naee import naee_plan
 from moeprune_ext.ops import (
     RouterSpec,
     build_info,
@@ -37,11 +40,16 @@ __all__ = [
     "applied",
     "build_info",
     "calibrate",
+    "damages",
+    "dp_plan",
     "evolve",
     "export",
+    "global_plan",
+    "grape",
     "load",
     "load_task",
     "masked_router",
+    "naee_plan",
     "overlap",
     "overlap_from_hidden",
     "perplexity",
@@ -49,5 +57,6 @@ __all__ = [
     "reference",
     "routing_moments_",
     "score_experts",
+    "super_experts",
     "uniform_plan",
 ]

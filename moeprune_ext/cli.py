@@ -1,8 +1,8 @@
 """The `moeprune` command: what its verbs take. What they do is in verbs.py and plan_verbs.py.
 
 Results go to stdout (JSON with --json), progress to stderr. Exit status: 0, 2 for a bad request (one line, nothing
-written), 1 for a failure. Under torchrun, `calibrate` and `search` share their work between the processes, of which the
-first writes and prints; any other verb is run by the first alone.
+written), 1 for a failure. Under torchrun, `calibrate` and the verbs that make plans share their work between the
+processes, of which the first writes and prints; any other verb is run by the first alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         distributed.join()
-        if not distributed.is_first() and options.verb not in (verbs.calibrate, plan_verbs.search):
+        shared = (verbs.calibrate, plan_verbs.search, plan_verbs.allocate, plan_verbs.grape)
+        if not distributed.is_first() and options.verb not in shared:
             distributed.leave()
             return
         result, text = options.verb(options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from moeprune_ext import distributed
 from moeprune_ext.options import check_new_file, load_data, load_model, load_scores, load_tokenizer
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 
 def search(options: argparse.Namespace) -> tuple[Any, str]:
-    from moeprune_ext import distributed
     from moeprune_ext.evaluator import CandidateEvaluator
     from moeprune_ext.evolve import check_settings, evolve
     from moeprune_ext.plan import PruningPlan, uniform_counts, uniform_plan
@@ -108,14 +108,18 @@ def allocate(options: argparse.Namespace) -> tuple[Any, str]:
     if options.method == "naee":
         if scores.protected or options.min_kept or options.min_kept_per_group:
             raise ValueError("naee chooses subsets of its own: it takes no minima and protects no expert")
-        plan = naee_plan(load_model(options), batches, options.sparsity, seed=options.seed, progress=True)
+        plan = naee_plan(
+            load_model(options), batches, options.sparsity, seed=options.seed, progress=distributed.is_first()
+        )
     elif options.method == "dp":
         if needs_data:
             evaluator = CandidateEvaluator(
                 load_model(options), batches, memory_budget=int(options.memory_budget * 2**30)
             )
-            measured = damages(evaluator, scores, fitness=options.fitness, steps=options.steps, progress=True)
-            if options.damages is not None:
+            measured = damages(
+                evaluator, scores, fitness=options.fitness, steps=options.steps, progress=distributed.is_first()
+            )
+            if options.damages is not None and distributed.is_first():
                 measured.save(options.damages)
         assert measured is not None
         plan = dp_plan(measured, scores, options.sparsity)
@@ -147,13 +151,14 @@ def grape(options: argparse.Namespace) -> tuple[Any, str]:
         entropy=options.entropy,
         merge=options.merge,
         seed=options.seed,
-        progress=True,
+        progress=distributed.is_first(),
     )
     return _written(plan, options, {"merged": sum(map(len, plan.merged.values()))})
 
 
 def _written(plan: PruningPlan, options: argparse.Namespace, about: dict[str, Any]) -> tuple[Any, str]:
-    plan.save(options.out)
+    if distributed.is_first():
+        plan.save(options.out)
     kept = {str(layer): len(ids) for layer, ids in plan.kept.items()}
     result = {"plan": str(options.out), "sparsity": plan.sparsity, "kept_per_layer": kept, **about}
     return result, f"kept per layer: {' '.join(map(str, kept.values()))}\nplan: {options.out}"
