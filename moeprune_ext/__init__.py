@@ -1,7 +1,7 @@
 """moeprune_ext: prune Mixture-of-Experts language models without gradients.
 
-model + text --calibrate--> RoutingStats --score_experts--> ExpertScores --uniform_plan | global_plan | dp_plan | grape |
-evolve--> PruningPlan --export--> checkpoint --load--> model. One step, one module; every product is a file.
+model + text --calibrate--> RoutingStats --score_experts--> ExpertScores --uniform_plan | global_plan | dp_plan |
+grape | evolve--> PruningPlan --export--> checkpoint --load--> model. One step, one module; every product is a file.
 """
 
 from moeprune_ext import reference
