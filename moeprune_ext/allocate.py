@@ -3,7 +3,7 @@
 Which experts leave a layer is the pruning order's business (plan.py). Here only the counts are decided, in *units*: one
 expert, or n_group experts where a router's groups must stay equal. Both ways spend the uniform plan's budget.
 
-- `global_plan` compares scores across layers: after a normalisation per layer, the lowest of the model leave.
+- `global_plan` compares scores across layers, normalised per layer if asked: the lowest of the model leave.
 - `damages` prunes each layer alone to each count and measures the loss; `dp_plan` splits a budget so that the sum of
   these losses is the least there is. One measuring serves every sparsity. Layers' losses only nearly add up, so the
   result is a start for a search (evolve's `init_plans`) rather than its replacement. Layers' losses split by dynamic
@@ -29,9 +29,10 @@ from tqdm import tqdm
 from moeprune_ext.criteria import ExpertScores
 from moeprune_ext.evaluator import METRICS, CandidateEvaluator, to_maximise
 from moeprune_ext.files import read_json, write_text
+from moeprune_ext.moe import LayerShape
 from moeprune_ext.plan import PruningPlan, pruning_order, uniform_counts
 
-NORMALIZATIONS = ("mean", "max", "zscore", "none")
+NORMALIZATIONS = ("none", "mean", "max", "zscore")
 PLANS_AT_ONCE = 256  # measured in one sweep; more would hide the progress of a large model's hours (our choice)
 FORMAT = "moeprune.damages/1"
 
@@ -77,19 +78,19 @@ def order_fingerprint(scores: ExpertScores) -> str:
     return hashlib.sha256(json.dumps([_order(scores, layer) for layer in scores]).encode()).hexdigest()[:16]
 
 
-def check_scores(evaluator: CandidateEvaluator, scores: ExpertScores) -> None:
-    """Refuses (ValueError) scores of another model than the evaluator's; they may ask for more experts to be kept."""
-    if scores.model is not None and scores.model != evaluator.fingerprint:
+def check_scores(scores: ExpertScores, shapes: Mapping[int, LayerShape], fingerprint: str) -> None:
+    """Refuses (ValueError) scores of another model than this one; they may ask for more experts to be kept."""
+    if scores.model is not None and scores.model != fingerprint:
         raise ValueError(
-            f"the scores were made for another model: their fingerprint is {scores.model}, the evaluator's is "
-            f"{evaluator.fingerprint}; calibrate and score this model"
+            f"the scores were made for another model: their fingerprint is {scores.model}, the model's is "
+            f"{fingerprint}; calibrate and score this model"
         )
-    if set(scores) != set(evaluator.shapes):
-        raise ValueError(f"the scores are of layers {sorted(scores)}, the model has {sorted(evaluator.shapes)}")
-    for layer, needed in evaluator.shapes.items():
+    if set(scores) != set(shapes):
+        raise ValueError(f"the scores are of layers {sorted(scores)}, the model has {sorted(shapes)}")
+    for layer, needed in shapes.items():
         shape = scores.shapes[layer]
         if (shape.num_experts, shape.top_k, shape.n_group) != (needed.num_experts, needed.top_k, needed.n_group):
-            raise ValueError(f"layer {layer}: the scores are for {shape}, the evaluator's model has {needed}")
+            raise ValueError(f"layer {layer}: the scores are for {shape}, the model has {needed}")
         if shape.min_kept < needed.min_kept:
             raise ValueError(f"layer {layer}: the scores let {shape.min_kept} stay, the router needs {needed.min_kept}")
 
@@ -105,16 +106,17 @@ def global_plan(
     scores: ExpertScores | Mapping[int, Tensor],
     sparsity: float,
     *,
-    normalize: str = "mean",
+    normalize: str = "none",
     top_k: int = 1,
     n_group: int = 1,
 ) -> PruningPlan:
     """The plan that removes the budget's lowest-scoring experts wherever they stand, within every layer's capacity.
 
-    normalize: what makes scores of different layers comparable. "mean" (default) and "max" divide by the mean or the
-    largest magnitude of the layer's scores, so that the scale of its activations drops out; "zscore" also subtracts the
-    mean and divides by the standard deviation, as FLAP does (arXiv 2312.11983); "none" takes scores as they are, which
-    suits counts such as `frequency`. A layer of equal scores becomes all zeros under "zscore"; one of zeros stays so.
+    normalize: what makes scores of different layers comparable. "none" (default, our choice: of these the best on the
+    embedded model in three of bench/allocations.py's four settings) takes them as they are; "mean" and "max" divide by
+    the mean or the largest magnitude of the layer's scores, so that the scale of its activations drops out; "zscore"
+    subtracts the mean and divides by the standard deviation, as FLAP does (arXiv 2312.11983). A layer of equal scores
+    becomes all zeros under "zscore"; one of zeros stays so. A threshold can well be worse than the uniform plan.
     A unit of several experts has their mean (our choice). Ties: the layer that has lost fewer, then the earlier one
     (our choice), so layers with equal normalised scores end up with the uniform plan's counts.
 
@@ -251,7 +253,7 @@ def damages(
     Raises ValueError, before any evaluation, for an unknown fitness, steps below 1, or scores of another model.
     """
     scores = ExpertScores.wrap(scores, shapes=evaluator.shapes, model=evaluator.fingerprint)
-    check_scores(evaluator, scores)
+    check_scores(scores, evaluator.shapes, evaluator.fingerprint)
     if fitness not in METRICS:
         raise ValueError(f"unknown fitness {fitness!r}; choose from {', '.join(METRICS)}")
     if steps is not None and steps < 1:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from moeprune_ext.moe import (
     model_fingerprint,
 )
 from moeprune_ext.ops import routing_moments_
-from moeprune_ext.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay
+from moeprune_ext.replay import replay_of_streamed, run_batches
 
 FORMAT = "moeprune.stats/1"
 RARELY = 32  # tokens below which an expert's averages say little (our choice)
@@ -127,19 +127,17 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fals
     mine = [batches[number] for number in distributed.mine(len(batches))]
     scratch: dict[str, Tensor] = {}
     tables = {index: _Table(layer, scratch) for index, layer in layers.items()}
-    replay = _replay(model, layers, batches[0])
+
+    def attend(batch: TokenBatch) -> None:
+        for table in tables.values():
+            table.attended = batch.attention_mask.reshape(-1)
+
+    replay = replay_of_streamed(model, layers, batches[0])
     with evaluating(model), ExitStack() as stack:
         for index, layer in layers.items():
             stack.enter_context(intercepted(layer.experts, tables[index].observe))
         bar = stack.enter_context(tqdm(total=len(mine), desc="calibrate", unit="batch", disable=not progress))
-        if replay is not None:
-            _layer_by_layer(replay, tables, mine, bar)
-        else:
-            backbone = getattr(model, "base_model", model)  # no LM head: its logits are not needed
-            for batch in mine:
-                _attend(tables, batch)
-                backbone(**batch.model_inputs(next(model.parameters()).device), use_cache=False)
-                bar.update()
+        run_batches(model, replay, mine, bar, before=attend)
     moments = {index: distributed.sum_(table.moments.cpu()) for index, table in tables.items()}
     broken = [index for index, table in moments.items() if not bool(torch.isfinite(table).all())]
     if broken:
@@ -187,41 +185,3 @@ class _Table:
             routing_moments_(self.moments, self.max_norm, ids, gates, outputs, valid=valid)
             output[block] = weighted_sum(outputs, pair_of, weights[block])
         return output
-
-
-def _attend(tables: Mapping[int, _Table], batch: TokenBatch) -> None:
-    for table in tables.values():
-        table.attended = batch.attention_mask.reshape(-1)
-
-
-def _replay(model: nn.Module, layers: Mapping[int, MoeLayer], batch: TokenBatch) -> Replay | None:
-    """The model taken apart, where its layers are streamed and it can be: a batch at a time would stream it all again
-    for every batch."""
-    if getattr(model, "moeprune_stream", None) is None:
-        return None
-    few = batch.input_ids[:1, batch.attention_mask[0]][:, :TRIED_TOKENS]
-    try:
-        replay = Replay(model, layers)
-        with evaluating(model):
-            replay.check({"input_ids": few.to(next(model.parameters()).device)})
-    except NotReplayable:
-        return None
-    return replay
-
-
-def _layer_by_layer(replay: Replay, tables: Mapping[int, _Table], batches: list[TokenBatch], bar: tqdm) -> None:
-    """Runs all batches through one decoder layer, then the next."""
-    device = next(replay.model.parameters()).device
-    states: list[Tensor] = []
-    inputs: list[LayerInputs] = []
-    for batch in batches:
-        captured = replay.inputs(batch.model_inputs(device))
-        states.append(captured.hidden.cpu())
-        inputs.append(replace(captured, hidden=states[-1]))
-    bar.reset(total=len(replay.layers))
-    bar.unit = "layer"
-    for index in range(len(replay.layers)):
-        for number, batch in enumerate(batches):
-            _attend(tables, batch)
-            states[number] = replay.run(index, states[number].to(device), inputs[number]).cpu()
-        bar.update()

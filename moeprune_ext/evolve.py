@@ -110,7 +110,7 @@ def evolve(
     check_settings(fitness, population, generations, elites, fidelity, race_level)
     if min(max_delta, max_steps, max_attempts) < 1:
         raise ValueError("max_delta, max_steps and max_attempts must be at least 1")
-    check_scores(evaluator, scores)
+    check_scores(scores, evaluator.shapes, evaluator.fingerprint)
     unit, limits, budget = in_units(scores, sparsity)
     layers, capacities = list(limits), list(limits.values())
     given = [counts_of(plan_of(p), scores, sparsity, f"init_plans[{i}]") for i, p in enumerate(init_plans)]

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moeprune_ext import distributed
-from moeprune_ext.allocate import in_units
+from moeprune_ext.allocate import check_scores, in_units
 from moeprune_ext.criteria import ExpertScores
 from moeprune_ext.data import as_batches, without_padding
 from moeprune_ext.dispatch import row_chunks
-from moeprune_ext.moe import LayerShape, MoeLayer, evaluating, expert_tensors, find_moe_layers, model_fingerprint
+from moeprune_ext.moe import MoeLayer, evaluating, expert_tensors, find_moe_layers, model_fingerprint
 from moeprune_ext.plan import PruningPlan
 from moeprune_ext.samples import expert_outputs, make_resident, sample_layers
 
@@ -56,21 +56,10 @@ def grape(
     shapes = {index: layer.shape for index, layer in layers.items()}
     fingerprint = model_fingerprint(model, layers)
     scores = ExpertScores.wrap(scores, shapes=shapes, model=fingerprint)
-    _check_scores(scores, shapes, fingerprint)
+    check_scores(scores, shapes, fingerprint)
     _limits(scores, sparsity, entropy, merge)
     found = expert_similarity(model, batches, similarity=similarity, tokens=tokens, seed=seed, progress=progress)
     return plan_from_similarity(found, scores, sparsity, entropy=entropy, merge=merge)
-
-
-def _check_scores(scores: ExpertScores, shapes: Mapping[int, LayerShape], fingerprint: str) -> None:
-    if scores.model is not None and scores.model != fingerprint:
-        raise ValueError(
-            f"the scores were made for another model: their fingerprint is {scores.model}, the model's is "
-            f"{fingerprint}; calibrate and score this model"
-        )
-    routers = [{i: (s.num_experts, s.top_k, s.n_group) for i, s in known.items()} for known in (scores.shapes, shapes)]
-    if routers[0] != routers[1] or any(scores.shapes[i].min_kept < shape.min_kept for i, shape in shapes.items()):
-        raise ValueError("the scores' layers, expert counts or routers differ from the model's")
 
 
 # ---- how alike experts are

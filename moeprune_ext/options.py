@@ -122,7 +122,8 @@ def _device(name: str) -> Any:
     return device
 
 
-def load_data(options: argparse.Namespace, tokenizer: Any) -> Any:
+def load_data(options: argparse.Namespace, tokenizer: Any, *, labels: bool = True) -> Any:
+    """--data as batches; labels=False where every token counts, as in calibration."""
     from moeprune_ext.data import load_batches
 
     return load_batches(
@@ -131,4 +132,5 @@ def load_data(options: argparse.Namespace, tokenizer: Any) -> Any:
         sequence_length=options.sequence_length,
         sequences=options.sequences,
         batch_size=options.batch_size,
+        labels=labels,
     )

@@ -103,7 +103,7 @@ def allocate(options: argparse.Namespace) -> tuple[Any, str]:
     if needs_data := options.method == "naee" or (options.method == "dp" and measured is None):
         if not options.data:
             raise ValueError(f"--method {options.method} measures the model on text: give --data files")
-        batches = load_data(options, load_tokenizer(options))
+        batches = load_data(options, load_tokenizer(options), labels=options.method == "dp")
     about: dict[str, Any] = {}
     if options.method == "naee":
         if scores.protected or options.min_kept or options.min_kept_per_group:
@@ -140,7 +140,7 @@ def grape(options: argparse.Namespace) -> tuple[Any, str]:
     uniform_counts(scores, options.sparsity)
     if options.similarity == "cka" and not options.data:
         raise ValueError("cka compares experts' outputs on text: give --data files, or --similarity weights")
-    batches = load_data(options, load_tokenizer(options)) if options.similarity == "cka" else None
+    batches = load_data(options, load_tokenizer(options), labels=False) if options.similarity == "cka" else None
     plan = grape(
         load_model(options),
         batches,

@@ -11,13 +11,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from moeprune_ext.moe import MoeLayer, decoder_layers, replaced_forward
+from moeprune_ext.data import TokenBatch
+from moeprune_ext.moe import MoeLayer, decoder_layers, evaluating, replaced_forward
 
 # How far a replayed forward may be from the model's own, relative to its largest logit. In half precision the products
 # of another batch size round differently.
@@ -261,3 +263,55 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
+
+
+def replay_of_streamed(model: nn.Module, layers: Mapping[int, MoeLayer], batch: TokenBatch) -> Replay | None:
+    """The model taken apart, where its layers are streamed and it can be; None elsewhere. batch: a few tokens of it are
+    tried."""
+    if getattr(model, "moeprune_stream", None) is None:
+        return None
+    few = batch.input_ids[:1, batch.attention_mask[0]][:, :TRIED_TOKENS]
+    try:
+        replay = Replay(model, layers)
+        with evaluating(model):
+            replay.check({"input_ids": few.to(next(model.parameters()).device)})
+    except NotReplayable:
+        return None
+    return replay
+
+
+def run_batches(
+    model: nn.Module,
+    replay: Replay | None,
+    batches: Sequence[TokenBatch],
+    bar: tqdm,
+    *,
+    before: Callable[[TokenBatch], None] = lambda batch: None,
+) -> None:
+    """Runs every batch through the decoder layers, for whoever observes them; no logits are computed.
+
+    replay: from `replay_of_streamed`. With it all batches go through one layer, then through the next, so that each
+    layer is brought in once, and their hidden states wait in host memory. before: called ahead of a batch, or of its
+    part in a layer.
+    """
+    device = next(model.parameters()).device
+    if replay is None:
+        backbone = getattr(model, "base_model", model)
+        for batch in batches:
+            before(batch)
+            backbone(**batch.model_inputs(device), use_cache=False)
+            bar.update()
+        return
+    states: list[Tensor] = []
+    inputs: list[LayerInputs] = []
+    for batch in batches:
+        captured = replay.inputs(batch.model_inputs(device))
+        states.append(captured.hidden.cpu())
+        inputs.append(replace(captured, hidden=states[-1]))
+    bar.reset(total=len(replay.layers))
+    bar.unit = "layer"
+    for index in range(len(replay.layers)):
+        for number, batch in enumerate(batches):
+            before(batch)
+            states[number] = replay.run(index, states[number].to(device), inputs[number]).cpu()
+        bar.update()

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moeprune_ext.calibrate import _layer_by_layer, _replay
 from moeprune_ext.data import TokenBatch
 from moeprune_ext.experts import PairOutputs
 from moeprune_ext.moe import ExpertsFunction, MoeLayer, evaluating, intercepted, replaced_forward
+from moeprune_ext.replay import replay_of_streamed, run_batches
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,13 @@ def sample_layers(
     """
     used = [(batch, rows) for batch, rows in zip(batches, _choose(batches, tokens, seed), strict=True) if len(rows)]
     recorders = {index: _Recorder(layer, used) for index, layer in layers.items()}
-    replay = _replay(model, layers, used[0][0])
+    replay = replay_of_streamed(model, layers, used[0][0])
     with evaluating(model), ExitStack() as stack:
         for index, layer in layers.items():
             stack.enter_context(replaced_forward(layer.router, recorders[index].router))
             stack.enter_context(intercepted(layer.experts, recorders[index].experts))
         bar = stack.enter_context(tqdm(total=len(used), desc="sample", unit="batch", disable=not progress))
-        if replay is not None:
-            _layer_by_layer(replay, {}, [batch for batch, _ in used], bar)
-        else:
-            backbone = getattr(model, "base_model", model)  # no LM head: its logits are not needed
-            for batch, _ in used:
-                backbone(**batch.model_inputs(next(model.parameters()).device), use_cache=False)
-                bar.update()
+        run_batches(model, replay, [batch for batch, _ in used], bar)
     return {index: recorder.sample() for index, recorder in recorders.items()}
 
 

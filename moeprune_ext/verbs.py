@@ -75,7 +75,7 @@ def calibrate(options: argparse.Namespace) -> tuple[Any, str]:
     from moeprune_ext.calibrate import RARELY, calibrate
 
     check_new_file(options.out)
-    batches = load_data(options, load_tokenizer(options))
+    batches = load_data(options, load_tokenizer(options), labels=False)
     stats = calibrate(load_model(options), batches, progress=distributed.is_first())
     if distributed.is_first():
         stats.save(options.out)
