@@ -3,11 +3,12 @@
     python bench/allocations.py [--criteria reap man] [--sparsities 0.25 0.5] [--seeds N] [--quick] [-o FILE]
 
 The demo's data: calibration, search sequences (what searches and damages see) and held-out text. Ways: uniform; a
-global threshold by each normalisation; GRAPE; the best additive split of measured damages (DP); EvoESAP with the demo's
-settings, from the released patterns alone and with one more plan among its first: the global threshold's, GRAPE's or
-DP's; and EvoESAP from patterns for twice the generations, which costs about what DP's damages and a search cost
-together. Evaluations are plans scored on the search sequences, those of the damages included (they serve every
-sparsity); seconds likewise. Searches run over several seeds: means, with the least and the most.
+global threshold by each normalisation; GRAPE, also with its groups merged, with its guard off, and with its counts but
+the lowest scores leaving; naee; the best additive split of measured damages (DP); EvoESAP with the demo's settings,
+from the released patterns alone and with one more plan among its first: the global threshold's, GRAPE's or DP's; and
+EvoESAP from patterns for twice the generations, which costs about what DP's damages and a search cost together.
+Evaluations are plans scored on the search sequences, those of the damages included (they serve every sparsity);
+seconds likewise. Searches run over several seeds: means, with the least and the most.
 
 The second table of each setting is the best plan so far after some generations: does a better start help at the end?
 """
@@ -15,7 +16,6 @@ The second table of each setting is the best plan so far after some generations:
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import platform
 import statistics
 import sys
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from moeprune_ext.demo.run import (
     SPARSITIES,
     load_demo,
 )
+from moeprune_ext.grape import expert_similarity, plan_from_similarity
 from moeprune_ext.plan import PruningPlan
 
 WATCHED = (1, 2, 4, 8, 16)  # generations after which a search's best plan is looked at
@@ -55,14 +57,21 @@ class HeldOut:
     known: dict[str, tuple[float, list[float]]] = field(default_factory=dict)
 
     def __call__(self, plans: Sequence[PruningPlan]) -> list[tuple[float, list[float]]]:
-        new = list({str(plan.kept): plan for plan in plans if str(plan.kept) not in self.known}.values())
+        new = list({_key(plan): plan for plan in plans if _key(plan) not in self.known}.values())
         found = self.evaluator.sequence_sums(new, ("esap", "nll")).sums
         positions = torch.tensor(self.evaluator.weights("nll")).split(HELD_OUT_SEQUENCES)
         for i, plan in enumerate(new):
             parts = found["nll"][i].split(HELD_OUT_SEQUENCES)  # a domain's sequences stand together
             perplexity = [float((p.sum() / n.sum()).exp()) for p, n in zip(parts, positions, strict=True)]
-            self.known[str(plan.kept)] = float(found["esap"][i].sum()) / self.evaluator.positions, perplexity
-        return [self.known[str(plan.kept)] for plan in plans]
+            self.known[_key(plan)] = (
+                float(found["esap"][i].sum()) / self.evaluator.positions,
+                perplexity,
+            )
+        return [self.known[_key(plan)] for plan in plans]
+
+
+def _key(plan: PruningPlan) -> str:
+    return str((plan.kept, plan.merged))
 
 
 @dataclass(frozen=True)
@@ -118,13 +127,15 @@ class Bench:
         for name in NORMALIZATIONS:
             plan = self.timed(lambda name=name: global_plan(scores, sparsity, normalize=name))  # type: ignore[misc]
             ways[f"global, {name}"] = [plan]
-        if importlib.util.find_spec("moeprune_ext.grape") is not None:
-            from moeprune_ext.grape import grape
-
-            ways["GRAPE"] = [self.timed(lambda: grape(self.model, self.calibration, scores, sparsity))]
+        alike = expert_similarity(self.model, self.calibration)
+        grape = partial(plan_from_similarity, alike, scores, sparsity)
+        ways["GRAPE"] = [self.timed(lambda: mp.grape(self.model, self.calibration, scores, sparsity))]
+        ways["GRAPE, groups merged"] = [self.timed(lambda: grape(merge=True))]
+        ways["GRAPE, guard off"] = [self.timed(lambda: grape(entropy=0.0))]
+        ways["GRAPE's counts, lowest scores leave"] = [self.timed(lambda: grape(who="scores"))]
+        ways["naee"] = [self.timed(lambda: mp.naee_plan(self.model, self.calibration, sparsity))]
         ways["DP"] = [self.timed(lambda: dp_plan(lost, scores, sparsity), *lost_cost)]
-        starts = {"patterns": None, "global, mean": ways["global, mean"][0]}
-        starts |= {name: ways[name][0] for name in ("GRAPE", "DP") if name in ways}
+        starts = {"patterns": None} | {name: ways[name][0] for name in ("global, none", "GRAPE", "DP")}
         searches = {
             name: [
                 self.search(scores, sparsity, seed, self.generations * (1 if start else 2), start)

@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
     from moeprune_ext.allocate import NORMALIZATIONS
     from moeprune_ext.criteria import CRITERIA, SELECTION_PRINCIPLE
-    from moeprune_ext.grape import SIMILARITIES
+    from moeprune_ext.grape import SIMILARITIES, WHO
     from moeprune_ext.routers import ROUTERS
 
     criteria = f"{', '.join([*CRITERIA, 'random'])}, or alpha,beta,mean|sum. {SELECTION_PRINCIPLE}"
@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         "--method", default="uniform", choices=("uniform", "global", "dp", "naee"), help="how to allocate"
     )
     made.add_argument(
-        "--normalize", default="mean", choices=NORMALIZATIONS, help="global: what makes scores of layers comparable"
+        "--normalize", default="none", choices=NORMALIZATIONS, help="global: what makes scores of layers comparable"
     )
     made.add_argument("--fitness", default="esap", help="dp: what a layer's pruning is measured by, as in search")
     made.add_argument("--steps", type=_count, help="dp: most counts to measure per layer; all of them if left out")
@@ -218,6 +218,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=_count, default=1024, help="tokens on which outputs are compared")
     made.add_argument(
         "--entropy", type=float, default=0.9, help="least evenness of removals over layers, 0 to 1; 0: off"
+    )
+    made.add_argument(
+        "--who", default="groups", choices=WHO, help="leaves: all but a group's best, or the lowest scores"
     )
     made.add_argument("--merge", action="store_true", help="average similar experts' weights, by score")
     add_data(made, False, 64)

@@ -29,6 +29,7 @@ from moeprune_ext.plan import PruningPlan
 from moeprune_ext.samples import expert_outputs, make_resident, sample_layers
 
 SIMILARITIES = ("cka", "weights")
+WHO = ("groups", "scores")
 CHUNK_BYTES = 64 * 2**20  # of Gram matrices or weights in one matrix product
 CONSTANT = 1e-5  # an expert whose outputs vary by less than this share of their length is dead
 
@@ -42,6 +43,7 @@ def grape(
     similarity: str = "cka",
     tokens: int = 1024,
     entropy: float = 0.9,
+    who: str = "groups",
     merge: bool = False,
     seed: int = 0,
     progress: bool = False,
@@ -49,7 +51,7 @@ def grape(
     """A plan that spends the budget sum(plan.uniform_counts) where experts are most alike.
 
     batches, similarity, tokens, seed: see `expert_similarity`. scores: who stays in a group of similar experts.
-    sparsity, entropy, merge: see `plan_from_similarity`. Raises ValueError, before any work, for scores of another
+    sparsity, entropy, who, merge: see `plan_from_similarity`. Raises ValueError, before any work, for scores of another
     model and for what these two refuse. Source: arXiv 2604.06542.
     """
     layers = find_moe_layers(model)
@@ -57,9 +59,9 @@ def grape(
     fingerprint = model_fingerprint(model, layers)
     scores = ExpertScores.wrap(scores, shapes=shapes, model=fingerprint)
     check_scores(scores, shapes, fingerprint)
-    _limits(scores, sparsity, entropy, merge)
+    _limits(scores, sparsity, entropy, who, merge)
     found = expert_similarity(model, batches, similarity=similarity, tokens=tokens, seed=seed, progress=progress)
-    return plan_from_similarity(found, scores, sparsity, entropy=entropy, merge=merge)
+    return plan_from_similarity(found, scores, sparsity, entropy=entropy, who=who, merge=merge)
 
 
 # ---- how alike experts are
@@ -180,6 +182,7 @@ def plan_from_similarity(
     sparsity: float,
     *,
     entropy: float = 0.9,
+    who: str = "groups",
     merge: bool = False,
 ) -> PruningPlan:
     """Merges the most similar groups of experts, anywhere, until sum(plan.uniform_counts(scores, sparsity)) are gone.
@@ -197,19 +200,26 @@ def plan_from_similarity(
     others go on. If none is left before the budget is spent, the frozen ones thaw, the guard goes off, and a warning
     says so.
 
+    who: which experts leave. "groups": all of a group but its best. "scores": the layer's lowest, so that only how many
+    leave each layer is GRAPE's; for models whose similar experts are not the dispensable ones.
+
     merge: kept experts become the average of their group, weighted by the scores (equally where all are zero), in
     `PruningPlan.merged`; a protected one stays as it is.
 
     Everything from the linkage on is our choice; the entropy guard is arXiv 2604.06542's idea. Raises ValueError for an
-    entropy outside [0, 1], a sparsity that cannot be, negative scores with merge=True, layers with different numbers of
-    router groups, or similarities that do not fit the scores.
+    entropy outside [0, 1], an unknown `who`, a sparsity that cannot be, merge=True with negative scores or without
+    groups, layers with different numbers of router groups, or similarities that do not fit the scores.
     """
     scores = ExpertScores.wrap(scores).constrained()  # its capacities count protected experts
-    capacities, steps = _limits(scores, sparsity, entropy, merge)
+    capacities, steps = _limits(scores, sparsity, entropy, who, merge)
     if set(similarities) != set(scores):
         raise ValueError(f"similarities are of layers {sorted(similarities)}, scores of layers {sorted(scores)}")
     linkages = {layer: _linkages(layer, similarities[layer], scores) for layer in scores}
     _merge(linkages, capacities, steps, entropy)
+    if who == "scores":
+        left = {layer: sum(len(linkage.groups) for linkage in parts) for layer, parts in linkages.items()}
+        pruned = {layer: shape.num_experts - left[layer] for layer, shape in scores.shapes.items()}
+        return PruningPlan.from_pruned_counts(scores, pruned)
     kept: dict[int, list[int]] = {}
     merged: dict[int, dict[int, dict[int, float]]] = {}
     for layer, parts in linkages.items():
@@ -227,8 +237,12 @@ def plan_from_similarity(
     return PruningPlan(kept, num_experts, scores.model, scores.criterion, merged=merged)
 
 
-def _limits(scores: ExpertScores, sparsity: float, entropy: float, merge: bool) -> tuple[dict[int, int], int]:
+def _limits(scores: ExpertScores, sparsity: float, entropy: float, who: str, merge: bool) -> tuple[dict[int, int], int]:
     """{layer: steps it can take} and steps to take in all; refuses what cannot be planned."""
+    if who not in WHO:
+        raise ValueError(f"unknown who={who!r}; choose from {', '.join(WHO)}")
+    if merge and who != "groups":
+        raise ValueError("only groups can be merged: merge needs who='groups'")
     if not 0 <= entropy <= 1:
         raise ValueError(f"entropy is a share of the greatest possible one, in [0, 1]; got {entropy}")
     if merge and (negative := [layer for layer, values in scores.items() if bool((values < 0).any())]):

@@ -149,6 +149,7 @@ def grape(options: argparse.Namespace) -> tuple[Any, str]:
         similarity=options.similarity,
         tokens=options.tokens,
         entropy=options.entropy,
+        who=options.who,
         merge=options.merge,
         seed=options.seed,
         progress=distributed.is_first(),

@@ -494,3 +494,16 @@ distributed.leave()
     for number in (0, 1):
         alone, *others = ((tmp_path / f"{name}-{number}.json").read_text() for name in ("1-0", "2-0", "2-1"))
         assert others == [alone, alone]
+
+
+def test_the_lowest_scores_may_leave_where_grape_says_how_many():
+    torch.manual_seed(3)
+    similarities = {layer: (m + m.T) / 2 for layer, m in ((i, torch.rand(8, 8, dtype=torch.float64)) for i in range(3))}
+    scores = mp.ExpertScores.wrap({layer: torch.rand(8, dtype=torch.float64) for layer in range(3)})
+    groups, lowest = (plan_from_similarity(similarities, scores, 0.5, who=who) for who in ("groups", "scores"))
+    assert lowest.pruned_counts == groups.pruned_counts and lowest.kept != groups.kept
+    assert lowest == mp.PruningPlan.from_pruned_counts(scores, groups.pruned_counts)
+    with pytest.raises(ValueError, match="only groups can be merged"):
+        plan_from_similarity(similarities, scores, 0.5, who="scores", merge=True)
+    with pytest.raises(ValueError, match="unknown who"):
+        plan_from_similarity(similarities, scores, 0.5, who="worst")
