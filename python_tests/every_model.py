@@ -93,6 +93,12 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
+# Other settings of a type that published models have: DeepSeek-MoE and V2-Lite choose among all experts.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2, greedy": ("deepseek_v2", {"topk_method": "greedy", "n_group": 1, "norm_topk_prob": False}),
+    "ernie4_5_moe, dense in between": ("ernie4_5_moe", {"moe_layer_interval": 2, "num_hidden_layers": 6}),
+    "qwen2_moe, dense in between": ("qwen2_moe", {"mlp_only_layers": [1], "norm_topk_prob": True}),
+}
 AUTO_CLASSES = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)
 
 
@@ -123,7 +129,7 @@ def model_types() -> tuple[str, ...]:
         names = {name for one in classes if isinstance(one, type) for name in vars(sys.modules[one.__module__])}
         if any(re.search(r"Experts$", name) for name in names):
             found.append(model_type)
-    return tuple(found)
+    return tuple(sorted([*found, *VARIANTS]))
 
 
 def _auto_class(config: type[PreTrainedConfig]) -> Any:
@@ -131,9 +137,10 @@ def _auto_class(config: type[PreTrainedConfig]) -> Any:
 
 
 def tiny(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model, biases and routers random too."""
+    """A random float32 model, biases and routers random too. model_type: also a name in VARIANTS."""
+    model_type, settings = VARIANTS.get(model_type, (model_type, {}))
     default = CONFIG_MAPPING[model_type]()
-    config = type(default)(**shrunk(default))
+    config = type(default)(**shrunk(default) | settings)
     torch.manual_seed(seed)
     model = _auto_class(type(config)).from_config(config).eval()
     with torch.no_grad():
