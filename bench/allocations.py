@@ -1,6 +1,6 @@
 """How many experts should each layer lose? Every way to decide it, on equal terms, on the embedded model.
 
-    python bench/allocations.py [--criteria reap man] [--sparsities 0.25 0.5] [--seeds N] [--quick] [-o FILE]
+    python bench/allocations.py [--criteria reap man naee] [--sparsities 0.25 0.5] [--seeds N] [--quick] [-o FILE]
 
 The demo's data: calibration, search sequences (what searches and damages see) and held-out text. Ways: uniform; a
 global threshold by each normalisation; GRAPE, also with its groups merged, with its guard off, and with its counts but
@@ -44,6 +44,7 @@ from moeprune_ext.demo.run import (
     load_demo,
 )
 from moeprune_ext.grape import expert_similarity, plan_from_similarity
+from moeprune_ext.naee import naee_scores
 from moeprune_ext.plan import PruningPlan
 
 WATCHED = (1, 2, 4, 8, 16)  # generations after which a search's best plan is looked at
@@ -135,33 +136,29 @@ class Bench:
         ways["GRAPE's counts, lowest scores leave"] = [self.timed(lambda: grape(who="scores"))]
         ways["naee"] = [self.timed(lambda: mp.naee_plan(self.model, self.calibration, sparsity))]
         ways["DP"] = [self.timed(lambda: dp_plan(lost, scores, sparsity), *lost_cost)]
-        starts = {"patterns": None} | {name: ways[name][0] for name in ("global, none", "GRAPE", "DP")}
+        starts: dict[str, Found | None] = {"patterns": None} | {
+            name: ways[name][0] for name in ("global, none", "GRAPE", "DP")
+        }
         searches = {
             name: [
                 self.search(scores, sparsity, seed, self.generations * (1 if start else 2), start)
                 for seed in self.seeds
             ]
             for name, start in starts.items()
+            if self.seeds
         }
         for name, runs in searches.items():
             ways[f"EvoESAP from {name}"] = [run[self.generations] for run in runs]
         twice = 2 * self.generations
-        ways[f"EvoESAP from patterns, {twice} generations"] = [run[twice] for run in searches["patterns"]]
-        watched = [g for g in WATCHED if g <= twice]
+        if self.seeds:
+            ways[f"EvoESAP from patterns, {twice} generations"] = [run[twice] for run in searches["patterns"]]
         lines = [
             f"\n## {scores.criterion}, {sparsity:.0%}\n",
             f"| allocation | search ESAP | held-out ESAP | {' | '.join(f'ppl {d}' for d in corpus.DOMAINS)} "
             "| evaluations | seconds |",
             "|---" + "|--:" * (4 + len(corpus.DOMAINS)) + "|",
             *(self._row(name, found) for name, found in ways.items()),
-            "\nBest so far: mean search / held-out ESAP, and how many seeds are ahead of the same seeds' searches from "
-            "patterns / behind on held-out text.\n",
-            "| EvoESAP from | " + " | ".join(f"generation {g}" for g in watched) + " |",
-            "|---" + "|--:" * len(watched) + "|",
-            *(
-                f"| {name} | " + " | ".join(self._so_far(runs, searches["patterns"], g) for g in watched) + " |"
-                for name, runs in searches.items()
-            ),
+            *(self._best_so_far(searches, [g for g in WATCHED if g <= twice]) if self.seeds else ()),
             "\nPruned per layer, what the layers' damages add up to, and the ESAP that the plan loses:\n",
             *(
                 f"- {name}: {list(found[0].plan.pruned_counts.values())}, {lost.total(found[0].plan):.4f}, "
@@ -170,6 +167,18 @@ class Bench:
             ),
         ]
         return "\n".join(lines)
+
+    def _best_so_far(self, searches: dict[str, list[dict[int, Found]]], watched: list[int]) -> list[str]:
+        return [
+            "\nBest so far: mean search / held-out ESAP, and how many seeds are ahead of the same seeds' searches from "
+            "patterns / behind on held-out text.\n",
+            "| EvoESAP from | " + " | ".join(f"generation {g}" for g in watched) + " |",
+            "|---" + "|--:" * len(watched) + "|",
+            *(
+                f"| {name} | " + " | ".join(self._so_far(runs, searches["patterns"], g) for g in watched) + " |"
+                for name, runs in searches.items()
+            ),
+        ]
 
     def _row(self, name: str, found: Sequence[Found]) -> str:
         judged = self.held_out([f.plan for f in found])
@@ -202,9 +211,9 @@ def _spread(values: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--criteria", nargs="+", default=["reap", "man"])
+    parser.add_argument("--criteria", nargs="+", default=["reap", "man", "naee"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
-    parser.add_argument("--seeds", type=int, default=5, help="search seeds")
+    parser.add_argument("--seeds", type=int, default=5, help="search seeds; 0: no searches")
     parser.add_argument("--quick", action="store_true", help="one seed, short searches: does it run at all?")
     parser.add_argument("-o", "--out", type=Path, help="also write the tables here")
     arguments = parser.parse_args()
@@ -234,7 +243,7 @@ def main() -> None:
     )
     stats = mp.calibrate(model, calibration)
     for criterion in arguments.criteria:
-        scores = mp.score_experts(stats, criterion)
+        scores = naee_scores(model, calibration) if criterion == "naee" else mp.score_experts(stats, criterion)
         start = time.perf_counter()
         lost = damages(bench.searcher, scores)
         cost = 1 + sum(len(counts) - 1 for counts in lost.counts.values()), time.perf_counter() - start

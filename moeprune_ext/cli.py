@@ -1,8 +1,8 @@
 """The `moeprune` command: what its verbs take. What they do is in verbs.py and plan_verbs.py.
 
 Results go to stdout (JSON with --json), progress to stderr. Exit status: 0, 2 for a bad request (one line, nothing
-written), 1 for a failure. Under torchrun, `calibrate` and the verbs that make plans share their work between the
-processes, of which the first writes and prints; any other verb is run by the first alone.
+written), 1 for a failure. Under torchrun, `calibrate`, `score` and the verbs that make plans share their work between
+the processes, of which the first writes and prints; any other verb is run by the first alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         distributed.join()
-        shared = (verbs.calibrate, plan_verbs.search, plan_verbs.allocate, plan_verbs.grape)
+        shared = (verbs.calibrate, verbs.score, plan_verbs.search, plan_verbs.allocate, plan_verbs.grape)
         if not distributed.is_first() and options.verb not in shared:
             distributed.leave()
             return
@@ -149,7 +149,14 @@ def _parser() -> argparse.ArgumentParser:
     example = "moeprune score stats.safetensors --criterion reap -o scores.json"
     made = add("score", verbs.score, "statistics to one score per expert, and how far the criteria agree", example)
     made.add_argument("stats", type=Path, help="statistics file")
-    made.add_argument("--criterion", nargs="+", default=["reap"], help=f"one or more of {criteria}")
+    made.add_argument(
+        "--criterion", nargs="+", default=["reap"], help=f"one or more of {criteria} And naee: see --model."
+    )
+    made.add_argument(
+        "--model", type=Path, help="model directory, for naee: experts in the order in which a layer misses them least"
+    )
+    add_data(made, False, 64)
+    add_stream(made)
     add_limits(made)
     made.add_argument("-o", "--out", type=Path, help="scores file to write, of one criterion")
 
@@ -159,8 +166,9 @@ def _parser() -> argparse.ArgumentParser:
         example = f"moeprune {name} MODEL --stats stats.safetensors --sparsity 0.5 {rest}"
         made = add(name, verb, about, example)
         made.add_argument("model", type=Path, help="model directory")
-        made.add_argument("--stats", type=Path, required=True, help="statistics file of this model")
+        made.add_argument("--stats", type=Path, help="statistics file of this model, to score by --criterion")
         made.add_argument("--criterion", default="reap", help=criteria)
+        made.add_argument("--scores", type=Path, help="a file that `score -o` wrote, in the place of --stats")
         made.add_argument("--sparsity", type=float, default=0.5, help="share of the experts to remove, 0 to below 1")
         add_limits(made)
         return made

@@ -18,7 +18,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -27,15 +29,18 @@ from torch import Tensor, nn
 from moeprune_ext import distributed
 from moeprune_ext.data import TokenBatch, as_batches, data_fingerprint, split_sequences
 from moeprune_ext.masking import check_plan, check_slicing, masks
+from moeprune_ext.merging import MergedPlan, check_merges, mapped_layer, merged_model
 from moeprune_ext.moe import LayerShape, evaluating, find_moe_layers, model_fingerprint
 from moeprune_ext.ops import log_sum_exp, overlap
+from moeprune_ext.ops_overlap import label_top1
 from moeprune_ext.plan import PruningPlan
 from moeprune_ext.replay import NotReplayable
-from moeprune_ext.routers import ROUTERS
+from moeprune_ext.routers import ROUTERS, RoutedLayer
 from moeprune_ext.swept import SweptModel
 from moeprune_ext.teacher import PLACES
 
-METRICS = ("esap", "kl_pq", "kl_qp", "top1_agree", "accept", "nll")
+METRICS = ("esap", "kl_pq", "kl_qp", "top1_agree", "accept", "nll", "label_top1")
+NEXT_TOKEN = ("nll", "label_top1")  # at positions whose next token is labelled
 UNIT_TOKENS = 2048
 LOWER_IS_BETTER = frozenset({"kl_pq", "kl_qp", "nll"})
 
@@ -45,7 +50,8 @@ class CandidateScore:
     """A candidate's token-weighted means; a metric that was not asked for is None, one that met a NaN row is NaN.
 
     esap, kl_pq, kl_qp, top1_agree, accept: over `positions` attended and labelled positions. nll: over positions whose
-    next token is attended and labelled. nan_rows: positions at which the candidate's logits gave no distribution.
+    next token is attended and labelled, as is label_top1, the share of them whose largest logit is that token's.
+    nan_rows: positions at which the candidate's logits gave no distribution.
     """
 
     esap: float | None = None
@@ -54,6 +60,7 @@ class CandidateScore:
     top1_agree: float | None = None
     accept: float | None = None
     nll: float | None = None
+    label_top1: float | None = None
     positions: int = 0
     nan_rows: int = 0
 
@@ -85,7 +92,7 @@ class Engine(Protocol):
         """Prepares these sequences; {sequence: the sum of the unpruned model's log-sum-exps, NaN where it is NaN}."""
 
     def values(
-        self, plans: Sequence[PruningPlan], numbers: Sequence[int], metrics: tuple[str, ...]
+        self, plans: Sequence[PruningPlan | MergedPlan], numbers: Sequence[int], metrics: tuple[str, ...]
     ) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
         """Yields (sequence, numbers of some plans, {metric: [those plans, T]}) until every pair of the two was met."""
 
@@ -184,6 +191,10 @@ class CandidateEvaluator:
             "teacher_log_sum_exp": float(lse.sum()) / self.positions,
         }
 
+    @cached_property
+    def _mapped(self) -> dict[int, RoutedLayer]:
+        return {index: mapped_layer(layer) for index, layer in self.layers.items()}
+
     @property
     def shapes(self) -> dict[int, LayerShape]:
         """{decoder layer: what pruning must respect there}."""
@@ -191,14 +202,16 @@ class CandidateEvaluator:
 
     def weights(self, metric: str) -> list[int]:
         """Positions that each sequence contributes to a metric's mean."""
-        return self.predicted_positions if metric == "nll" else self.scored_positions
+        return self.predicted_positions if metric in NEXT_TOKEN else self.scored_positions
 
-    def evaluate(self, plans: Sequence[PruningPlan], metrics: Sequence[str] = ("esap",)) -> list[CandidateScore]:
+    def evaluate(
+        self, plans: Sequence[PruningPlan | MergedPlan], metrics: Sequence[str] = ("esap",)
+    ) -> list[CandidateScore]:
         """One CandidateScore per plan, in order; a score does not depend on the other plans of the call, up to the
         rounding of matrix products of another size (below 1e-6 in float32).
 
-        metrics: any of esap, kl_pq, kl_qp, top1_agree, accept, nll. A call with a plan that merges experts takes one
-        forward of the model per plan.
+        metrics: any of esap, kl_pq, kl_qp, top1_agree, accept, nll, label_top1. A call with a pruning plan that also
+        merges experts (PruningPlan.merged) takes one forward of the model per plan.
         Raises ValueError, before any work, for an unknown metric or a plan this model cannot carry out.
         """
         found = self.sequence_sums(plans, metrics)
@@ -214,7 +227,7 @@ class CandidateEvaluator:
 
     def sequence_sums(
         self,
-        plans: Sequence[PruningPlan],
+        plans: Sequence[PruningPlan | MergedPlan],
         metrics: Sequence[str] = ("esap",),
         sequences: Sequence[int] | None = None,
     ) -> SequenceSums:
@@ -226,9 +239,12 @@ class CandidateEvaluator:
             raise ValueError(f"unknown metrics {unknown}; choose from {', '.join(METRICS)}")
         if not metrics:
             raise ValueError(f"name at least one metric of {', '.join(METRICS)}")
-        if "nll" in metrics and not any(self.predicted_positions):
-            raise ValueError("nll needs a position whose next token is labelled, and the data has none")
+        if set(NEXT_TOKEN) & set(metrics) and not any(self.predicted_positions):
+            raise ValueError("nll and label_top1 need a position whose next token is labelled; the data has none")
         for plan in plans:
+            if isinstance(plan, MergedPlan):
+                check_merges(plan, self._mapped, self.fingerprint)
+                continue
             check_plan(plan, self.layers, self.fingerprint)
             if plan.merged and getattr(self.model, "moeprune_stream", None) is not None:
                 raise ValueError("a streamed model cannot hold merged experts: load it whole to evaluate this plan")
@@ -240,12 +256,13 @@ class CandidateEvaluator:
         numbers = [number for number in wanted if number in mine and plans]
         with evaluating(self.model):
             engine = self._engine
-            if any(plan.merged for plan in plans):  # a sweep shares experts' outputs between plans
+            # A sweep shares experts' outputs between pruning plans.
+            if any(isinstance(plan, PruningPlan) and plan.merged for plan in plans):
                 engine = self._whole
             for number, chosen, values in engine.values(plans, numbers, tuple(metrics)):
                 scored, labels = self._rows(number)
                 for m, name in enumerate(metrics):
-                    rows = (labels >= 0) if name == "nll" else scored
+                    rows = (labels >= 0) if name in NEXT_TOKEN else scored
                     sums[m, chosen, columns[number]] = values[name].cpu()[:, rows].double().sum(-1)
                 bad = torch.isnan(torch.stack([values[name] for name in metrics])).any(0)
                 nan_rows[chosen, columns[number]] = bad.sum(-1).cpu()
@@ -277,6 +294,15 @@ class WholeForwards:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.about = "whole forwards"
 
+    @cached_property
+    def _mapped(self) -> dict[int, RoutedLayer]:
+        return {index: mapped_layer(layer) for index, layer in self._layers.items()}
+
+    def _applied(self, plan: PruningPlan | MergedPlan) -> AbstractContextManager[None]:
+        if isinstance(plan, MergedPlan):
+            return merged_model(self._mapped, plan)
+        return masks(self._layers, plan)
+
     def teacher(self, numbers: Sequence[int]) -> dict[int, float]:
         held, sums = 0, {}
         for number in numbers:
@@ -289,7 +315,7 @@ class WholeForwards:
         return sums
 
     def values(
-        self, plans: Sequence[PruningPlan], numbers: Sequence[int], metrics: tuple[str, ...]
+        self, plans: Sequence[PruningPlan | MergedPlan], numbers: Sequence[int], metrics: tuple[str, ...]
     ) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
         for number in numbers:
             p = self._kept[number][0] if number in self._kept else self._logits(number)
@@ -301,21 +327,22 @@ class WholeForwards:
                 chosen = list(range(len(plans)))[start : start + block]
                 q = torch.empty(len(chosen), *p.shape, dtype=p.dtype, device=p.device)
                 for i, plan in enumerate(chosen):
-                    with masks(self._layers, plans[plan]):
+                    with self._applied(plans[plan]):
                         q[i] = self._logits(number)
-                yield (
-                    number,
-                    chosen,
-                    overlap(
+                values = {}
+                if compared := tuple(name for name in metrics if name != "label_top1"):
+                    values = overlap(
                         p,
                         q,
                         p_lse=p_lse,
                         labels=labels,
-                        metrics=metrics,
+                        metrics=compared,
                         seed=self._seed + number,
                         backend=self._backend,
-                    ),
-                )
+                    )
+                if "label_top1" in metrics:
+                    values["label_top1"] = torch.stack([label_top1(logits, labels) for logits in q])
+                yield number, chosen, values
 
     def _logits(self, number: int) -> Tensor:
         """[T, V] logits at the positions that any metric reads, from an ordinary forward without a KV cache."""

@@ -307,3 +307,10 @@ def overlap_from_hidden(
             for metric, value in values.items():
                 results[metric][some, rows] = value.to(out_dtype)
     return results
+
+
+def label_top1(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits [T, V], labels [T] -> float32 [T]: 1 where the largest logit is the label's (of equals the first counts,
+    as in greedy decoding), 0 elsewhere and where the label is negative, NaN where a logit is NaN."""
+    hits = ((logits.argmax(-1) == labels) & (labels >= 0)).float()
+    return torch.where(torch.isnan(logits).any(-1), torch.nan, hits)

@@ -15,32 +15,40 @@ if TYPE_CHECKING:
 
 
 def load_scores(options: argparse.Namespace) -> ExpertScores:
-    """The scores that --stats and --criterion make, under the user's minima and protection, of the model's own routers.
+    """The scores that --stats and --criterion make, or --scores holds, under the user's minima and protection.
 
-    Refuses statistics of another model than the named one, without loading its weights.
+    Refuses those of another model than the named one, without loading its weights.
     """
     from moeprune_ext.calibrate import RoutingStats
     from moeprune_ext.checkpoint import read_checkpoint
-    from moeprune_ext.criteria import score_experts
+    from moeprune_ext.criteria import ExpertScores, score_experts
 
-    stats = RoutingStats.load(options.stats)
-    scores = constrained(score_experts(stats, parse_criterion(options.criterion), seed=options.seed), stats, options)
+    if (options.stats is None) == (options.scores is None):
+        raise ValueError("give either --stats, with a --criterion, or --scores")
+    stats = None if options.stats is None else RoutingStats.load(options.stats)
+    if stats is None:
+        scores = ExpertScores.load(options.scores)
+    else:
+        scores = score_experts(stats, parse_criterion(options.criterion), seed=options.seed)
+    scores = constrained(scores, stats, options)
     if (fingerprint := read_checkpoint(options.model).fingerprint) != scores.model:
         raise ValueError(
-            f"{options.stats} was gathered from another model: its fingerprint is {scores.model}, that of "
-            f"{options.model} is {fingerprint}; calibrate this model"
+            f"{options.stats or options.scores} was gathered from another model: its fingerprint is {scores.model}, "
+            f"that of {options.model} is {fingerprint}; calibrate this model"
         )
     return scores
 
 
-def constrained(scores: ExpertScores, stats: RoutingStats, options: argparse.Namespace) -> ExpertScores:
-    """The scores under --min-kept, --min-kept-per-group and --protect-super."""
+def constrained(scores: ExpertScores, stats: RoutingStats | None, options: argparse.Namespace) -> ExpertScores:
+    """The scores under --min-kept, --min-kept-per-group and --protect-super, which needs statistics."""
     from moeprune_ext.criteria import super_experts
 
+    if options.protect_super and stats is None:
+        raise ValueError("--protect-super looks for outliers in statistics: give it to `score`, which makes the scores")
     return scores.constrained(
         min_kept=options.min_kept,
         min_kept_per_group=options.min_kept_per_group,
-        protect=super_experts(stats) if options.protect_super else None,
+        protect=super_experts(stats) if options.protect_super and stats is not None else None,
     )
 
 

@@ -93,7 +93,7 @@ def _places(answer: tuple[Tensor, ...], layer: MoeLayer) -> tuple[int, int, int]
     return (logits[0], weights[0], ids[0]) if len(logits) == len(weights) == len(ids) == 1 else None
 
 
-def _logits(layer: MoeLayer, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+def router_logits(layer: MoeLayer, hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """The router's matrix product, [T, H] -> [T, E]."""
     bias = getattr(layer.router, "bias", None)
     bias = bias.to(dtype) if isinstance(bias, Tensor) else None
@@ -107,7 +107,7 @@ def fit_spec(
     logits, weights, ids = (answer[place] for place in places)
     if _weight(layer.router).shape[0] != layer.shape.num_experts:
         return None
-    if not torch.allclose(_logits(layer, hidden, logits.dtype), logits, rtol=1e-5, atol=1e-6):
+    if not torch.allclose(router_logits(layer, hidden, logits.dtype), logits, rtol=1e-5, atol=1e-6):
         return None
     half = tuple(half_kept(layer))
     with masked(layer, half):
@@ -210,7 +210,7 @@ def _route(routed: RoutedLayer, masks: Sequence[Kept], of_state: Tensor) -> Any:
 
     def fused(original: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         assert routed.spec is not None and routed.logits_dtype is not None
-        logits = _logits(layer, hidden.reshape(-1, hidden.shape[-1]), routed.logits_dtype)
+        logits = router_logits(layer, hidden.reshape(-1, hidden.shape[-1]), routed.logits_dtype)
         keep = torch.zeros(len(masks), layer.shape.num_experts, dtype=torch.bool)
         for mask, kept in enumerate(masks):
             keep[mask, list(kept)] = True

@@ -1,10 +1,11 @@
 """A layer sweep: all candidates of a generation go through the model together, one decoder layer after the other.
 
-A candidate is the experts that it keeps in each MoE layer. Candidates that agree up to a layer share one hidden state
-there, a *node*: its attention, norms and shared experts are computed once, and so is every (token, expert) pair that
-several of its candidates route (experts.py). From the first layer in which they differ, each has a state of its own;
-states are run in blocks of a fixed number of tokens, so that an expert's rows of a whole block are one matrix product.
-A layer's weights are needed once per sweep, whatever the number of candidates and sequences.
+A candidate is the experts that it keeps in each MoE layer, or makes of them (merging.py). Candidates that agree up to
+a layer share one hidden state there, a *node*: its attention, norms and shared experts are computed once, and so is
+every (token, expert) pair that several of its candidates route (experts.py; merged experts are each candidate's own).
+From the first layer in which they differ, each has a state of its own; states are run in blocks of a fixed number of
+tokens, so that an expert's rows of a whole block are one matrix product. A layer's weights are needed once per sweep,
+whatever the number of candidates and sequences.
 """
 
 from __future__ import annotations
@@ -18,21 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from moeprune_ext.experts import PairOutputs, distinct_pairs, weighted_sum
+from moeprune_ext.merging import Merge, MergedExperts, Treatment, many_treatments, mapped_layer, order_of
 from moeprune_ext.moe import ExpertsFunction, MoeLayer, intercepted, replaced_forward
 from moeprune_ext.replay import LayerInputs, Replay, tensors_in
-from moeprune_ext.routers import Kept, RoutedLayer, many_masks
+from moeprune_ext.routers import RoutedLayer, many_masks
 
 
 @dataclass(frozen=True)
 class Level:
     """The states after one MoE layer: one for each distinct choice of kept experts up to it.
 
-    parent: [M], the state before the layer that each comes from, ascending. mask: [M], its mask among `masks`.
+    parent: [M], the state before the layer that each comes from, ascending. mask: [M], its mask or merge, among
+    `masks`.
     """
 
     parent: Tensor
     mask: Tensor
-    masks: tuple[Kept, ...]
+    masks: tuple[Treatment, ...]
 
     def times(self, sequences: int, states_before: int) -> Level:
         """The level for several sequences' states, one sequence's after the other's."""
@@ -55,10 +58,10 @@ class Tree:
         return max(len(level.parent) for level in self.levels.values())
 
 
-def grow(candidates: Sequence[Mapping[int, Kept]], layers: Sequence[int]) -> Tree:
-    """The tree of candidates, each {decoder layer: ids kept}; it does not depend on their order."""
+def grow(candidates: Sequence[Mapping[int, Treatment]], layers: Sequence[int]) -> Tree:
+    """The tree of candidates, each {decoder layer: ids kept, or a merge}; it does not depend on their order."""
     keys = [tuple(candidate[layer] for layer in layers) for candidate in candidates]
-    distinct = sorted(set(keys))
+    distinct = sorted(set(keys), key=lambda key: [order_of(treatment) for treatment in key])
     levels: dict[int, Level] = {}
     before = [0] * len(distinct)
     for depth, layer in enumerate(layers):
@@ -90,6 +93,8 @@ class Sweep:
         self._scratch: dict[str, Tensor] = {}
         self._pair_outputs = {index: PairOutputs(r.layer, self._scratch) for index, r in self.routed.items()}
         self._buffers: dict[int, Tensor] = {}
+        self._merge_buffers: dict[str, Tensor] = {}  # one layer's merged experts
+        self._merged: dict[int, tuple[RoutedLayer, MergedExperts]] = {}
 
     def run(
         self, tree: Tree, batches: Sequence[tuple[Tensor, LayerInputs]], first: int = 0, end: int | None = None
@@ -114,12 +119,14 @@ class Sweep:
     @property
     def held_bytes(self) -> int:
         """Memory that is kept from one run to the next: scratch, and the states' buffers."""
-        return self.scratch_bytes + sum(tensor.nbytes for tensor in self._buffers.values())
+        held = [*self._buffers.values(), *self._merge_buffers.values()]
+        return self.scratch_bytes + sum(tensor.nbytes for tensor in held)
 
     def release(self) -> None:
         """Gives that memory back."""
         self._scratch.clear()
         self._buffers.clear()
+        self._merge_buffers.clear()
 
     def layer(self, index: int, level: Level | None, states: Tensor, inputs: LayerInputs, number: int) -> Tensor:
         """One layer of `run`: [M, S, H] -> [M', S, H], in the buffers of batch `number`."""
@@ -163,11 +170,22 @@ class Sweep:
                 constants = {id(t) for t in tensors_in(inputs.arguments[index])}
                 for module in _once_per_node(self.replay.layers[index], routed.layer):
                     stack.enter_context(replaced_forward(module, _for_nodes(first_of, node_of, constants)))
-            if routed.places is not None:
-                experts = routed.layer.experts
-                stack.enter_context(intercepted(experts, self._experts(routed.layer, first_of, node_of)))
-            stack.enter_context(many_masks(routed, masks, of_state))
+            if any(isinstance(mask, Merge) for mask in masks):
+                mapped, merged = self._merging(index)
+                stack.enter_context(many_treatments(mapped, masks, of_state, merged))
+            else:
+                kept = [mask for mask in masks if not isinstance(mask, Merge)]
+                if routed.places is not None:
+                    experts = routed.layer.experts
+                    stack.enter_context(intercepted(experts, self._experts(routed.layer, first_of, node_of)))
+                stack.enter_context(many_masks(routed, kept, of_state))
             yield
+
+    def _merging(self, index: int) -> tuple[RoutedLayer, MergedExperts]:
+        if index not in self._merged:
+            mapped = mapped_layer(self.routed[index].layer)
+            self._merged[index] = mapped, MergedExperts(mapped, self._merge_buffers, self._scratch)
+        return self._merged[index]
 
     def _experts(self, layer: MoeLayer, first_of: Tensor, node_of: Tensor) -> Any:
         pair_outputs = self._pair_outputs[layer.index]

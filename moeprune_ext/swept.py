@@ -18,12 +18,13 @@ from moeprune_ext import distributed
 from moeprune_ext.data import TokenBatch
 from moeprune_ext.masking import half_kept, masks
 from moeprune_ext.memory import peak_bytes
+from moeprune_ext.merging import MergedPlan, Treatment, order_of
 from moeprune_ext.moe import MoeLayer
 from moeprune_ext.ops import log_sum_exp_from_hidden, overlap, overlap_from_hidden
-from moeprune_ext.ops_overlap import bytes_in_flight
+from moeprune_ext.ops_overlap import bytes_in_flight, label_top1
 from moeprune_ext.plan import PruningPlan
 from moeprune_ext.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay, alike
-from moeprune_ext.routers import Kept, routed_layer
+from moeprune_ext.routers import routed_layer
 from moeprune_ext.sweep import Level, Sweep, Tree, grow
 from moeprune_ext.teacher import TeacherCache, TeacherRows, choose_place
 
@@ -122,13 +123,13 @@ class SweptModel:
         return sums
 
     def values(
-        self, plans: Sequence[PruningPlan], numbers: Sequence[int], metrics: tuple[str, ...]
+        self, plans: Sequence[PruningPlan | MergedPlan], numbers: Sequence[int], metrics: tuple[str, ...]
     ) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
         """See evaluator.Engine."""
         candidates = [self._kept(plan) for plan in plans]
         layers = list(self._layers)
         # Neighbours in this order share most; groups of them fit the memory for states.
-        order = sorted(range(len(plans)), key=lambda i: [candidates[i][layer] for layer in layers])
+        order = sorted(range(len(plans)), key=lambda i: [order_of(candidates[i][layer]) for layer in layers])
         longest = max(sequence.input_ids.shape[1] for sequence in self._sequences)
         group = max(1, self.division.state_tokens // longest)
         for start in range(0, len(order), group):
@@ -150,19 +151,34 @@ class SweptModel:
         self, number: int, teacher: TeacherRows, last: Tensor, tree: Tree, metrics: tuple[str, ...]
     ) -> dict[str, Tensor]:
         sequence = self._sequences[number]
-        values = overlap_from_hidden(
-            teacher.head_inputs,
-            self._head_inputs(number, last),
-            self._replay.head,
-            chunk_bytes=self.division.head,
-            p_lse=teacher.lse,
-            labels=sequence.next_token_labels[sequence.wanted].to(self._device),
-            metrics=metrics,
-            seed=self._seed + number,
-            backend=self._backend,
-        )
+        labels = sequence.next_token_labels[sequence.wanted].to(self._device)
+        head_inputs = self._head_inputs(number, last)
+        values = {}
+        if compared := tuple(name for name in metrics if name != "label_top1"):
+            values = overlap_from_hidden(
+                teacher.head_inputs,
+                head_inputs,
+                self._replay.head,
+                chunk_bytes=self.division.head,
+                p_lse=teacher.lse,
+                labels=labels,
+                metrics=compared,
+                seed=self._seed + number,
+                backend=self._backend,
+            )
+        if "label_top1" in metrics:
+            values["label_top1"] = self._label_top1(head_inputs, labels)
         leaf = tree.leaf.to(self._device)
         return {name: value[leaf] for name, value in values.items()}
+
+    def _label_top1(self, head_inputs: Tensor, labels: Tensor) -> Tensor:
+        """[M, T, H], labels [T] -> float32 [M, T]: whether the largest logit is the label's; 0 where there is none."""
+        hits = torch.zeros(head_inputs.shape[:2], dtype=torch.float32, device=head_inputs.device)
+        rows = (labels >= 0).nonzero()[:, 0]
+        for state, hidden in enumerate(head_inputs[:, rows]):
+            if len(rows):
+                hits[state, rows] = label_top1(self._replay.project(hidden), labels[rows])
+        return hits
 
     def _head_inputs(self, number: int, last: Tensor) -> Tensor:
         """[M, S, H] -> [M, T, H]: the last layer's output as the head takes it, at the wanted positions, in place."""
@@ -206,18 +222,19 @@ class SweptModel:
         if wave:
             yield wave
 
-    def _kept(self, plan: PruningPlan | None) -> dict[int, Kept]:
-        def all_of(index: int) -> range:
-            return range(self._layers[index].shape.num_experts)
-
-        kept = {} if plan is None else plan.kept
-        return {index: tuple(kept.get(index, all_of(index))) for index in self._layers}
+    def _kept(self, plan: PruningPlan | MergedPlan | None) -> dict[int, Treatment]:
+        """What a plan does to each layer."""
+        full: dict[int, Treatment] = {
+            index: tuple(range(layer.shape.num_experts)) for index, layer in self._layers.items()
+        }
+        if isinstance(plan, MergedPlan):
+            return full | plan.merges
+        return full if plan is None else full | {index: tuple(kept) for index, kept in plan.kept.items()}
 
     def _check_masked(self, sequence: TokenBatch) -> None:
         """Compares pruned candidates that share a beginning with whole masked forwards of the model."""
-        full, half = self._kept(None), self._kept(None)
-        for index, layer in self._layers.items():
-            half[index] = tuple(half_kept(layer))
+        full = {index: tuple(range(layer.shape.num_experts)) for index, layer in self._layers.items()}
+        half = {index: tuple(half_kept(layer)) for index, layer in self._layers.items()}
         mixed = {**half, max(self._layers): full[max(self._layers)]}
         candidates = [half, mixed, full]
         inputs = self._replay.inputs(sequence.model_inputs(self._device))

@@ -12,8 +12,9 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from moeprune_ext import distributed
 from moeprune_ext.options import (
     check_new_file,
     constrained,
@@ -28,6 +29,10 @@ from moeprune_ext.options import (
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2} | dict.fromkeys(
     ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "BOOL"), 1
 )
+
+if TYPE_CHECKING:
+    from moeprune_ext.calibrate import RoutingStats
+    from moeprune_ext.criteria import ExpertScores
 
 
 def info(options: argparse.Namespace) -> tuple[Any, str]:
@@ -71,7 +76,6 @@ def info(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def calibrate(options: argparse.Namespace) -> tuple[Any, str]:
-    from moeprune_ext import distributed
     from moeprune_ext.calibrate import RARELY, calibrate
 
     check_new_file(options.out)
@@ -109,8 +113,10 @@ def score(options: argparse.Namespace) -> tuple[Any, str]:
         check_new_file(options.out)
         if len(names) > 1:
             raise ValueError(f"a scores file is of one criterion, not of {len(names)}: leave -o out or name one")
-    chosen = [constrained(score_experts(stats, name, seed=options.seed), stats, options) for name in names]
-    if options.out is not None:
+    if "naee" in names and not (options.model and options.data):
+        raise ValueError("naee compares a layer's output with and without experts: give --model and --data")
+    chosen = [constrained(_scores(stats, name, options), stats, options) for name in names]
+    if options.out is not None and distributed.is_first():
         chosen[0].save(options.out)
     lines = []
     for scores in chosen:
@@ -147,6 +153,22 @@ def score(options: argparse.Namespace) -> tuple[Any, str]:
         },
     }
     return result, "\n".join(lines)
+
+
+def _scores(stats: RoutingStats, name: str | tuple[int, int, str], options: argparse.Namespace) -> ExpertScores:
+    """By a criterion of the statistics, or by naee, for which the model runs."""
+    from moeprune_ext.checkpoint import read_checkpoint
+    from moeprune_ext.criteria import score_experts
+    from moeprune_ext.naee import naee_scores
+
+    if name != "naee":
+        return score_experts(stats, name, seed=options.seed)
+    if (fingerprint := read_checkpoint(options.model).fingerprint) != stats.model:
+        raise ValueError(
+            f"{options.stats} was gathered from another model ({stats.model}), {options.model} is {fingerprint}"
+        )
+    batches = load_data(options, load_tokenizer(options), labels=False)
+    return naee_scores(load_model(options), batches, seed=options.seed, progress=distributed.is_first())
 
 
 def _listed(experts: Mapping[int, Iterable[int]]) -> str:

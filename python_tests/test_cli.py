@@ -120,6 +120,20 @@ def test_damages_are_measured_once_and_plans_join_a_search(work, capsys, tmp_pat
     assert history["scores"][0][0] == [16 - n for n in first["kept_per_layer"].values()]
 
 
+def test_naee_scores_order_a_search(work, capsys, tmp_path):
+    data = ["--data", work / "text.txt", "--sequence-length", 32, "--sequences", 4]
+    ask = ["score", work / "stats.safetensors", "--criterion", "naee", "--model", work / "model", *data]
+    result = run(capsys, *ask, "-o", tmp_path / "naee.json")
+    assert result["criterion"] == "naee"
+    scores = mp.ExpertScores.load(tmp_path / "naee.json")
+    make = [work / "model", "--scores", tmp_path / "naee.json"]
+    run(capsys, "allocate", *make, "-o", tmp_path / "uniform.json")
+    assert mp.PruningPlan.load(tmp_path / "uniform.json") == mp.uniform_plan(scores, 0.5)
+    sizes = ["--population", 4, "--generations", 1, "--elites", 1]
+    found = run(capsys, "search", *make, *sizes, *data, "-o", tmp_path / "run")
+    assert mp.PruningPlan.load(found["plan"]).criterion == "naee"
+
+
 def test_grape_merges_and_the_merged_model_is_exported(work, capsys, tmp_path):
     make = [work / "model", "--stats", work / "stats.safetensors", "--sparsity", 0.25]
     result = run(capsys, "grape", *make, "--similarity", "weights", "--merge", "-o", tmp_path / "plan.json")
@@ -230,6 +244,10 @@ def bad_requests(work):
         "negative budget": ([*search, "--memory-budget", "-1", *out], "above 0"),
         "several criteria, one file": (["score", stats, "--criterion", "man", "ean", *out], "one criterion"),
         "nothing left to prune": (["score", stats, "--min-kept", 17], "cannot keep 17"),
+        "naee without a model": (["score", stats, "--criterion", "naee", *data, *out], "--model"),
+        "neither stats nor scores": (["allocate", model, *out], "--scores"),
+        "both stats and scores": (["allocate", model, "--stats", stats, "--scores", plan, *out], "either --stats"),
+        "a plan for scores": (["allocate", model, "--scores", plan, *out], "not a file of expert scores"),
         "minimum over budget": (["allocate", model, "--stats", stats, "--min-kept", 15, *out], "can go"),
         "dp without text": (["allocate", model, "--stats", stats, "--method", "dp", *out], "--data"),
         "naee with minima": (

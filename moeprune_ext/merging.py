@@ -1,0 +1,220 @@
+"""Layers with merged experts and a mapped router, for as long as they are evaluated (EEP, arXiv 2407.00945).
+
+A merge makes K' new experts, each a sum of the layer's E ones, weight by weight: w'_i = sum_j W_EM[i, j] w_j; and maps
+the router: pi = s @ W_RM^T of its own scores s, chosen and weighted as `masked_router(router_map=...)` says. The new
+weights exist while the layer runs, in one buffer that all merges of a search share: at most one layer's experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeprune_ext.dispatch import row_chunks
+from moeprune_ext.experts import PairOutputs, distinct_pairs, weighted_sum
+from moeprune_ext.moe import ExpertsFunction, MoeLayer, expert_tensors, intercepted, replaced_forward
+from moeprune_ext.ops import masked_router
+from moeprune_ext.routers import Kept, RoutedLayer, routed_layer, router_logits
+
+CHUNK_BYTES = 64 * 2**20  # of the layer's weights as float32, where they are of another dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """What stands for one layer's experts and router.
+
+    experts: W_EM, float32 [K', E]. router: W_RM, float32 [K', E]. top_k: experts per token, None: as many as before.
+    Merges of the same content are equal.
+    """
+
+    experts: Tensor
+    router: Tensor
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, matrix in (("experts", self.experts), ("router", self.router)):
+            if matrix.ndim != 2 or matrix.shape != self.experts.shape or matrix.dtype != torch.float32:
+                raise ValueError(f"{name} must be float32 [K', E], got {matrix.dtype} {tuple(matrix.shape)}")
+        if self.top_k is not None and not 1 <= self.top_k <= len(self.experts):
+            raise ValueError(f"top_k is {self.top_k}, of {len(self.experts)} experts")
+
+    @cached_property
+    def digest(self) -> str:
+        parts = [matrix.detach().cpu().contiguous().numpy().tobytes() for matrix in (self.experts, self.router)]
+        return hashlib.sha256(b"".join(parts) + f"{tuple(self.experts.shape)} {self.top_k}".encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Merge) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+@dataclass(frozen=True)
+class MergedPlan:
+    """Merges of a model's layers, {decoder layer: Merge}; layers not named stay as they are. model: the model's
+    fingerprint, None when unknown."""
+
+    merges: dict[int, Merge]
+    model: str | None = None
+
+
+Treatment = Kept | Merge  # of a layer by one candidate: a mask, or a merge
+
+
+def check_merges(plan: MergedPlan, routed: Mapping[int, RoutedLayer], fingerprint: str | None) -> None:
+    """Refuses a plan that this model cannot carry out, and says why (ValueError). routed: as `mapped_layer` finds."""
+    if plan.model is not None and fingerprint is not None and plan.model != fingerprint:
+        raise ValueError(f"these merges are another model's: {plan.model}, this one is {fingerprint}")
+    if unknown := sorted(set(plan.merges) - set(routed)):
+        raise ValueError(f"the merges name layers {unknown}, but the model's MoE layers are {sorted(routed)}")
+    for index, merge in plan.merges.items():
+        layer, shape = routed[index].layer, routed[index].layer.shape
+        if merge.experts.shape[1] != shape.num_experts:
+            raise ValueError(f"layer {index}: merges of {merge.experts.shape[1]} experts, it has {shape.num_experts}")
+        if len(merge.experts) < (merge.top_k or shape.top_k) or (merge.top_k or 0) > shape.top_k:
+            raise ValueError(
+                f"layer {index}: {len(merge.experts)} merged experts, {merge.top_k or shape.top_k} a token; its router "
+                f"selects {shape.top_k}"
+            )
+        if shape.n_group > 1 or layer.trailing:
+            raise ValueError(f"layer {index}: a router of groups, or of more than experts, cannot be mapped")
+        if routed[index].spec is None:
+            raise ValueError(
+                f"layer {index}: the formula of {type(layer.router).__name__} is not known, so it cannot be mapped"
+            )
+
+
+def mapped_layer(layer: MoeLayer) -> RoutedLayer:
+    """How a layer's router can be mapped: by its formula, whatever the dtype of its logits."""
+    return routed_layer(layer, "fused")
+
+
+def order_of(treatment: Treatment) -> tuple[int, Any]:
+    """Sorts treatments: alike ones become neighbours."""
+    return (1, treatment.digest) if isinstance(treatment, Merge) else (0, treatment)
+
+
+class MergedExperts:
+    """Computes with a layer's merged experts, in `buffers` that layers share and that stay from call to call."""
+
+    def __init__(self, routed: RoutedLayer, buffers: dict[str, Tensor], scratch: dict[str, Tensor]) -> None:
+        self._layer, self._buffers = routed.layer, buffers
+        self._pair_outputs = PairOutputs(routed.layer, scratch)
+
+    def __call__(self, original: ExpertsFunction, merge: Merge, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """hidden [T, H], ids [T, K] in [0, K'), weights [T, K] -> [T, H]."""
+        direct = self._pair_outputs.direct  # compares with the module's own forward, before its weights change
+        with self.standing(merge):
+            if not direct:
+                return original(hidden, ids, weights)
+            zero = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+            rows, counts, pair_of = distinct_pairs(ids, zero, zero, len(merge.experts))
+            return weighted_sum(self._pair_outputs(original, hidden, rows, counts), pair_of, weights)
+
+    @contextmanager
+    def standing(self, merge: Merge) -> Iterator[None]:
+        """Inside, the experts module holds the merged experts."""
+        experts: Any = self._layer.experts
+        places = expert_tensors(self._layer)
+        before = [getattr(place.owner, place.name) for place in places]
+        counters = [name for name in ("num_experts", "num_local_experts") if hasattr(experts, name)]
+        counts = [getattr(experts, name) for name in counters]
+        try:
+            for place, tensor in zip(places, before, strict=True):
+                new = self._merged(place.name, tensor.detach(), merge.experts)
+                setattr(place.owner, place.name, nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new)
+            for name in counters:
+                setattr(experts, name, len(merge.experts))
+            yield
+        finally:
+            for place, tensor in zip(places, before, strict=True):
+                setattr(place.owner, place.name, tensor)
+            for name, count in zip(counters, counts, strict=True):
+                setattr(experts, name, count)
+
+    def _merged(self, name: str, stored: Tensor, shares: Tensor) -> Tensor:
+        """[E, ...] -> [K', ...], the sums in float32 or better; rows that take one expert as it is are copies."""
+        shape = (len(shares), *stored.shape[1:])
+        held = self._buffers.get(name)
+        size = stored[0].numel() * len(shares)
+        if held is None or held.numel() < size or held.dtype != stored.dtype or held.device != stored.device:
+            held = self._buffers[name] = torch.empty(size, dtype=stored.dtype, device=stored.device)
+        new = held[:size].view(len(shares), -1)
+        rows, shares = stored.flatten(1), shares.to(stored.device)
+        if bool(((shares == 1).sum(1) == 1).all() & ((shares != 0).sum(1) == 1).all()):
+            torch.index_select(rows, 0, shares.argmax(1), out=new)
+        elif stored.dtype in (torch.float32, torch.float64):
+            torch.mm(shares.to(stored.dtype), rows, out=new)
+        else:
+            for columns in row_chunks(rows.shape[1], 4 * len(rows), CHUNK_BYTES):
+                new[:, columns] = shares @ rows[:, columns].float()
+        return new.view(shape)
+
+
+@contextmanager
+def merged_model(routed: Mapping[int, RoutedLayer], plan: MergedPlan) -> Iterator[None]:
+    """Inside, the model computes with a plan's merges; afterwards it is as before. The plan has been checked."""
+    buffers: dict[str, Tensor] = {}
+    scratch: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for index, merge in plan.merges.items():
+            merged = MergedExperts(routed[index], buffers, scratch)
+            stack.enter_context(many_treatments(routed[index], [merge], torch.zeros(1, dtype=torch.int64), merged))
+        yield
+
+
+@contextmanager
+def many_treatments(
+    routed: RoutedLayer, treatments: Sequence[Treatment], of_state: Tensor, merged: MergedExperts
+) -> Iterator[None]:
+    """Inside, the layer's block takes M states [M, S, H] and treats state m by treatments[of_state[m]].
+
+    of_state: int64 [M], on the CPU. As routers.many_masks, for candidates that merge.
+    """
+    layer = routed.layer
+    rows_of: list[Tensor] = []  # of each treatment, set when the router runs
+
+    def route(original: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        assert routed.spec is not None and routed.places is not None and routed.logits_dtype is not None
+        logits = router_logits(layer, hidden.reshape(-1, hidden.shape[-1]), routed.logits_dtype)
+        length = len(logits) // len(of_state)
+        treatment_of = of_state.repeat_interleave(length).to(logits.device)
+        rows_of[:] = [(treatment_of == i).nonzero()[:, 0] for i in range(len(treatments))]
+        top_k = layer.shape.top_k
+        ids = torch.zeros(len(logits), top_k, dtype=torch.int64, device=logits.device)
+        weights = torch.zeros(len(logits), top_k, dtype=torch.float32, device=logits.device)
+        for treatment, rows in zip(treatments, rows_of, strict=True):
+            run = partial(masked_router, logits[rows], spec=routed.spec)
+            if isinstance(treatment, Merge):
+                chosen, gates = run(top_k=treatment.top_k or top_k, router_map=treatment.router.to(logits.device)[None])
+            else:
+                keep = torch.zeros(1, layer.shape.num_experts, dtype=torch.bool, device=logits.device)
+                keep[0, list(treatment)] = True
+                chosen, gates = run(top_k=top_k, keep=keep)
+            ids[rows, : chosen.shape[-1]], weights[rows, : chosen.shape[-1]] = chosen[0], gates[0]
+        answer: list[Tensor] = [logits] * routed.parts  # beyond the three, nothing is looked at
+        answer[routed.places[1]] = weights.to(routed.spec.weights_dtype or weights.dtype)
+        answer[routed.places[2]] = ids
+        return tuple(answer)
+
+    def compute(original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        output = torch.empty_like(hidden)
+        for treatment, rows in zip(treatments, rows_of, strict=True):
+            if isinstance(treatment, Merge):
+                width = treatment.top_k or layer.shape.top_k  # further columns are empty
+                part = merged(original, treatment, hidden[rows], ids[rows, :width], weights[rows, :width])
+            else:
+                part = original(hidden[rows], ids[rows], weights[rows])
+            output[rows] = part
+        return output
+
+    with replaced_forward(layer.router, route), intercepted(layer.experts, compute):
+        yield
