@@ -265,6 +265,48 @@ def router_case(model: Model, form: str, device: str, shrink: int) -> Case:
     return Case(name, build, "copy" if device == "cuda" else "write: into new", targets)
 
 
+def map_eager_loop(logits: Tensor, maps: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    scores = logits.softmax(-1)
+    answers = [torch.topk(F.linear(scores, router_map), top_k) for router_map in maps]
+    weights = torch.stack([weights for weights, _ in answers])
+    return torch.stack([ids for _, ids in answers]), weights / weights.sum(-1, keepdim=True)
+
+
+def map_eager_broadcast(logits: Tensor, maps: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    weights, ids = torch.topk(logits.softmax(-1) @ maps.mT, top_k)
+    return ids, weights / weights.sum(-1, keepdim=True)
+
+
+def router_map_case(model: Model, device: str, shrink: int) -> Case:
+    rows, n_maps, n_kept = max(2, (65_536 if device == "cuda" else 4096) // shrink), 16, model.experts // 2
+
+    def build() -> Work:
+        logits = torch.randn(rows, model.experts, device=device) * 2
+        # Maps of the merge phase: one-hot rows, then a quarter of all entries changed.
+        kept = torch.rand(n_maps, model.experts, device=device).argsort(-1)[:, :n_kept]
+        maps = torch.eye(model.experts, device=device)[kept]
+        maps += 0.065 * torch.randn_like(maps) * (torch.rand_like(maps) < 0.25)
+        k, spec = model.top_k, mp.RouterSpec(renormalize=True)
+
+        def native() -> tuple[Tensor, Tensor]:
+            return mp.masked_router(logits, top_k=k, router_map=maps, spec=spec, backend="native")
+
+        contenders: Contenders = {
+            "native": native,
+            "eager: loop": lambda: map_eager_loop(logits, maps, k),
+            "eager: broadcast": lambda: map_eager_broadcast(logits, maps, k),
+        }
+        ids, weights = (torch.empty_like(answer) for answer in native())
+        yardsticks: Contenders = {
+            "products": lambda: logits @ maps.mT,
+            "write": lambda: (torch.empty_like(ids).fill_(1), torch.empty_like(weights).fill_(1)),
+        }
+        return Work((logits, maps), contenders, (map_eager_broadcast, logits, maps, k), yardsticks)
+
+    name = f"masked_router, router maps, {model.name}, N={rows}, K'={n_kept}, C={n_maps}, float32"
+    return Case(name, build, "products")
+
+
 # ---- routing_moments_
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -324,5 +366,6 @@ def all_cases(device: str, shrink: int = 1, models: Sequence[Model] = MODELS) ->
     metrics = [metrics_case(OLMOE, dtype, *size) for dtype in DTYPES]
     hidden = from_hidden_case(OLMOE, torch.float32 if device == "cpu" else torch.bfloat16, *size)
     routers = [router_case(model, form, *size) for model in models for form in ("nested", "shared", "assigned")]
+    maps = [router_map_case(model, *size) for model in models]
     moments = [moments_case(model, dtype, *size) for model in models for dtype in DTYPES]
-    return [*overlaps, *metrics, hidden, *routers, *moments]
+    return [*overlaps, *metrics, hidden, *routers, *maps, *moments]

@@ -97,6 +97,30 @@ def check_masked_router(device: str) -> None:
                     close(weights, expected[1], 1e-2 if spec.weights_dtype else 1e-4)
 
 
+def check_router_map(device: str) -> None:
+    for dtype, n_experts, n_rows, top_k, rows in zip(
+        FLOATS, (13, 64, 260), (2, 33, 71), (1, 8, 5), (1, 37, 131), strict=True
+    ):
+        logits_all = torch.randn(rows, n_experts, device=device).to(dtype)
+        # Rows of the map are spaced, so that no two pi are so close that rounding decides between them.
+        maps_all = torch.rand(3, n_rows, n_experts, device=device)
+        maps_all[2, :, 1::3] = 0
+        maps_all += torch.rand(3, n_rows, device=device).argsort(-1)[..., None] * (maps_all != 0)
+        for spec in router_specs(n_experts, device):
+            if spec.n_group > 1:
+                continue
+            for form in (dict(), dict(assigned=torch.randint(3, (rows,), device=device))):
+                expected = reference.masked_router(
+                    logits_all.double(), top_k=top_k, spec=spec, router_map=maps_all, **form
+                )
+                for logits, maps in zip(layouts(logits_all), layouts(maps_all), strict=True):
+                    ids, weights = mp.masked_router(
+                        logits, top_k=top_k, spec=spec, router_map=maps, backend="native", **form
+                    )
+                    assert torch.equal(ids, expected[0]), (dtype, spec, form)
+                    close(weights, expected[1], 1e-2 if spec.weights_dtype else 1e-4)
+
+
 def check_routing_moments(device: str) -> None:
     for dtype in FLOATS:
         for pairs, hidden in ((1, 1), (33, 7), (257, 130), (4099, 9)):
@@ -131,6 +155,7 @@ def main() -> None:
     check_overlap(arguments.device, vocabularies if arguments.quick else (*vocabularies, 32_001, 151_936))
     check_overlap_from_hidden(arguments.device)
     check_masked_router(arguments.device)
+    check_router_map(arguments.device)
     check_routing_moments(arguments.device)
     if arguments.device == "cuda":
         torch.cuda.synchronize()

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "mapped_router.h"
 #include "masked_router.h"
 #include "overlap.h"
 #include "routing_moments.h"
@@ -229,6 +230,7 @@ struct Kernels {
 const Kernels<OverlapArgs> overlap_kernels MOEPRUNE_KERNELS(overlap);
 const Kernels<LogSumExpArgs> log_sum_exp_kernels MOEPRUNE_KERNELS(log_sum_exp);
 const Kernels<MaskedRouterArgs> masked_router_kernels MOEPRUNE_KERNELS(masked_router);
+const Kernels<MappedRouterArgs> mapped_router_kernels MOEPRUNE_KERNELS(mapped_router);
 const Kernels<RoutingMomentsArgs> routing_moments_kernels MOEPRUNE_KERNELS(routing_moments);
 
 // ---- operations
@@ -298,6 +300,37 @@ void masked_router(const py::object& logits, const py::object& lists, const py::
   if (rows == 0 || args.n_walks == 0 || args.n_stops == 0) return;
   args.threads = threads;
   masked_router_kernels(args, unpack.device);
+}
+
+void mapped_router(const py::object& logits, const py::object& maps, const py::object& experts,
+                   const py::object& counts, const py::object& mapped_bias, const py::object& assigned, int top_k,
+                   int score, bool renormalize, float eps, float scale, const py::object& ids,
+                   const py::object& weights, int weights_dtype, int threads) {
+  Unpacker unpack("mapped_router");
+  MappedRouterArgs args{};
+  args.logits = unpack.strided(logits, "logits", kFloats, {-1, -1});
+  const std::int64_t rows = args.logits.shape[0], n_experts = args.logits.shape[1];
+  if (n_experts > kMaxExperts) throw std::invalid_argument("mapped_router: too many experts");
+  args.maps = unpack.strided(maps, "router_map", {DType::float32}, {-1, -1, n_experts});
+  const std::int64_t candidates = args.maps.shape[0], kept = args.maps.shape[1];
+  if (top_k < 1 || top_k > kept || kept > n_experts)
+    throw std::invalid_argument("mapped_router: needs 1 <= top_k <= rows of the map <= experts");
+  args.experts = unpack.contiguous<std::int32_t>(experts, "experts", DType::int32, {candidates, n_experts});
+  args.counts = unpack.contiguous<std::int32_t>(counts, "counts", DType::int32, {candidates});
+  args.mapped_bias = unpack.contiguous<float>(mapped_bias, "mapped_bias", DType::float32, {candidates, kept});
+  args.assigned = unpack.contiguous<std::int64_t>(assigned, "assigned", DType::int64, {rows});
+  args.top_k = top_k;
+  args.score = static_cast<Score>(score);
+  args.renormalize = renormalize;
+  args.eps = eps;
+  args.scale = scale;
+  args.weights_dtype = static_cast<DType>(weights_dtype);
+  const std::int64_t slots = assigned.is_none() ? candidates : 1;
+  args.ids = unpack.contiguous<std::int64_t>(ids, "ids", DType::int64, {slots, rows, top_k});
+  args.weights = unpack.contiguous<float>(weights, "weights", DType::float32, {slots, rows, top_k});
+  if (rows == 0 || candidates == 0) return;
+  args.threads = threads;
+  mapped_router_kernels(args, unpack.device);
 }
 
 void routing_moments(const py::object& moments, const py::object& max_norm, const py::object& ids,
@@ -372,5 +405,6 @@ PYBIND11_MODULE(MOEPRUNE_MODULE, m) {
   m.def("overlap", &overlap);
   m.def("log_sum_exp", &log_sum_exp);
   m.def("masked_router", &masked_router);
+  m.def("mapped_router", &mapped_router);
   m.def("routing_moments", &routing_moments);
 }

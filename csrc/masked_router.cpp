@@ -9,20 +9,13 @@
 #include "masked_router.h"
 
 #include "parallel.h"
-#include "simd.h"
+#include "router_rows.h"
 
 namespace moeprune::MOEPRUNE_ISA {
 namespace {
 
 constexpr float kLowest = -__FLT_MAX__;
 constexpr std::int64_t kStreamedAnswers = 1 << 20;  // 12 MB: more than a core's caches keep for the reader
-constexpr int kSortedRows = 128;                    // rows among which those of one mask are looked for
-
-// The rows that walk together, one to a lane; lanes beyond `count` repeat the first.
-struct Rows {
-  std::int64_t index[kLanes];
-  int count = 0;
-};
 
 // By expert, place in the top-k, or group, and then by lane.
 struct Scratch {
@@ -50,13 +43,6 @@ bool is_softmax(const MaskedRouterArgs& args) { return args.score == Score::soft
 // Whether the choice needs the whole denominator, hence a walk of its own before.
 bool key_depends_on_mask(const MaskedRouterArgs& args) { return is_softmax(args) && args.bias; }
 
-// Integers in the order of the scores, NaN above all; -0 and +0 are equal scores.
-MOEPRUNE_INLINE IntVec key_of(Vec score) {
-  const IntVec bits = (IntVec)(score + 0.0f);
-  const IntVec ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF);
-  return score != score ? splat_bits(0x7FFFFFFF) : ordered;
-}
-
 float score_of_key(std::int32_t key) {
   const std::int32_t bits = key ^ ((key >> 31) & 0x7FFFFFFF);
   float score;
@@ -64,58 +50,14 @@ float score_of_key(std::int32_t key) {
   return score;
 }
 
-// Round to nearest even, as torch does.
-MOEPRUNE_INLINE Vec rounded(Vec value, DType dtype) {
-  const IntVec bits = (IntVec)value;
-  if (dtype == DType::bfloat16) {
-    const IntVec up = bits + 0x7FFF + ((bits >> 16) & 1);
-    return value != value ? value : (Vec)(up & splat_bits(-0x10000));
-  }
-  // float16: 13 bits fewer where it is normal; below, multiples of its smallest number, 2^-24, the spacing of
-  // floats from 0.5 on; from 65,520 on, infinity.
-  const Vec magnitude = value < 0.0f ? -value : value;
-  const IntVec up = (IntVec)magnitude + 0xFFF + (((IntVec)magnitude >> 13) & 1);
-  const Vec normal = magnitude >= 65520.0f ? splat(__builtin_inff()) : (Vec)(up & splat_bits(-0x2000));
-  const Vec rounded_magnitude = magnitude < 0x1p-14f ? (magnitude + 0.5f) - 0.5f : normal;
-  return value != value ? value : value < 0.0f ? -rounded_magnitude : rounded_magnitude;
-}
-
-constexpr std::int32_t kNoKey = -0x7FFFFFFF - 1, kNoId = 0x7FFFFFFF;  // lose against every expert
-
-template <class T>
-void transpose(const MaskedRouterArgs& args, const Rows& rows, float* to) {
-  const std::int64_t n_experts = args.logits.shape[1], stride = args.logits.stride[1];
-  const T* from[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane)
-    from[lane] =
-        static_cast<const T*>(args.logits.data) + rows.index[lane < rows.count ? lane : 0] * args.logits.stride[0];
-  for (std::int64_t e = 0; e < n_experts; ++e)
-    for (int lane = 0; lane < kLanes; ++lane) to[e * kLanes + lane] = to_float(from[lane][e * stride]);
-}
+constexpr std::int32_t kNoId = 0x7FFFFFFF;  // with kNoKey, loses against every expert
 
 // What depends on the rows only: logits, scores, keys.
-void prepare_rows(const MaskedRouterArgs& args, const Rows& rows, Scratch& s) {
+void prepare_rows(const MaskedRouterArgs& args, const Rows<kLanes>& rows, Scratch& s) {
   const int n_experts = static_cast<int>(args.logits.shape[1]);
-  if (args.logits.dtype == DType::float32) {
-    transpose<float>(args, rows, s.logit);
-  } else if (args.logits.dtype == DType::bfloat16) {
-    transpose<BFloat16>(args, rows, s.logit);
-  } else {
-    transpose<Float16>(args, rows, s.logit);
-  }
-  if (args.score == Score::sigmoid) {
-    for (int at = 0; at < n_experts * kLanes; at += kLanes) {
-      const Vec x = load(s.logit + at);
-      const Vec t = exp(min(x, -x));  // e^-|x| never overflows
-      const Vec numerator = x < 0.0f ? t : splat(1.0f);
-      store(s.score + at, numerator / (t + 1.0f));
-    }
-  } else if (args.score == Score::sqrtsoftplus) {  // beyond 20 the softplus is x to float precision
-    for (int at = 0; at < n_experts * kLanes; ++at) {
-      const float x = s.logit[at];
-      s.score[at] = __builtin_sqrtf(x > 20.0f ? x : __builtin_log1pf(__builtin_expf(x)));
-    }
-  }
+  transpose(args.logits, rows, s.logit);
+  if (args.score == Score::sigmoid) sigmoids(s.logit, n_experts * kLanes, s.score);
+  if (args.score == Score::sqrtsoftplus) roots_of_softplus(s.logit, n_experts * kLanes, s.score);
   if (key_depends_on_mask(args)) return;
   for (int e = 0; e < n_experts; ++e) {
     const int at = e * kLanes;
@@ -249,7 +191,8 @@ void write(const MaskedRouterArgs& args, const Scratch& s, int lane, double fact
 
 // The answers of all rows at a place of the walk, first renewed in the lanes that have changed.
 template <int kTopK>
-void answer(const MaskedRouterArgs& args, const Rows& rows, IntVec changed, int place, std::int32_t slot, Scratch& s) {
+void answer(const MaskedRouterArgs& args, const Rows<kLanes>& rows, IntVec changed, int place, std::int32_t slot,
+            Scratch& s) {
   const float* offset = s.offset + place * kLanes;
   if (is_softmax(args)) changed |= load(offset) != load(s.weight_offset);
   if (any(changed)) {
@@ -303,7 +246,7 @@ void allow_groups(const MaskedRouterArgs& args, const std::int32_t* list, int n,
 
 // Routes the rows along one walk. kTopK is top_k where that is known to the compiler, otherwise 0.
 template <int kTopK>
-void walk(const MaskedRouterArgs& args, const Rows& rows, std::int64_t w, Scratch& s) {
+void walk(const MaskedRouterArgs& args, const Rows<kLanes>& rows, std::int64_t w, Scratch& s) {
   const std::int32_t* list = args.lists + w * args.logits.shape[1];
   const std::int32_t* stops = args.stops + w * args.n_stops;
   const std::int32_t* slots = args.slots + w * args.n_stops;
@@ -347,36 +290,26 @@ void walk(const MaskedRouterArgs& args, const Rows& rows, std::int64_t w, Scratc
 }
 
 // Rows that take the same walk are walked together: any rows where all take every walk, otherwise those of one mask.
-void route(const MaskedRouterArgs& args, std::int64_t first, std::int64_t last, Scratch& s) {
-  bool done[kSortedRows] = {};
-  for (std::int64_t row = first; row < last; ++row) {
-    if (done[row - first]) continue;
-    Rows rows{};
-    for (std::int64_t other = row; other < last && rows.count < kLanes; ++other) {
-      if (done[other - first] || (args.assigned && args.assigned[other] != args.assigned[row])) continue;
-      done[other - first] = true;
-      rows.index[rows.count++] = other;
-    }
-    prepare_rows(args, rows, s);
-    const std::int64_t first_walk = args.assigned ? args.assigned[row] : 0;
-    const std::int64_t end = args.assigned ? first_walk + 1 : args.n_walks;
-    for (std::int64_t w = first_walk; w < end; ++w) {
-      switch (args.top_k) {
-        case 2:
-          walk<2>(args, rows, w, s);
-          break;
-        case 4:
-          walk<4>(args, rows, w, s);
-          break;
-        case 6:
-          walk<6>(args, rows, w, s);
-          break;
-        case 8:
-          walk<8>(args, rows, w, s);
-          break;
-        default:
-          walk<0>(args, rows, w, s);
-      }
+void route(const MaskedRouterArgs& args, const Rows<kLanes>& rows, Scratch& s) {
+  prepare_rows(args, rows, s);
+  const std::int64_t first_walk = args.assigned ? args.assigned[rows.index[0]] : 0;
+  const std::int64_t end = args.assigned ? first_walk + 1 : args.n_walks;
+  for (std::int64_t w = first_walk; w < end; ++w) {
+    switch (args.top_k) {
+      case 2:
+        walk<2>(args, rows, w, s);
+        break;
+      case 4:
+        walk<4>(args, rows, w, s);
+        break;
+      case 6:
+        walk<6>(args, rows, w, s);
+        break;
+      case 8:
+        walk<8>(args, rows, w, s);
+        break;
+      default:
+        walk<0>(args, rows, w, s);
     }
   }
 }
@@ -396,7 +329,7 @@ void masked_router(const MaskedRouterArgs& args) {
   parallel_ranges(n_rows, grain, threads, [&](std::int64_t first, std::int64_t last) {
     Scratch s;
     s.streaming = streaming;
-    route(args, first, last, s);
+    for_rows<kLanes>(args.assigned, first, last, [&](const Rows<kLanes>& rows) { route(args, rows, s); });
     if (streaming) stream_fence();
   });
 }

@@ -7,33 +7,14 @@
 // every stop; where the choice itself needs the denominator (softmax plus bias, sums of scores of groups), the list is
 // walked before. Answers, which are most of the traffic, leave by way of shared memory, a warp's rows as one run of
 // consecutive words.
-#include "cuda_utils.cuh"
 #include "masked_router.h"
+#include "router_rows.cuh"
 
 namespace moeprune {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kMaxTopK = 64, kMaxGroups = 64;  // the thread's local arrays
-constexpr int kRowsOfBlock = 64;               // two warps: many small blocks, since they wait for memory
-constexpr std::uint64_t kNoKey = 0;            // below every key
-
-__device__ std::uint64_t key_of(float score, std::int32_t expert) {
-  const std::uint32_t raw = __float_as_uint(score + 0.0f);  // -0 and +0 are equal scores
-  std::uint32_t bits = raw & 0x80000000u ? ~raw : raw | 0x80000000u;
-  if (score != score) bits = 0xFFFFFFFFu;
-  return static_cast<std::uint64_t>(bits) << 32 | ~static_cast<std::uint32_t>(expert);
-}
-
-__device__ std::int32_t expert_of(std::uint64_t key) {
-  return static_cast<std::int32_t>(~static_cast<std::uint32_t>(key));
-}
-
-__device__ float rounded(float value, DType dtype) {
-  if (dtype == DType::bfloat16) return round_to_bfloat16(value);
-  if (dtype == DType::float16) return round_to_float16(value);
-  return value;
-}
+constexpr int kMaxGroups = 64;    // the thread's local arrays
+constexpr int kRowsOfBlock = 64;  // two warps: many small blocks, since they wait for memory
 
 // A running sum of exp(x - offset). The offset follows the largest x at a distance, so that the sum is hardly ever
 // rescaled and neither overflows nor vanishes.
@@ -107,12 +88,10 @@ struct RowRouter {
     switch (args.score) {
       case Score::softmax:
         return static_cast<float>(static_cast<double>(expf(x - denominator.offset)) / denominator.sum);
-      case Score::sigmoid: {
-        const float t = expf(-fabsf(x));
-        return (x < 0 ? t : 1.0f) / (1.0f + t);
-      }
+      case Score::sigmoid:
+        return sigmoid(x);
       case Score::sqrtsoftplus:
-        return sqrtf(x > 20.0f ? x : log1pf(expf(x)));
+        return root_of_softplus(x);
       default:
         return x;
     }
@@ -157,7 +136,7 @@ struct RowRouter {
     float w[kTopK > 0 ? kTopK : kMaxTopK];
 #pragma unroll
     for (int j = 0; j < k; ++j) {
-      const std::int32_t expert = expert_of(best.key[j]);
+      const std::int32_t expert = id_of(best.key[j]);
       ids[j] = expert;
       w[j] = logit(expert);
     }
@@ -200,22 +179,14 @@ struct RowRouter {
   // The warp's answers to one slot: staged, then written as runs of consecutive words.
   __device__ void answer(std::int32_t slot) const {
     const int k = top_k(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    std::int32_t* ids =
-        reinterpret_cast<std::int32_t*>(dynamic_shared() + layout.logits(n_experts())) + warp * kWarp * (k + 1);
-    float* weights = reinterpret_cast<float*>(dynamic_shared() + layout.logits(n_experts())) +
-                     (layout.rows + warp * kWarp) * (k + 1);
-    stage(ids + lane * (k + 1), weights + lane * (k + 1));
+    char* answers = dynamic_shared() + layout.logits(n_experts());
+    const StagedAnswers staged{reinterpret_cast<std::int32_t*>(answers) + warp * kWarp * (k + 1),
+                               reinterpret_cast<float*>(answers) + (layout.rows + warp * kWarp) * (k + 1)};
+    stage(staged.ids + lane * (k + 1), staged.weights + lane * (k + 1));
     __syncwarp();
-    const std::int64_t n_rows = args.logits.shape[0];
+    const std::int64_t n_rows = args.logits.shape[0], to = slot * n_rows * k;
     const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.x) * layout.rows + warp * kWarp;
-    const std::int64_t rows_left = n_rows - first_row;
-    const int words = static_cast<int>(rows_left < kWarp ? rows_left : kWarp) * k;  // below 0 for a warp without rows
-    const std::int64_t to = (slot * n_rows + first_row) * k;
-    for (int i = lane; i < words; i += kWarp) {
-      const int from = i + i / k;  // rows are k + 1 words apart
-      args.ids[to + i] = ids[from];
-      args.weights[to + i] = weights[from];
-    }
+    write_answers(staged, first_row, n_rows, k, args.ids + to, args.weights + to, [](std::int64_t) { return true; });
     __syncwarp();  // before the next answer is staged
   }
 
@@ -249,44 +220,14 @@ struct RowRouter {
   }
 };
 
-__device__ float to_float(std::uint32_t bits, DType) { return __uint_as_float(bits); }
-__device__ float to_float(std::uint16_t bits, DType dtype) {
-  return dtype == DType::bfloat16 ? bfloat16_to_float(bits) : float16_to_float(bits);
-}
-
-// The block's rows of logits into shared memory, as many loads in flight as a thread has registers for; rows beyond
-// the end repeat the last.
-template <class Bits>
-__device__ void stage_logits(const MaskedRouterArgs& args, const Layout& layout) {
-  constexpr int kAtOnce = 16;
-  static_assert(kWarp % kAtOnce == 0, "each warp stages 32 rows");
-  float* staged = reinterpret_cast<float*>(dynamic_shared());
-  const Bits* logits = static_cast<const Bits*>(args.logits.data);
-  const std::int64_t last = args.logits.shape[0] - 1;
-  const int n_experts = static_cast<int>(args.logits.shape[1]), first = threadIdx.x / kWarp * kWarp;
-  for (int r = first; r < first + kWarp; r += kAtOnce)
-    for (int e = threadIdx.x % kWarp; e < n_experts; e += kWarp) {
-      Bits bits[kAtOnce];
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const std::int64_t here = static_cast<std::int64_t>(blockIdx.x) * layout.rows + r + u;
-        bits[u] = __ldg(logits + (here < last ? here : last) * args.logits.stride[0] + e * args.logits.stride[1]);
-      }
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) staged[e * (layout.rows + 1) + r + u] = to_float(bits[u], args.logits.dtype);
-    }
-  __syncthreads();
-}
-
 // A block to `rows` rows; the blocks of one x share its rows' walks among them.
 template <int kTopK>
 __global__ void __launch_bounds__(kRowsOfBlock, 6) masked_router_kernel(MaskedRouterArgs args, Layout layout) {
   if (layout.staged) {
-    if (args.logits.dtype == DType::float32) {
-      stage_logits<std::uint32_t>(args, layout);
-    } else {
-      stage_logits<std::uint16_t>(args, layout);
-    }
+    const int first = threadIdx.x / kWarp * kWarp;
+    stage_rows(args.logits, static_cast<std::int64_t>(blockIdx.x) * layout.rows + first,
+               reinterpret_cast<float*>(dynamic_shared()) + first, layout.rows + 1);
+    __syncthreads();
   }
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * layout.rows + threadIdx.x;
   const std::int64_t last = args.logits.shape[0] - 1;

@@ -159,7 +159,8 @@ class Damages:
     counts: {decoder layer: numbers of experts pruned, ascending from 0}. values: {decoder layer: float64, as many}: the
     fitness lost at these counts, 0 at 0 and negative where pruning helps; infinite (or NaN, which counts as infinite)
     where the pruned model's logits gave no distribution. fitness: the metric, KL and nll as their increase. criterion,
-    model, order: name of the scores, the model's fingerprint and the pruning orders', None when unknown.
+    model, order, data: name of the scores, fingerprints of the model, the pruning orders and the data, None when
+    unknown.
     """
 
     counts: dict[int, list[int]]
@@ -168,6 +169,7 @@ class Damages:
     criterion: str | None = None
     model: str | None = None
     order: str | None = None
+    data: str | None = None
 
     def __post_init__(self) -> None:
         if not self.counts or set(self.counts) != set(self.values):
@@ -211,6 +213,7 @@ class Damages:
             "criterion": self.criterion,
             "model": self.model,
             "order": self.order,
+            "data": self.data,
             "counts": {str(layer): counts for layer, counts in self.counts.items()},
             "damages": {
                 str(layer): [value if math.isfinite(value) else None for value in values]
@@ -231,7 +234,7 @@ class Damages:
                 int(layer): [math.inf if value is None else float(value) for value in numbers]
                 for layer, numbers in content["damages"].items()
             }
-            known = (content.get(name) for name in ("criterion", "model", "order"))
+            known = (content.get(name) for name in ("criterion", "model", "order", "data"))
             return cls(counts, values, content["fitness"], *known)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is a damaged file of damages: {error}") from None
@@ -270,7 +273,8 @@ def damages(
             bar.update(len(found))
     whole, rest = values[0], iter(values[1:])
     lost = {layer: [0.0, *(whole - next(rest) for _ in several[1:])] for layer, several in counts.items()}
-    return Damages(counts, lost, fitness, scores.criterion, evaluator.fingerprint, order_fingerprint(scores))
+    order = order_fingerprint(scores)
+    return Damages(counts, lost, fitness, scores.criterion, evaluator.fingerprint, order, evaluator.data_fingerprint)
 
 
 def _grid(capacity: int, unit: int, steps: int | None) -> list[int]:
@@ -280,15 +284,23 @@ def _grid(capacity: int, unit: int, steps: int | None) -> list[int]:
     return [0, *(round(i * units / parts) * unit for i in range(1, parts + 1))]
 
 
-def dp_plan(damages: Damages, scores: ExpertScores | Mapping[int, Tensor], sparsity: float) -> PruningPlan:
+def dp_plan(
+    damages: Damages,
+    scores: ExpertScores | Mapping[int, Tensor],
+    sparsity: float,
+    *,
+    top_k: int = 1,
+    n_group: int = 1,
+) -> PruningPlan:
     """The plan of the sparsity's budget whose damages have the least sum: exact, by dynamic programming.
 
     With best[b] the least sum at which the layers so far lose b units, one more layer gives best'[b] = min over n of
     best[b - n] + damage(n): O(layers * budget * capacity). Ties: a later layer loses fewer (our choice), decided from
-    the last layer backwards. Raises ValueError for damages of other layers, another model or another pruning order, of
-    fewer counts than the scores allow, for a sparsity that cannot be, and when every split has an infinite damage.
+    the last layer backwards. top_k and n_group describe the router when `scores` is a plain {layer: [E]} mapping;
+    ExpertScores know their own. Raises ValueError for damages of other layers, another model or another pruning order,
+    of fewer counts than the scores allow, for a sparsity that cannot be, and when every split has an infinite damage.
     """
-    scores = ExpertScores.wrap(scores)
+    scores = ExpertScores.wrap(scores, top_k=top_k, n_group=n_group)
     if set(damages.counts) != set(scores):
         raise ValueError(f"the damages are of layers {sorted(damages.counts)}, the scores of {sorted(scores)}")
     if damages.model is not None and scores.model is not None and damages.model != scores.model:

@@ -84,10 +84,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def _extra(becomes: Mapping[str, str], model: nn.Module, layers: Mapping[int, MoeLayer]) -> frozenset[str]:
     """Names of layers that the architecture does not have: multi-token prediction, past the last decoder layer."""
     path, decoder = decoder_layers(model, layers)
+    parameters = model.state_dict()
     found = []
     for name, target in becomes.items():
         past = re.match(rf"{re.escape(path)}\.(\d+)\.", target)
-        if re.search(r"(?:^|\.)mtp\.", name) or (past is not None and int(past[1]) >= len(decoder)):
+        predicts = re.search(r"(?:^|\.)mtp(?:\.|_)", name) and target not in parameters
+        if predicts or (past is not None and int(past[1]) >= len(decoder)):
             found.append(name)
     return frozenset(found)
 

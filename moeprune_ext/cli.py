@@ -179,7 +179,9 @@ def _parser() -> argparse.ArgumentParser:
         "EvoESAP: how many experts each layer should lose; resumes RUN_DIR if it exists",
         "--data text.jsonl -o RUN_DIR",
     )
-    made.add_argument("--init", type=Path, nargs="+", default=[], help="plan files that join the first generation")
+    made.add_argument(
+        "--init", type=Path, nargs="+", default=[], help="plan files whose counts join the first generation"
+    )
     made.add_argument("--fitness", default="esap", help="esap, kl_qp, kl_pq, nll, accept or top1_agree")
     made.add_argument("--population", type=_count, default=32, help="plans per generation")
     made.add_argument("--generations", type=_count, default=50, help="generations")

@@ -65,9 +65,15 @@ class ExpertScores(Mapping[int, Tensor]):
                 )
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"layer {layer}: scores must be finite")
+        shapes = dict(self.shapes)
         for layer, ids in self.protected.items():
-            if layer not in self.shapes or not all(0 <= expert < self.shapes[layer].num_experts for expert in ids):
+            shape = shapes.get(layer)
+            if shape is None or not all(0 <= expert < shape.num_experts for expert in ids):
                 raise ValueError(f"layer {layer}: there are no such experts to protect: {sorted(ids)}")
+            size = shape.num_experts // shape.n_group
+            fullest = max(sum(e // size == group for e in ids) for group in range(shape.n_group))
+            shapes[layer] = replace(shape, min_kept=max(shape.min_kept, shape.n_group * fullest))
+        object.__setattr__(self, "shapes", shapes)  # plans that cannot remove them are all that capacities allow
 
     def __getitem__(self, layer: int) -> Tensor:
         return self.values_by_layer[layer]
@@ -106,9 +112,7 @@ class ExpertScores(Mapping[int, Tensor]):
         }
         shapes = {}
         for layer, shape in self.shapes.items():
-            size = shape.num_experts // shape.n_group
-            fullest = max(sum(e // size == group for e in protected.get(layer, ())) for group in range(shape.n_group))
-            wanted = max(shape.min_kept, min_kept, shape.n_group * max(min_kept_per_group, fullest))
+            wanted = max(shape.min_kept, min_kept, shape.n_group * min_kept_per_group)
             if wanted > shape.num_experts:
                 raise ValueError(
                     f"layer {layer} has {shape.num_experts} experts in {shape.n_group} groups and cannot keep {wanted}"

@@ -135,6 +135,11 @@ def _describe(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
+def fingerprint_of(batches: Iterable[Any]) -> str:
+    """data_fingerprint of batches as the evaluator takes them apart."""
+    return data_fingerprint(split_sequences(as_batches(batches)))
+
+
 def data_fingerprint(batches: Sequence[TokenBatch]) -> str:
     """Identifies tokens, masks and batching; a resumed search must see the same."""
     digest = hashlib.sha256()

@@ -210,8 +210,8 @@ class CandidateEvaluator:
         """One CandidateScore per plan, in order; a score does not depend on the other plans of the call, up to the
         rounding of matrix products of another size (below 1e-6 in float32).
 
-        metrics: any of esap, kl_pq, kl_qp, top1_agree, accept, nll, label_top1. A call with a pruning plan that also
-        merges experts (PruningPlan.merged) takes one forward of the model per plan.
+        metrics: any of esap, kl_pq, kl_qp, top1_agree, accept, nll, label_top1. Pruning plans that also merge experts
+        (PruningPlan.merged) take one forward of the model each, and one of the unpruned model in all.
         Raises ValueError, before any work, for an unknown metric or a plan this model cannot carry out.
         """
         found = self.sequence_sums(plans, metrics)
@@ -255,11 +255,7 @@ class CandidateEvaluator:
         columns = {number: column for column, number in enumerate(wanted)}
         numbers = [number for number in wanted if number in mine and plans]
         with evaluating(self.model):
-            engine = self._engine
-            # A sweep shares experts' outputs between pruning plans.
-            if any(isinstance(plan, PruningPlan) and plan.merged for plan in plans):
-                engine = self._whole
-            for number, chosen, values in engine.values(plans, numbers, tuple(metrics)):
+            for number, chosen, values in self._values(plans, numbers, tuple(metrics)):
                 scored, labels = self._rows(number)
                 for m, name in enumerate(metrics):
                     rows = (labels >= 0) if name in NEXT_TOKEN else scored
@@ -269,6 +265,18 @@ class CandidateEvaluator:
         distributed.sum_(sums)
         distributed.sum_(nan_rows)
         return SequenceSums(dict(zip(metrics, sums, strict=True)), nan_rows)
+
+    def _values(
+        self, plans: Sequence[PruningPlan | MergedPlan], numbers: Sequence[int], metrics: tuple[str, ...]
+    ) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
+        """From the engine that can: a sweep shares experts' outputs between pruning plans, so it takes none that also
+        merge."""
+        merging = [isinstance(plan, PruningPlan) and bool(plan.merged) for plan in plans]
+        for engine, whole in ((self._engine, False), (self._whole, True)):
+            mine = [i for i, merges in enumerate(merging) if merges == whole]
+            if mine:
+                for number, chosen, values in engine.values([plans[i] for i in mine], numbers, metrics):
+                    yield number, [mine[i] for i in chosen], values
 
     def _rows(self, number: int) -> tuple[Tensor, Tensor]:
         """Of a sequence's wanted rows: which are scored [T] bool, and their next-token labels [T] int64."""

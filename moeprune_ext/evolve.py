@@ -113,9 +113,7 @@ def evolve(
     check_scores(scores, evaluator.shapes, evaluator.fingerprint)
     unit, limits, budget = in_units(scores, sparsity)
     layers, capacities = list(limits), list(limits.values())
-    given = [counts_of(plan_of(p), scores, sparsity, f"init_plans[{i}]") for i, p in enumerate(init_plans)]
-    if len(given) > population:
-        raise ValueError(f"{len(given)} init_plans do not fit a population of {population}")
+    given = check_init_plans(init_plans, scores, sparsity, population)
     patterns = list(dict.fromkeys(init_patterns))
     if unknown := [name for name in patterns if name not in DEFAULT_PATTERNS]:
         raise ValueError(f"unknown initial patterns {unknown}; choose from {', '.join(DEFAULT_PATTERNS)}")
@@ -285,6 +283,16 @@ def _summary(
         "mean": sum(finite) / len(finite) if finite else math.nan,
         "nan": sum(math.isnan(known.scores[counts]) for counts in ranked),
     }
+
+
+def check_init_plans(
+    plans: Sequence[PruningPlan | HasPlan], scores: ExpertScores, sparsity: float, population: int
+) -> list[Counts]:
+    """What the plans take from each layer; refuses (ValueError) those that cannot join a search of this budget."""
+    given = [counts_of(plan_of(plan), scores, sparsity, f"init_plans[{i}]") for i, plan in enumerate(plans)]
+    if len(given) > population:
+        raise ValueError(f"{len(given)} init_plans do not fit a population of {population}")
+    return given
 
 
 def check_settings(

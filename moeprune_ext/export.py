@@ -71,8 +71,7 @@ def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
     shutil.rmtree(beside, ignore_errors=True)  # what a killed export left
     beside.mkdir()
     try:
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _check_config(beside, config, kept)
+        _write_config(beside, checkpoint, config, kept)
         total = 0
         weight_map: dict[str, str] = {}
         for file, names in shards.items():
@@ -226,8 +225,26 @@ def _pruned_config(raw: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) ->
     return config
 
 
+def _write_config(
+    folder: Path, checkpoint: Checkpoint, config: dict[str, Any], kept: Mapping[int, Sequence[int]]
+) -> None:
+    """config.json, which must describe exactly the experts that are written.
+
+    Where it does not say a uniform count itself (a default left out), it is told under the architecture's own name.
+    """
+    text = checkpoint.config.get("text_config")
+    counts = {len(ids) for ids in kept.values()}
+    path = folder / "config.json"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    if len(counts) == 1 and not any(name in part for part in (config, text or {}) for name in EXPERT_COUNT_NAMES):
+        known = read_hf_config(folder).get_text_config().to_dict()
+        part = config["text_config"] if isinstance(text, dict) else config
+        part |= {name: next(iter(counts)) for name in EXPERT_COUNT_NAMES if isinstance(known.get(name), int)}
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    _check_config(folder, config, kept)
+
+
 def _check_config(folder: Path, raw: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> None:
-    """The written configuration must describe exactly the experts that were written."""
     described = {
         index: layer.shape.num_experts
         for index, layer in find_moe_layers(skeleton(read_hf_config(folder), raw)).items()

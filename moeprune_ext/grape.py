@@ -59,9 +59,16 @@ def grape(
     fingerprint = model_fingerprint(model, layers)
     scores = ExpertScores.wrap(scores, shapes=shapes, model=fingerprint)
     check_scores(scores, shapes, fingerprint)
-    _limits(scores, sparsity, entropy, who, merge)
+    check_request(scores, sparsity, tokens, entropy, who, merge)
     found = expert_similarity(model, batches, similarity=similarity, tokens=tokens, seed=seed, progress=progress)
     return plan_from_similarity(found, scores, sparsity, entropy=entropy, who=who, merge=merge)
+
+
+def check_request(scores: ExpertScores, sparsity: float, tokens: int, entropy: float, who: str, merge: bool) -> None:
+    """Refuses (ValueError) what `grape` cannot do, before the model is needed."""
+    _limits(scores, sparsity, entropy, who, merge)
+    if tokens < 4:
+        raise ValueError(f"the unbiased estimator needs at least 4 tokens, got tokens={tokens}")
 
 
 # ---- how alike experts are
@@ -210,7 +217,7 @@ def plan_from_similarity(
     entropy outside [0, 1], an unknown `who`, a sparsity that cannot be, merge=True with negative scores or without
     groups, layers with different numbers of router groups, or similarities that do not fit the scores.
     """
-    scores = ExpertScores.wrap(scores).constrained()  # its capacities count protected experts
+    scores = ExpertScores.wrap(scores)
     capacities, steps = _limits(scores, sparsity, entropy, who, merge)
     if set(similarities) != set(scores):
         raise ValueError(f"similarities are of layers {sorted(similarities)}, scores of layers {sorted(scores)}")

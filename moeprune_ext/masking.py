@@ -143,27 +143,38 @@ def weighted_average(weights: Mapping[int, Tensor], shares: Mapping[int, float])
     return torch.stack([weights[expert].to(wide) * share for expert, share in shares.items()]).sum(0).to(dtype)
 
 
-def _merge_(layer: MoeLayer, sums: Mapping[int, Mapping[int, float]]) -> list[tuple[Tensor, dict[int, Tensor]]]:
-    """Replaces kept experts' weights by sums of experts'; what stood there: [(tensor, {expert: its slice})]."""
-    before = []
+Replaced = list[tuple[Tensor, dict[int, Tensor]]]  # tensors, and the slices of experts that stood there
+
+
+def _merge_(layer: MoeLayer, sums: Mapping[int, Mapping[int, float]], before: Replaced) -> None:
+    """Replaces kept experts' weights by sums of experts'; what stood there is added to `before` first."""
     for place in expert_tensors(layer):
         tensor = getattr(place.owner, place.name).detach()
         new = {expert: weighted_average({e: tensor[e] for e in shares}, shares) for expert, shares in sums.items()}
         before.append((tensor, {expert: tensor[expert].clone() for expert in sums}))
         for expert, weight in new.items():
             tensor[expert] = weight
-    return before
+
+
+@contextmanager
+def _restored(before: Replaced, always: bool) -> Iterator[None]:
+    """Puts back what `before` holds at the end: always, or after an exception only."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        for tensor, slices in before if always or not done else ():
+            for expert, weight in slices.items():
+                tensor[expert] = weight
 
 
 @contextmanager
 def _merged(layer: MoeLayer, sums: Mapping[int, Mapping[int, float]]) -> Iterator[None]:
-    before = _merge_(layer, sums)
-    try:
+    before: Replaced = []
+    with _restored(before, always=True):
+        _merge_(layer, sums, before)
         yield
-    finally:
-        for tensor, slices in before:
-            for expert, weight in slices.items():
-                tensor[expert] = weight
 
 
 def prune_(model: nn.Module, plan: PruningPlan) -> None:
@@ -177,8 +188,10 @@ def prune_(model: nn.Module, plan: PruningPlan) -> None:
         raise ValueError("a streamed model cannot be pruned in place; export the plan and load the export")
     layers = find_moe_layers(model)
     check_plan(plan, layers, model_fingerprint(model, layers))
-    for index, sums in plan.merged.items():
-        _merge_(layers[index], sums)
+    before: Replaced = []
+    with _restored(before, always=False):
+        for index, sums in plan.merged.items():
+            _merge_(layers[index], sums, before)
     resize_(model, plan.kept)
 
 
@@ -248,17 +261,20 @@ def half_kept(layer: MoeLayer) -> list[int]:
 def check_slicing(layers: Mapping[int, MoeLayer]) -> None:
     """Refuses, by name, a router that slicing does not mask correctly.
 
-    One layer of each router class is sliced to a spread of its experts and compared with the definition: its logits
-    must be the full router's at the kept experts (probabilities: those, divided by their sum), and its choice K
-    distinct kept experts per row.
+    One layer of each router class is sliced and compared with the definition: its logits must be the full router's at
+    the kept experts (probabilities: those, divided by their sum), its choice K distinct kept experts per row; and where
+    the full router chooses kept experts only, the sliced one mostly chooses the same (a correction bias may weigh more
+    against a softmax over fewer), with weights in the same proportions. Of routers with groups the last half of each is
+    kept, of others the experts that some rows choose, so that there are such rows.
     """
     seen: set[type] = set()
     for layer in layers.values():
         if type(layer.router) in seen or layer.shape.capacity == 0:
             continue
         seen.add(type(layer.router))
-        hidden, kept = probe(layer, 32), half_kept(layer)
+        hidden = probe(layer, 64)
         full = router_answer(layer, hidden)
+        kept = half_kept(layer) if full is None or layer.shape.n_group > 1 else _chosen_by_some(layer, full)
         with masked(layer, kept):
             sliced = router_answer(layer, hidden)
         if full is None or sliced is None or not _is_masked(layer, kept, full, sliced):
@@ -268,9 +284,32 @@ def check_slicing(layers: Mapping[int, MoeLayer]) -> None:
             )
 
 
+def _choice(layer: MoeLayer, answer: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """ids and weights [T, K] of a router's answer, where they can be told by their shapes."""
+    shaped = [part.flatten(0, -2) for part in answer if part.ndim > 1 and part.shape[-1] == layer.shape.top_k]
+    ids = [part for part in shaped if not part.is_floating_point()]
+    weights = [part for part in shaped if part.is_floating_point()]
+    return ids[0] if ids else None, weights[0] if len(weights) == 1 else None
+
+
+def _chosen_by_some(layer: MoeLayer, full: Sequence[Tensor]) -> list[int]:
+    """Experts that the first rows choose, up to half of all, filled up to what the router needs."""
+    ids, _ = _choice(layer, full)
+    count = layer.shape.num_experts
+    chosen: set[int] = set()
+    for row in [] if ids is None else ids.tolist():
+        more = chosen | {expert for expert in row if expert < count}
+        if chosen and len(more) > max(count // 2, layer.shape.min_kept):
+            break
+        chosen = more
+    missing = max(layer.shape.min_kept, 2) - len(chosen)
+    return sorted([*chosen, *[e for e in range(count) if e not in chosen][: max(0, missing)]])
+
+
 def _is_masked(layer: MoeLayer, kept: Sequence[int], full: Sequence[Tensor], sliced: Sequence[Tensor]) -> bool:
     rows, count = layer.with_trailing(kept), layer.shape.num_experts
-    ids = next((t for t in sliced if not t.is_floating_point()), None)
+    ids, weights = _choice(layer, sliced)
+    full_ids, full_weights = _choice(layer, full)
 
     def agree(a: Tensor, b: Tensor) -> bool:
         if a.shape[-1] == count and b.shape[-1] == len(kept):
@@ -282,14 +321,27 @@ def _is_masked(layer: MoeLayer, kept: Sequence[int], full: Sequence[Tensor], sli
         options = (a, a / a.sum(-1, keepdim=True))
         return any(torch.allclose(option, b.float(), rtol=1e-2, atol=1e-3) for option in options)
 
-    return (
-        ids is not None
-        and ids.shape[-1] == layer.shape.top_k
-        and int(ids.min()) >= 0
-        and int(ids.max()) < len(rows)
-        and bool((ids.sort(-1).values.diff(dim=-1) > 0).all())
-        and any(agree(a, b) for a, b in zip(full, sliced, strict=True))
-    )
+    if (
+        ids is None
+        or full_ids is None
+        or not (int(ids.min()) >= 0 and int(ids.max()) < len(rows))
+        or not bool((ids.sort(-1).values.diff(dim=-1) > 0).all())
+        or not any(agree(a, b) for a, b in zip(full, sliced, strict=True))
+    ):
+        return False
+    stored = torch.tensor(rows, device=ids.device)
+    inside = torch.isin(full_ids, stored).all(-1)
+    order, full_order = stored[ids].argsort(-1), full_ids.argsort(-1)
+    same = inside & (stored[ids].gather(-1, order) == full_ids.gather(-1, full_order)).all(-1)
+    if layer.shape.n_group > 1 or not bool(inside.any()):
+        return True
+    if int(same.sum()) * 2 < int(inside.sum()):
+        return False
+    if weights is None or full_weights is None or weights.shape != full_weights.shape:
+        return True
+    shares, full_shares = (w.float().gather(-1, o)[same] for w, o in ((weights, order), (full_weights, full_order)))
+    shares, full_shares = (w / w.sum(-1, keepdim=True) for w in (shares, full_shares))
+    return torch.allclose(shares, full_shares, rtol=2e-2, atol=1e-3, equal_nan=True)
 
 
 def probe(layer: MoeLayer, rows: int) -> Tensor:

@@ -200,7 +200,7 @@ def many_treatments(
                 keep[0, list(treatment)] = True
                 chosen, gates = run(top_k=top_k, keep=keep)
             ids[rows, : chosen.shape[-1]], weights[rows, : chosen.shape[-1]] = chosen[0], gates[0]
-        answer: list[Tensor] = [logits] * routed.parts  # beyond the three, nothing is looked at
+        answer: list[Tensor] = [logits] * 3
         answer[routed.places[1]] = weights.to(routed.spec.weights_dtype or weights.dtype)
         answer[routed.places[2]] = ids
         return tuple(answer)

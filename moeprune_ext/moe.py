@@ -52,17 +52,21 @@ class LayerShape:
     """What pruning must respect in one layer.
 
     num_experts: routed experts stored, E. top_k: experts per token, K. n_group: groups of a group-limited router (every
-    group must keep equally many), else 1. min_kept: fewest experts the router can work with.
+    group must keep equally many), else 1. min_kept: fewest experts the router can work with. prunable: False where
+    experts are looked up by token, so that none can go.
     """
 
     num_experts: int
     top_k: int
     n_group: int = 1
     min_kept: int = 1
+    prunable: bool = True
 
     @property
     def capacity(self) -> int:
         """Most experts that can be pruned, a multiple of n_group."""
+        if not self.prunable:
+            return 0
         return (self.num_experts - self.min_kept) // self.n_group * self.n_group
 
 
@@ -126,7 +130,17 @@ def find_moe_layers(model: nn.Module) -> dict[int, MoeLayer]:
             f"{type(model).__name__} has no Mixture-of-Experts layers: no module holds stacked expert weights behind a "
             "router; expert pruning needs an MoE model such as OLMoE, Qwen3-MoE, Mixtral or DeepSeek"
         )
+    if len(paths := _list_paths(layers)) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has MoE layers in several stacks ({', '.join(paths)}), of which it cannot be told "
+            "which is its language model's; where one of them is a model of its own, pass that"
+        )
     return dict(sorted(layers.items()))
+
+
+def _list_paths(layers: Mapping[int, MoeLayer]) -> list[str]:
+    """Paths of the lists in which the layers stand."""
+    return sorted({re.split(r"(?:^|\.)\d+(?=\.|$)", layer.name)[0] for layer in layers.values()})
 
 
 def decoder_layers(model: nn.Module, layers: Mapping[int, MoeLayer]) -> tuple[str, nn.ModuleList]:
@@ -134,8 +148,8 @@ def decoder_layers(model: nn.Module, layers: Mapping[int, MoeLayer]) -> tuple[st
 
     Raises ValueError when the MoE layers do not stand in one list.
     """
-    paths = {re.split(r"(?:^|\.)\d+(?=\.|$)", layer.name)[0] for layer in layers.values()}
-    found = model.get_submodule(path) if len(paths) == 1 and (path := next(iter(paths))) else None
+    paths = _list_paths(layers)
+    found = model.get_submodule(path) if len(paths) == 1 and (path := paths[0]) else None
     if not isinstance(found, nn.ModuleList) or max(layers) >= len(found):
         raise ValueError(f"its MoE layers do not stand in one list of decoder layers but in {', '.join(sorted(paths))}")
     return path, found
@@ -203,7 +217,7 @@ def _layer_shape(block: nn.Module, router: nn.Module, experts: nn.Module, name: 
     if top_k > count:
         raise ValueError(f"{name}: the configuration selects {top_k} experts per token, but there are {count}")
     if type(router).__name__ in FIXED_CHOICE:
-        return LayerShape(count, top_k, min_kept=count)
+        return LayerShape(count, top_k, min_kept=count, prunable=False)
     return LayerShape(count, top_k, n_group, min_kept=max(top_k, n_group * per_group))
 
 

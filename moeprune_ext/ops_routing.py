@@ -1,5 +1,4 @@
-"""masked_router and routing_moments_ as Python functions: validate, allocate, dispatch (see dispatch.py for
-`backend`)."""
+"""masked_router as a Python function: validate, allocate, dispatch (see dispatch.py for `backend`)."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeprune_ext import reference
-from moeprune_ext.dispatch import DEFAULT_CHUNK_BYTES, check_float, check_shape, kernels, row_chunks, row_vector
+from moeprune_ext.dispatch import check_float, check_shape, kernels, row_vector
 from moeprune_ext.reference import SCORES, RouterSpec
 
 _DTYPE_CODES = {None: 0, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/tensor.h
@@ -54,16 +53,52 @@ def _check_masks(keep: Tensor, top_k: int, spec: RouterSpec) -> None:
             )
 
 
-def _check_keep(keep: Tensor, assigned: Tensor | None, n_rows: int, n_experts: int) -> None:
+def _check_keep(keep: Tensor, n_experts: int) -> None:
     check_shape("keep", keep, ["C", n_experts])
     if keep.dtype != torch.bool:
         raise ValueError(f"keep has dtype {keep.dtype}; expected bool")
-    if assigned is not None:
-        check_shape("assigned", assigned, [n_rows])
-        if assigned.is_floating_point() or assigned.dtype == torch.bool:
-            raise ValueError(f"assigned has dtype {assigned.dtype}; expected an integer dtype")
-        if n_rows and not (int(assigned.min()) >= 0 and int(assigned.max()) < keep.shape[0]):
-            raise ValueError(f"assigned must lie in [0, C = {keep.shape[0]})")
+
+
+def _check_assigned(assigned: Tensor | None, n_rows: int, n_candidates: int) -> None:
+    if assigned is None:
+        return
+    check_shape("assigned", assigned, [n_rows])
+    if assigned.is_floating_point() or assigned.dtype == torch.bool:
+        raise ValueError(f"assigned has dtype {assigned.dtype}; expected an integer dtype")
+    if n_rows and not (int(assigned.min()) >= 0 and int(assigned.max()) < n_candidates):
+        raise ValueError(f"assigned must lie in [0, C = {n_candidates})")
+
+
+def _check_router_map(router_map: Tensor, logits: Tensor, top_k: int, spec: RouterSpec) -> None:
+    n_experts = logits.shape[1]
+    check_shape("router_map", router_map, ["K'", n_experts] if router_map.dim() == 2 else ["C", "K'", n_experts])
+    if router_map.dtype != torch.float32 and not router_map.dtype == logits.dtype == torch.float64:
+        raise ValueError(
+            f"router_map has dtype {router_map.dtype}; expected float32, or float64 with logits in float64"
+        )
+    n_kept = router_map.shape[-2]
+    if not top_k <= n_kept <= n_experts:
+        raise ValueError(
+            f"router_map has {n_kept} rows; expected top_k = {top_k} <= rows <= E = {n_experts}: "
+            "a row for every expert kept"
+        )
+    if spec.n_group > 1:
+        raise ValueError(
+            f"router_map does not go with a group-limited router (spec.n_group = {spec.n_group}): its rows mix experts "
+            "of several groups; prune such a router by masks"
+        )
+    if spec.score == "softmax_over_chosen" and spec.correction_bias is not None:
+        raise ValueError(
+            "router_map does not go with score='softmax_over_chosen' and a correction bias, which is made for logits, "
+            "while the map mixes probabilities"
+        )
+    without = ~router_map.any(-1)
+    if without.any():
+        *candidate, row = without.nonzero()[0].tolist()
+        raise ValueError(
+            f"row {row} of router_map{candidate or ''} has only zeros: no token would prefer the expert; "
+            "every row needs an entry"
+        )
 
 
 def _check_nested(order: Tensor, counts: Tensor, top_k: int, n_experts: int) -> None:
@@ -127,6 +162,36 @@ def _masked_router_native(
     return (ids, weights) if assigned is None else (ids[0], weights[0])
 
 
+def _mapped_router_native(
+    core: ModuleType, logits: Tensor, top_k: int, router_map: Tensor, assigned: Tensor | None, spec: RouterSpec
+) -> tuple[Tensor, Tensor]:
+    several = router_map.dim() == 3
+    maps = router_map.detach() if several else router_map.detach()[None]
+    referred = maps.any(-2)
+    bias = row_vector(spec.correction_bias, logits, torch.float32)
+    n_answers = len(maps) if assigned is None else 1
+    ids = torch.empty(n_answers, logits.shape[0], top_k, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(n_answers, logits.shape[0], top_k, dtype=torch.float32, device=logits.device)
+    core.mapped_router(
+        logits.detach(),
+        maps,
+        (~referred).to(torch.int8).sort(dim=-1, stable=True).indices.to(torch.int32),  # those referred to first
+        referred.sum(-1, dtype=torch.int32),
+        None if bias is None else maps @ bias,
+        row_vector(assigned, logits, torch.int64),
+        top_k,
+        SCORES.index(spec.score),
+        spec.renormalize,
+        spec.eps,
+        spec.scale,
+        ids,
+        weights,
+        _DTYPE_CODES[spec.weights_dtype],
+        torch.get_num_threads(),
+    )
+    return (ids, weights) if several and assigned is None else (ids[0], weights[0])
+
+
 @torch.no_grad()
 def masked_router(
     logits: Tensor,
@@ -135,20 +200,24 @@ def masked_router(
     keep: Tensor | None = None,
     order: Tensor | None = None,
     counts: Tensor | Sequence[int] | None = None,
+    router_map: Tensor | None = None,
     assigned: Tensor | None = None,
     spec: RouterSpec = RouterSpec(),
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Routes rows of logits as if pruned experts did not exist, under many masks at once.
+    """Routes rows of logits as if pruned experts did not exist, under many masks or router maps at once.
 
-    logits: [N, E] float32, bfloat16 or float16 (float64 goes to the reference), any strides. Masks, one of:
+    logits: [N, E] float32, bfloat16 or float16 (float64 goes to the reference), any strides. With them, one of:
         keep [C, E] bool            every row under every mask              -> [C, N, K]
         keep, assigned [N] int      row i under mask assigned[i]            -> [N, K]
         order [E], counts [C]       nested masks: the counts[c] first of `order`, a permutation of the
                                     experts, best first; counts in any order          -> [C, N, K]
+        router_map [K', E]          every row by this map, of K' experts kept -> [N, K]
+        router_map [C, K', E]       every row by every map                  -> [C, N, K]
+        router_map, assigned [N]    row i by map assigned[i]                -> [N, K]
     spec: the router's formula, see RouterSpec.
-    Returns ids (int64, the original expert ids, best first) and weights (float32; float64 for float64
-    logits).
+    Returns ids (int64, best first: the original expert ids, or with router_map its rows, in [0, K')) and
+    weights (float32; float64 for float64 logits).
 
     Kept experts only take part: in the softmax, in the groups, in the top-k. Experts are chosen by logit, or
     by score + correction bias; the lower id wins ties. This is what slicing the router computes (our choice
@@ -156,8 +225,26 @@ def masked_router(
 
     A NaN logit ranks first and makes the weights of a softmax NaN.
 
+    router_map (float32, any strides; float64 only with float64 logits; top_k <= K' <= E) is EEP's W_RM
+    (arXiv 2407.00945; other routers than Mixtral's: our choice). With s = the router's scores of all E experts,
+
+        pi = s @ router_map^T                                           [N, K']
+        chosen by pi (+ router_map @ correction bias), the lower row first among equals
+        weights = pi of the chosen, renormalised if the router does it; without that, the pi of a softmax are divided by
+                  the mass of the experts that any row of the map refers to (by an entry other than 0);
+                  then scale and weights_dtype
+
+    The router that takes its softmax over the chosen logits computes what a renormalised softmax does, and is mapped
+    as one. Rows that are one-hot and distinct agree with the mask of their experts, but for experts whose scores are
+    equal by rounding, and except softmax + correction bias, where the map chooses by the softmax over all experts.
+
+    Entries, hence pi, may be negative: they are compared by value, and divided by their sum whatever its sign, which
+    may give infinite weights or NaN; ids are distinct rows always. A score that is not finite makes NaN of each pi that
+    refers to it, which ranks first. In a softmax all scores are NaN if one that is referred to is.
+
     Raises ValueError if a mask keeps fewer than top_k experts (for group-limited routers: in some choice of
-    groups), and on shapes and dtypes that do not fit.
+    groups), on shapes and dtypes that do not fit, and on a router_map that has a row of zeros or goes with groups, or
+    with softmax_over_chosen and a correction bias.
     """
     check_shape("logits", logits, ["N", "E"])
     check_float("logits", logits)
@@ -165,21 +252,27 @@ def masked_router(
     if not 1 <= top_k <= n_experts:
         raise ValueError(f"top_k is {top_k}; expected 1 <= top_k <= E = {n_experts}")
     _check_spec(spec, n_experts)
-    if (keep is None) == (order is None) or (order is None) != (counts is None):
-        raise ValueError("give the masks either as keep, or as order and counts")
-    for tensor in (keep, order, assigned, spec.correction_bias):
+    if sum(given is not None for given in (keep, order, router_map)) != 1 or (order is None) != (counts is None):
+        raise ValueError("give the masks either as keep, or as order and counts, or else give a router_map")
+    for tensor in (keep, order, router_map, assigned, spec.correction_bias):
         if tensor is not None and tensor.device != logits.device:
             raise ValueError(
                 f"logits are on {logits.device} and another argument on {tensor.device}; move them to one device"
             )
 
-    if keep is not None:
-        _check_keep(keep, assigned, n_rows, n_experts)
+    if router_map is not None:
+        _check_router_map(router_map, logits, top_k, spec)
+        if assigned is not None and router_map.dim() == 2:
+            raise ValueError("assigned goes with router_map [C, K', E]; a single map takes every row")
+        _check_assigned(assigned, n_rows, len(router_map))
+    elif keep is not None:
+        _check_keep(keep, n_experts)
+        _check_assigned(assigned, n_rows, len(keep))
         _check_masks(keep, top_k, spec)
     else:
         assert order is not None and counts is not None
         if assigned is not None:
-            raise ValueError("assigned goes with keep, not with order and counts")
+            raise ValueError("assigned goes with keep or router_map, not with order and counts")
         counts = torch.as_tensor(counts, dtype=torch.int64, device=logits.device)
         _check_nested(order, counts, top_k, n_experts)
         if spec.n_group > 1 or (spec.score == "softmax" and spec.correction_bias is not None):
@@ -196,124 +289,15 @@ def masked_router(
         core = None
     if core is None:
         return reference.masked_router(
-            logits, top_k=top_k, keep=keep, order=order, counts=counts, assigned=assigned, spec=spec
+            logits,
+            top_k=top_k,
+            keep=keep,
+            order=order,
+            counts=counts,
+            router_map=router_map,
+            assigned=assigned,
+            spec=spec,
         )
-
+    if router_map is not None:
+        return _mapped_router_native(core, logits, top_k, router_map, assigned, spec)
     return _masked_router_native(core, logits, top_k, _walks(keep, order, counts, assigned), assigned, spec)
-
-
-def _check_pairs(
-    moments: Tensor,
-    max_norm: Tensor,
-    expert_ids: Tensor,
-    gates: Tensor,
-    outputs: Tensor | None,
-    norms: Tensor | None,
-    valid: Tensor | None,
-) -> None:
-    check_shape("max_norm", max_norm, ["E"])
-    n_experts = max_norm.shape[0]
-    check_shape("moments", moments, [n_experts, 3, 3])
-    for name, table, dtype in (("moments", moments, torch.float64), ("max_norm", max_norm, torch.float32)):
-        if table.dtype != dtype or not table.is_contiguous():
-            raise ValueError(f"{name} is {table.dtype} with strides {table.stride()}; expected contiguous {dtype}")
-    check_shape("expert_ids", expert_ids, ["S"])
-    n_pairs = expert_ids.shape[0]
-    if expert_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"expert_ids has dtype {expert_ids.dtype}; expected int32 or int64")
-    check_shape("gates", gates, [n_pairs])
-    check_float("gates", gates)
-    if (outputs is None) == (norms is None):
-        raise ValueError("give either outputs [S, H] or norms [S]")
-    if outputs is not None:
-        check_shape("outputs", outputs, [n_pairs, "H"])
-        check_float("outputs", outputs)
-    if norms is not None:
-        check_shape("norms", norms, [n_pairs])
-        check_float("norms", norms)
-    if valid is not None:
-        check_shape("valid", valid, [n_pairs])
-        if valid.dtype != torch.bool:
-            raise ValueError(f"valid has dtype {valid.dtype}; expected bool")
-    for tensor in (moments, max_norm, gates, outputs, norms, valid):
-        if tensor is not None and tensor.device != expert_ids.device:
-            raise ValueError(
-                f"expert_ids are on {expert_ids.device} and another argument on {tensor.device}; "
-                "move them to one device"
-            )
-    outside = (expert_ids < 0) | (expert_ids >= n_experts)
-    if valid is not None:
-        outside &= valid
-    if outside.any():
-        raise ValueError(f"expert_ids contains {int(expert_ids[outside][0])}; expected 0 <= id < E = {n_experts}")
-
-
-@torch.no_grad()
-def routing_moments_(
-    moments: Tensor,
-    max_norm: Tensor,
-    expert_ids: Tensor,
-    gates: Tensor,
-    outputs: Tensor | None = None,
-    *,
-    norms: Tensor | None = None,
-    valid: Tensor | None = None,
-    backend: str = "auto",
-) -> None:
-    """Adds S routed (token, expert) pairs to the table that every pruning criterion is an index into, in
-    place.
-
-        moments[e, a, b] += sum over pairs of e of gate^a * ||output||_2^b,   a, b in {0, 1, 2}
-        max_norm[e]       = max(max_norm[e], ||output||_2)
-
-    moments: [E, 3, 3] float64; max_norm: [E] float32; both contiguous.
-    expert_ids: [S] int32 or int64; gates: [S], the coefficient that the model applies, any float dtype.
-    outputs: [S, H] unweighted expert outputs, read once; or norms: [S] their norms, any float dtype.
-    valid: [S] bool; pairs where it is False are not counted, and their ids not looked at.
-
-    Deterministic: same input, same bits, whatever the number of threads. The tables of two splits of the
-    same pairs add up to the table of all, within 1e-12 relative. A NaN output makes its expert's moments and
-    max_norm NaN.
-    On CUDA the check of the ids synchronises with the device once. Sources: arXiv 2606.15716, 2510.13999
-    (methods: scoring).
-
-    Raises ValueError on an id outside [0, E) and on shapes and dtypes that do not fit, before anything is
-    changed.
-    """
-    _check_pairs(moments, max_norm, expert_ids, gates, outputs, norms, valid)
-    n_pairs = expert_ids.shape[0]
-    if n_pairs == 0:
-        return
-
-    # The norms' and gates' own dtypes are all handled; the kernels' limits concern the outputs.
-    core = kernels(backend, outputs if outputs is not None else max_norm)
-    if core is not None:
-        # What a tile of pairs keeps between reading its outputs and adding up: norms in float64 and, on CUDA, ids.
-        # It stays under 1 % of the outputs, and on the CPU in the cache.
-        on_cpu = gates.device.type == "cpu"
-        input_bytes = 0 if outputs is None else outputs.shape[1] * outputs.element_size() * n_pairs
-        tile = min(n_pairs, 65_536) if on_cpu else n_pairs * 5 // 4 + 8
-        workspace = torch.empty(max(64, min(tile, input_bytes // 800)), dtype=torch.float64, device=gates.device)
-        core.routing_moments(
-            moments,
-            max_norm,
-            expert_ids,
-            gates.detach(),
-            None if outputs is None else outputs.detach(),
-            None if norms is None else norms.detach(),
-            valid,
-            workspace,
-            torch.get_num_threads(),
-        )
-        return
-    row_bytes = 8 * (outputs.shape[1] if outputs is not None else 1) + 256
-    for rows in row_chunks(n_pairs, row_bytes, DEFAULT_CHUNK_BYTES):
-        reference.routing_moments_(
-            moments,
-            max_norm,
-            expert_ids[rows],
-            gates[rows],
-            None if outputs is None else outputs[rows],
-            norms=None if norms is None else norms[rows],
-            valid=None if valid is None else valid[rows],
-        )

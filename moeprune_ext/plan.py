@@ -49,12 +49,18 @@ class PruningPlan:
                 raise ValueError(f"layer {layer}: kept ids must be ascending, distinct and in [0, {count}), got {ids}")
 
         for layer, sums in self.merged.items():
+            if layer not in self.kept:
+                raise ValueError(f"a plan merges experts of layer {layer}, which it does not name")
             for expert, shares in sums.items():
-                known = expert in self.kept.get(layer, ()) and all(0 <= e < self.num_experts[layer] for e in shares)
-                if not known or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
+                known = expert in self.kept[layer] and all(0 <= e < self.num_experts[layer] for e in shares)
+                if (
+                    not known
+                    or min(shares.values(), default=-1) < 0
+                    or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6)
+                ):
                     raise ValueError(
                         f"layer {layer}: expert {expert} cannot be merged from {shares}: it must be a kept one, the "
-                        "others experts of its layer, and their shares add up to 1"
+                        "others experts of its layer, and their shares not negative and 1 in all"
                     )
 
     @property
@@ -167,20 +173,20 @@ def pruning_order(values: Tensor, n_group: int = 1, protected: frozenset[int] = 
 def uniform_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:
     """{layer: experts to prune} at one sparsity: round_half_up(sparsity * E / n_group) * n_group (our choice).
 
-    A layer that can lose none, such as one whose experts are looked up by token, has no share (our choice). The sum is
-    the budget that every allocation method spends. Raises ValueError for a sparsity outside [0, 1) or a sum that no
-    allocation can spend; a single layer may still be asked for more than it can give.
+    A layer whose experts are looked up by token can lose none and has no share (our choice). The sum is the budget that
+    every allocation method spends. Raises ValueError for a sparsity outside [0, 1) or a sum that no allocation can
+    spend; a single layer may still be asked for more than it can give.
     """
     if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is the share of experts to remove, at least 0 and below 1; got {sparsity}")
     counts = {
         # The tiny addition keeps products such as 0.15 * 10 = 1.4999999999999998 on the side they were meant.
         layer: math.floor(sparsity * shape.num_experts / shape.n_group + 0.5 + 1e-9) * shape.n_group
-        if shape.capacity
+        if shape.prunable
         else 0
         for layer, shape in scores.shapes.items()
     }
-    prunable = [shape for shape in scores.shapes.values() if shape.capacity]
+    prunable = [shape for shape in scores.shapes.values() if shape.prunable]
     capacity, experts = (sum(getattr(shape, name) for shape in prunable) for name in ("capacity", "num_experts"))
     if sum(counts.values()) > capacity:
         raise ValueError(

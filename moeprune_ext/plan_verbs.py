@@ -12,12 +12,14 @@ from moeprune_ext import distributed
 from moeprune_ext.options import check_new_file, load_data, load_model, load_scores, load_tokenizer
 
 if TYPE_CHECKING:
+    from moeprune_ext.allocate import Damages
+    from moeprune_ext.criteria import ExpertScores
     from moeprune_ext.plan import PruningPlan
 
 
 def search(options: argparse.Namespace) -> tuple[Any, str]:
     from moeprune_ext.evaluator import CandidateEvaluator
-    from moeprune_ext.evolve import check_settings, evolve
+    from moeprune_ext.evolve import check_init_plans, check_settings, evolve
     from moeprune_ext.plan import PruningPlan, uniform_counts, uniform_plan
 
     # What can be refused without loading the weights is refused now.
@@ -34,6 +36,7 @@ def search(options: argparse.Namespace) -> tuple[Any, str]:
     given = [PruningPlan.load(path) for path in options.init]
     scores = load_scores(options)
     uniform_counts(scores, options.sparsity)
+    check_init_plans(given, scores, options.sparsity, options.population)
     batches = load_data(options, load_tokenizer(options))
     budget = int(options.memory_budget * 2**30)
     evaluator = CandidateEvaluator(load_model(options), batches, memory_budget=budget, router=options.router)
@@ -82,62 +85,71 @@ def search(options: argparse.Namespace) -> tuple[Any, str]:
 
 def allocate(options: argparse.Namespace) -> tuple[Any, str]:
     """One plan by any way but a search or GRAPE."""
-    from moeprune_ext.allocate import Damages, damages, dp_plan, global_plan, order_fingerprint
-    from moeprune_ext.evaluator import CandidateEvaluator
-    from moeprune_ext.naee import naee_plan
+    from moeprune_ext.allocate import dp_plan, global_plan
     from moeprune_ext.plan import uniform_counts, uniform_plan
 
     check_new_file(options.out)
+    if options.method == "naee":
+        return _written(_naee(options), options, {})
     scores = load_scores(options)
     uniform_counts(scores, options.sparsity)
-    measured = None
-    if options.damages is not None and options.damages.exists():
-        measured = Damages.load(options.damages)
-        if measured.order != order_fingerprint(scores) or measured.fitness != options.fitness:
-            raise ValueError(
-                f"{options.damages} holds damages by {measured.fitness} of another criterion, protection or model "
-                f"({measured.criterion}); name a new file to measure them"
-            )
-    elif options.damages is not None:
-        check_new_file(options.damages)
-    if needs_data := options.method == "naee" or (options.method == "dp" and measured is None):
-        if not options.data:
-            raise ValueError(f"--method {options.method} measures the model on text: give --data files")
-        batches = load_data(options, load_tokenizer(options), labels=options.method == "dp")
-    about: dict[str, Any] = {}
-    if options.method == "naee":
-        if scores.protected or options.min_kept or options.min_kept_per_group:
-            raise ValueError("naee chooses subsets of its own: it takes no minima and protects no expert")
-        plan = naee_plan(
-            load_model(options), batches, options.sparsity, seed=options.seed, progress=distributed.is_first()
-        )
-    elif options.method == "dp":
-        if needs_data:
-            evaluator = CandidateEvaluator(
-                load_model(options), batches, memory_budget=int(options.memory_budget * 2**30)
-            )
-            measured = damages(
-                evaluator, scores, fitness=options.fitness, steps=options.steps, progress=distributed.is_first()
-            )
-            if options.damages is not None and distributed.is_first():
-                measured.save(options.damages)
-        assert measured is not None
+    if options.method == "dp":
+        measured = _damages(options, scores)
         plan = dp_plan(measured, scores, options.sparsity)
-        about = {"damages": str(options.damages) if options.damages else None, "additive_damage": measured.total(plan)}
-    elif options.method == "global":
-        plan = global_plan(scores, options.sparsity, normalize=options.normalize)
-    else:
-        plan = uniform_plan(scores, options.sparsity)
-    return _written(plan, options, about)
+        file = str(options.damages) if options.damages else None
+        return _written(plan, options, {"damages": file, "additive_damage": measured.total(plan)})
+    if options.method == "global":
+        return _written(global_plan(scores, options.sparsity, normalize=options.normalize), options, {})
+    return _written(uniform_plan(scores, options.sparsity), options, {})
+
+
+def _naee(options: argparse.Namespace) -> PruningPlan:
+    from moeprune_ext.naee import naee_plan
+
+    if options.protect_super or options.min_kept or options.min_kept_per_group:
+        raise ValueError("naee chooses subsets of its own: it takes no minima and protects no expert")
+    if not options.data:
+        raise ValueError("--method naee measures the model on text: give --data files")
+    batches = load_data(options, load_tokenizer(options), labels=False)
+    return naee_plan(load_model(options), batches, options.sparsity, seed=options.seed, progress=distributed.is_first())
+
+
+def _damages(options: argparse.Namespace, scores: ExpertScores) -> Damages:
+    """Read from --damages where that file exists and fits, else measured, and written there."""
+    from moeprune_ext.allocate import Damages, damages, order_fingerprint
+    from moeprune_ext.data import fingerprint_of
+    from moeprune_ext.evaluator import METRICS, CandidateEvaluator
+
+    if options.fitness not in METRICS:
+        raise ValueError(f"unknown fitness {options.fitness!r}; choose from {', '.join(METRICS)}")
+    batches = load_data(options, load_tokenizer(options)) if options.data else None
+    if (file := options.damages) is not None:
+        found = distributed.from_first(lambda: Damages.load(file) if file.exists() else None)
+        if found is not None:
+            if found.order != order_fingerprint(scores) or found.fitness != options.fitness:
+                raise ValueError(
+                    f"{file} holds damages by {found.fitness} of another criterion, protection or model "
+                    f"({found.criterion}); name a new file to measure them"
+                )
+            if batches is not None and found.data != fingerprint_of(batches):
+                raise ValueError(f"{file} was measured on other data; leave --data out, or name a new file")
+            return found
+        check_new_file(file)
+    if batches is None:
+        raise ValueError("--method dp measures the model on text: give --data files")
+    evaluator = CandidateEvaluator(load_model(options), batches, memory_budget=int(options.memory_budget * 2**30))
+    measured = damages(evaluator, scores, fitness=options.fitness, steps=options.steps, progress=distributed.is_first())
+    if file is not None and distributed.is_first():
+        measured.save(file)
+    return measured
 
 
 def grape(options: argparse.Namespace) -> tuple[Any, str]:
-    from moeprune_ext.grape import grape
-    from moeprune_ext.plan import uniform_counts
+    from moeprune_ext.grape import check_request, grape
 
     check_new_file(options.out)
     scores = load_scores(options)
-    uniform_counts(scores, options.sparsity)
+    check_request(scores, options.sparsity, options.tokens, options.entropy, options.who, options.merge)
     if options.similarity == "cka" and not options.data:
         raise ValueError("cka compares experts' outputs on text: give --data files, or --similarity weights")
     batches = load_data(options, load_tokenizer(options), labels=False) if options.similarity == "cka" else None

@@ -180,30 +180,37 @@ def masked_router(
     keep: Tensor | None = None,
     order: Tensor | None = None,
     counts: Tensor | Sequence[int] | None = None,
+    router_map: Tensor | None = None,
     assigned: Tensor | None = None,
     spec: RouterSpec = RouterSpec(),
 ) -> tuple[Tensor, Tensor]:
     """logits [N, E] -> ids and weights, [C, N, K] or [N, K]; see `moeprune_ext.masked_router`."""
     logits = _computed(logits)
-    if keep is not None:
-        kept_lists = [mask.nonzero()[:, 0] for mask in keep]
+    route: Callable[[Tensor, Tensor, int, RouterSpec], tuple[Tensor, Tensor]] = _route
+    if router_map is not None:
+        route = _route_mapped
+        candidates = list(router_map if router_map.dim() == 3 else router_map[None])
+    elif keep is not None:
+        candidates = [mask.nonzero()[:, 0] for mask in keep]
     else:
         assert order is not None and counts is not None
-        kept_lists = [order[: int(count)].sort().values.to(torch.int64) for count in counts]
+        candidates = [order[: int(count)].sort().values.to(torch.int64) for count in counts]
 
     n_rows = logits.shape[0]
     if assigned is not None:
         ids = torch.zeros(n_rows, top_k, dtype=torch.int64, device=logits.device)
         weights = logits.new_zeros(n_rows, top_k)
-        for mask, kept in enumerate(kept_lists):
-            rows = (assigned == mask).nonzero()[:, 0]
+        for c, candidate in enumerate(candidates):
+            rows = (assigned == c).nonzero()[:, 0]
             if len(rows):
-                ids[rows], weights[rows] = _route(logits[rows], kept, top_k, spec)
+                ids[rows], weights[rows] = route(logits[rows], candidate, top_k, spec)
         return ids, weights
-    if not kept_lists:
+    if not candidates:
         shape = (0, n_rows, top_k)
         return torch.zeros(shape, dtype=torch.int64, device=logits.device), logits.new_zeros(shape)
-    routed = [_route(logits, kept, top_k, spec) for kept in kept_lists]
+    if router_map is not None and router_map.dim() == 2:
+        return route(logits, router_map, top_k, spec)
+    routed = [route(logits, candidate, top_k, spec) for candidate in candidates]
     return torch.stack([ids for ids, _ in routed]), torch.stack([weights for _, weights in routed])
 
 
@@ -258,14 +265,7 @@ def _route(logits: Tensor, kept: Tensor, top_k: int, spec: RouterSpec) -> tuple[
     K]."""
     n_experts = logits.shape[1]
     logits = logits[:, kept]
-    if spec.score == "softmax":
-        scores = logits.softmax(-1)
-    elif spec.score == "sigmoid":
-        scores = logits.sigmoid()
-    elif spec.score == "sqrtsoftplus":
-        scores = F.softplus(logits).sqrt()
-    else:
-        scores = logits
+    scores = logits if spec.score == "softmax_over_chosen" else _scores(logits, spec)
     # Every score grows with the logit, so without a bias the logits give the same choice, free of rounding
     # ties.
     choice = logits
@@ -293,9 +293,52 @@ def _route(logits: Tensor, kept: Tensor, top_k: int, spec: RouterSpec) -> tuple[
     weights = scores.gather(-1, chosen)
     if spec.score == "softmax_over_chosen":
         weights = weights.softmax(-1)
+    return kept[chosen], _finished(weights, spec)
+
+
+def _route_mapped(logits: Tensor, router_map: Tensor, top_k: int, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """Routes every row of logits [N, E] by router_map [K', E]: its rows' indices and weights [N, K].
+
+    The softmax runs over the experts that any row of the map refers to, as it runs over the kept ones under a mask:
+    this is the softmax over all divided by the mass of those referred to. Where weights are renormalised the mass
+    makes no difference.
+    """
+    router_map = router_map.to(logits)
+    referred = (router_map != 0).any(0)
+    pi = choice = _mapped(_scores(logits[:, referred], spec), router_map[:, referred])
+    if spec.correction_bias is not None:
+        if spec.score == "softmax":  # the bias is made for the probabilities among all experts
+            choice = _mapped(_scores(logits, spec), router_map)
+        choice = choice + router_map @ spec.correction_bias.to(logits)
+    chosen = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = pi.gather(-1, chosen)
+    if spec.score == "softmax_over_chosen":  # of the chosen logits: their probabilities, to sum 1
+        weights = weights / weights.sum(-1, keepdim=True)
+    return chosen, _finished(weights, spec)
+
+
+def _mapped(scores: Tensor, router_map: Tensor) -> Tensor:
+    """scores [N, E] @ router_map^T, where a score that is not finite makes NaN of what refers to it, and only of
+    that: an entry of zero leaves the expert out."""
+    finite = scores.isfinite()
+    referring = F.linear((~finite).to(scores), (router_map != 0).to(scores)) > 0
+    return F.linear(scores.where(finite, 0), router_map).masked_fill(referring, torch.nan)
+
+
+def _scores(logits: Tensor, spec: RouterSpec) -> Tensor:
+    """The scores of the experts, probabilities for both kinds of softmax."""
+    if spec.score == "sigmoid":
+        return logits.sigmoid()
+    if spec.score == "sqrtsoftplus":
+        return F.softplus(logits).sqrt()
+    return logits.softmax(-1)
+
+
+def _finished(weights: Tensor, spec: RouterSpec) -> Tensor:
+    """What is done last to the weights of the chosen [N, K]."""
     if spec.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + spec.eps)
     weights = weights * spec.scale
     if spec.weights_dtype is not None:
-        weights = weights.to(spec.weights_dtype).to(logits.dtype)
-    return kept[chosen], weights
+        weights = weights.to(spec.weights_dtype).to(weights.dtype)
+    return weights

@@ -153,7 +153,8 @@ class Replay:
         return hidden if tail is None else (hidden, *tail)
 
     def check(self, model_inputs: dict[str, Tensor]) -> None:
-        """Compares the replay of one sequence, alone and twice side by side, with the model's own forward.
+        """Compares the replay of one sequence, alone and twice side by side, and of it backwards, with the model's own
+        forward.
 
         Learns on the way what the layers return and whether the head is one matrix product. Raises NotReplayable, with
         the reason, when the two differ.
@@ -197,6 +198,14 @@ class Replay:
                 if head_inputs.dtype != row.dtype or head_inputs.shape != row.shape:
                     raise NotReplayable("its head takes other hidden states than its layers give")
                 self.compare(self.project(head_inputs), expected)
+            # With other tokens, because what the layers hand on beside hidden states was learnt from these.
+            others = {**model_inputs, "input_ids": model_inputs["input_ids"].flip(1)}
+            inputs = self.inputs(others)
+            hidden = inputs.hidden
+            for index in range(len(self.layers)):
+                hidden = self.run(index, hidden, inputs)
+            expected = self.model(**others, use_cache=False).logits[0]
+            self.compare(self.project(self.head_inputs(hidden[0])), expected)
         except NotReplayable:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:

@@ -33,7 +33,7 @@ Kept = tuple[int, ...]  # ascending ids of the experts that a mask keeps
 class RoutedLayer:
     """How to route one layer's rows under many masks.
 
-    places: where its router's answer, a tuple of `parts`, holds logits, weights and ids; None: it answers otherwise,
+    places: where its router's answer, a tuple, holds logits, weights and ids; None: it answers otherwise,
     and the whole block is run mask by mask. spec: the router's formula for the fused kernel, None: sliced.
     logits_dtype: that of the router's matrix product.
     """
@@ -42,7 +42,6 @@ class RoutedLayer:
     places: tuple[int, int, int] | None
     spec: RouterSpec | None
     logits_dtype: torch.dtype | None = None
-    parts: int = 3
 
     @property
     def way(self) -> str:
@@ -62,11 +61,12 @@ def routed_layer(layer: MoeLayer, router: str = "auto") -> RoutedLayer:
         return by_itself
     logits = answer[places[0]]
     spec = None
-    if router == "fused" or (router == "auto" and logits.dtype == torch.float32):
+    # The kernel answers three parts; a router's further ones may be looked at.
+    if len(answer) == 3 and (router == "fused" or (router == "auto" and logits.dtype == torch.float32)):
         spec = fit_spec(layer, places, hidden, answer)
     if spec is None and not _takes_hidden_alone(layer.router):
         return by_itself
-    return RoutedLayer(layer, places, spec, logits.dtype, len(answer))
+    return RoutedLayer(layer, places, spec, logits.dtype)
 
 
 def _takes_hidden_alone(router: nn.Module) -> bool:
@@ -218,7 +218,7 @@ def _route(routed: RoutedLayer, masks: Sequence[Kept], of_state: Tensor) -> Any:
         ids, weights = masked_router(
             logits, top_k=layer.shape.top_k, keep=keep.to(logits.device), assigned=assigned, spec=routed.spec
         )
-        answer: list[Tensor] = [logits] * routed.parts  # beyond the three, nothing is looked at
+        answer: list[Tensor] = [logits] * 3
         answer[place_of_weights] = weights.to(routed.spec.weights_dtype or weights.dtype)
         answer[place_of_ids] = ids
         return tuple(answer)

@@ -89,7 +89,9 @@ class _Recorder:
     def router(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands for the router's forward."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        self._router_input = tensors[0].reshape(-1, tensors[0].shape[-1]) if len(tensors) == 1 else None
+        # Beside hidden states a router may be given vectors over experts, such as a correction bias.
+        states = [tensor for tensor in tensors if tensor.ndim > 1]
+        self._router_input = states[0].reshape(-1, states[0].shape[-1]) if len(states) == 1 else None
         return original(*args, **kwargs)
 
     def experts(self, original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ class _Recorder:
             )
         rows = rows.to(hidden.device)
         kept = hidden[rows].cpu()
-        given = self._router_input
+        given, self._router_input = self._router_input, None  # nothing of the device's stays
         if given is not None:
             given = given[rows].cpu() if len(given) == positions else None
             given = kept if given is not None and torch.equal(given, kept) else given

@@ -8,6 +8,7 @@ sizes; ODD has what a name cannot tell.
 from __future__ import annotations
 
 import functools
+import json
 import re
 import sys
 from typing import Any
@@ -118,7 +119,7 @@ def model_types() -> tuple[str, ...]:
         except Exception:  # every class validates in its own way; assistants of other models have no defaults
             continue
         auto = _auto_class(type(default))
-        if auto is None or not any("expert" in key for key in text.to_dict()):
+        if auto is None or "expert" not in json.dumps(text.to_dict(), default=str):
             continue
         classes = [
             mapping[type(c)]

@@ -358,7 +358,7 @@ class Additive:
     """An evaluator whose ESAP is one minus a loss of each layer alone."""
 
     def __init__(self, shapes, lost):
-        self.shapes, self.lost, self.fingerprint = shapes, lost, "model:0"
+        self.shapes, self.lost, self.fingerprint, self.data_fingerprint = shapes, lost, "model:0", "data:0"
 
     def evaluate(self, plans, metrics=("esap",)):
         return [

@@ -244,6 +244,14 @@ def bad_requests(work):
         "negative budget": ([*search, "--memory-budget", "-1", *out], "above 0"),
         "several criteria, one file": (["score", stats, "--criterion", "man", "ean", *out], "one criterion"),
         "nothing left to prune": (["score", stats, "--min-kept", 17], "cannot keep 17"),
+        "dp by an unknown fitness": (
+            ["allocate", model, "--stats", stats, "--method", "dp", "--fitness", "bleu", *data, *out],
+            "unknown fitness",
+        ),
+        "damages of other data": (
+            ["allocate", model, "--stats", stats, "--method", "dp", "--damages", work / "damages.json", *data, *out],
+            "other data",
+        ),
         "naee without a model": (["score", stats, "--criterion", "naee", *data, *out], "--model"),
         "neither stats nor scores": (["allocate", model, *out], "--scores"),
         "both stats and scores": (["allocate", model, "--stats", stats, "--scores", plan, *out], "either --stats"),
@@ -287,14 +295,20 @@ def wrong_models(work):
     (work / "truncated" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     config = json.loads((work / "model" / "config.json").read_text())
     (work / "wide" / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 40}))
+    measured = ["--method", "dp", "--damages", work / "damages.json", "--steps", 1, "-o", work / "dp.json"]
+    other = ["--data", work / "text.txt", "--sequence-length", 32, "--sequences", 1]
+    main(list(map(str, ["allocate", work / "model", "--stats", work / "stats.safetensors", *measured, *other])))
     plan = json.loads((work / "run" / "plan.json").read_text())
     plan["kept"]["0"] = plan["kept"]["0"][:3]
     (work / "greedy.json").write_text(json.dumps(plan))
 
 
 @pytest.mark.parametrize("case", sorted(bad_requests(__import__("pathlib").Path("x"))))
-def test_bad_requests_get_one_line_and_leave_nothing(work, wrong_models, capsys, case):
+def test_bad_requests_get_one_line_and_leave_nothing(work, wrong_models, capsys, monkeypatch, case):
     arguments, message = bad_requests(work)[case]
+    if case in {"infeasible budget", "init of another budget", "evenness above one", "dp by an unknown fitness"}:
+        load = "moeprune_ext.plan_verbs.load_model"
+        monkeypatch.setattr(load, lambda _: pytest.fail("the model was loaded"))
     before = sorted(work.rglob("*"))
     assert message in refusal(capsys, *arguments)
     assert sorted(work.rglob("*")) == before

@@ -29,6 +29,13 @@ def test_protected_experts_outlive_all_others_and_cap_what_can_go():
         mp.PruningPlan.from_pruned_counts(scores, {0: 2})
 
 
+def test_protection_binds_however_it_is_said():
+    tensors = {0: torch.arange(8.0, dtype=torch.float64)}
+    by_hand = mp.ExpertScores(tensors, {0: LayerShape(8, 1)}, protected={0: frozenset({0, 1, 2})})
+    assert by_hand == mp.ExpertScores(tensors, {0: LayerShape(8, 1)}).constrained(protect={0: [0, 1, 2]})
+    assert by_hand.shapes[0].capacity == 5
+
+
 @pytest.mark.parametrize("n_group", [1, 2, 4])
 def test_protection_keeps_router_groups_equal(n_group):
     """Two protected experts of one group: every group keeps two."""

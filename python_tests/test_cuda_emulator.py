@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moeprune_ext import masked_router, ops, overlap, routing_moments_
+from moeprune_ext import RouterSpec, masked_router, ops, overlap, routing_moments_
 
 emulated = pytest.importorskip(
     "moeprune_ext._C_emulated", reason="built without MOEPRUNE_EMULATOR", exc_type=ImportError
@@ -120,6 +120,21 @@ def routes():
     ]
 
 
+def mapped_routes():
+    logits, maps = numbers(50, 70, seed=2).bfloat16(), numbers(3, 12, 70, seed=7)
+    maps[1, :, ::2] = 0
+    logits[40, 3] = float("inf")
+    form = dict(router_map=maps, top_k=4)
+    logits[:, 0], maps[2, :, 0] = 90, 0  # far above what the last map refers to
+    answers = [
+        *masked_router(logits, **form),
+        *masked_router(logits, **form, assigned=torch.arange(50) % 3),
+        *masked_router(logits, **form, spec=RouterSpec(correction_bias=numbers(70, seed=8))),
+        *masked_router(logits, **form, spec=RouterSpec("sqrtsoftplus")),
+    ]
+    return [answer.nan_to_num(-1) for answer in answers]
+
+
 def moments():
     ids = torch.arange(4500) * 7 % 5
     tables = torch.zeros(5, 3, 3, dtype=torch.float64), torch.zeros(5)
@@ -130,13 +145,37 @@ def moments():
 
 @pytest.mark.parametrize("core", ["cuda-emulated"], indirect=True)
 @pytest.mark.parametrize("major", [8, 9])
-@pytest.mark.parametrize("operation", [overlaps, routes, moments])
+@pytest.mark.parametrize("operation", [overlaps, routes, mapped_routes, moments])
 def test_the_schedule_does_not_change_a_bit(core, operation, major):
     emulated.set_device(major=major, shared_per_block=(99 if major == 8 else 227) * 1024)
     first = operation()
     for seed in SCHEDULES:
         emulated.set_schedule(seed)
         assert all(torch.equal(a, b) for a, b in zip(operation(), first, strict=True))
+
+
+@pytest.mark.parametrize("core", ["cuda-emulated"], indirect=True)
+def test_whether_a_block_takes_one_router_map_or_all_changes_no_bit(core):
+    logits, maps = numbers(16 * 32 + 5, 10, seed=0), numbers(4, 6, 10, seed=1)
+    logits[::2, 3], maps[::2, :, 3] = 200, 0  # far above what every other map refers to, in half of the rows
+    answers = []
+    for multiprocessors in (132, 1):
+        emulated.set_device(multiprocessors=multiprocessors)
+        for seed in range(4):
+            emulated.set_schedule(seed)
+            answers.append(masked_router(logits, top_k=2, router_map=maps))
+    expected = masked_router(logits.double(), top_k=2, router_map=maps)
+    for ids, weights in answers:
+        assert torch.equal(ids, expected[0]) and torch.equal(weights, answers[0][1])
+    torch.testing.assert_close(answers[0][1].double(), expected[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("core", ["cuda-emulated"], indirect=True)
+def test_scores_that_do_not_fit_shared_memory_are_refused(core):
+    emulated.set_device(major=8, shared_per_block=99 * 1024)
+    masked_router(numbers(3, 512, seed=0), top_k=8, router_map=numbers(9, 512, seed=1))
+    with pytest.raises(ValueError, match="1024 experts with a router_map need more shared memory than the GPU has"):
+        masked_router(numbers(3, 1024, seed=0), top_k=8, router_map=numbers(9, 1024, seed=1))
 
 
 @pytest.mark.parametrize("core", ["cuda-emulated"], indirect=True)

@@ -434,7 +434,8 @@ def test_sixty_layers_of_256_experts_are_planned_in_seconds():
 )
 def test_requests_that_cannot_be_are_refused_before_any_work(options, message, monkeypatch):
     model = tiny_model("olmoe")
-    monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("it ran"))
+    for part in (model, model.base_model):
+        monkeypatch.setattr(part, "forward", lambda *_, **__: pytest.fail("it ran"))
     scores = {layer: torch.ones(8) for layer in range(4)}
     given = dict(batches=[random_tokens()], scores=scores, sparsity=0.25) | options
     with pytest.raises(ValueError, match=message):

@@ -30,7 +30,14 @@ PAPERS = {
     "qwen2_moe",
     "qwen3_moe",
 }
-ENOUGH = {"5.17": 55, "5.23": 68}  # how many are green at least
+# What is not green, and is refused or cannot be built: whatever else fails is a defect.
+NOT_GREEN = {
+    "5.17": {"aria", "aria_text", "diffusion_gemma", "ernie4_5_vl_moe", "jamba", "jetmoe", "llama4", "llama4_text"}
+    | {"dbrx", "longcat_flash", "qwen3_omni_moe"},
+    "5.23": {"dbrx", "diffusion_gemma", "dots3_note", "ernie4_5_vl_moe", "inkling_mm_model", "jetmoe", "llama4"}
+    | {"llama4_text", "nemo_speechlm", "qwen3_omni_moe"},
+}
+VERSION = ".".join(transformers.__version__.split(".")[:2])
 STEPS = ("calibrate", "mask", "prune", "export uniform", "export uneven", "stream")
 NEEDED = STEPS[:-1]
 
@@ -126,6 +133,8 @@ def try_everything(model, row, folder):
 
     streamed = mp.load(folder / "full", stream="disk")
     torch.testing.assert_close(logits_of(streamed, tokens), full, rtol=1e-4, atol=1e-4)
+    for index, table in mp.calibrate(streamed, [tokens]).moments.items():
+        torch.testing.assert_close(table, stats.moments[index], rtol=1e-3, atol=1e-4)
     row.passed.add("stream")
 
 
@@ -145,14 +154,14 @@ def test_from_calibration_to_the_reloaded_export(model_type, tmp_path):
         row.why = " ".join(str(error).split())
     assert row.green or model_type not in PAPERS, row.why
     assert row.green or len(row.why) > 40
+    assert row.green or VERSION not in NOT_GREEN or model_type in NOT_GREEN[VERSION], row.why
 
 
 def test_fifty_architectures_are_green(request):
     if set(ROWS) != set(every_model.model_types()):
         pytest.skip("only some architectures were tried")
     green = sorted(row.model_type for row in ROWS.values() if row.green)
-    version = ".".join(transformers.__version__.split(".")[:2])
-    assert len(green) >= ENOUGH.get(version, 50), green
+    assert len(green) >= 50, green
     if (path := request.config.getoption("--write-models")) is not None:
         write_models(path)
 
@@ -192,8 +201,10 @@ their experts and router classes, each built small and random, then calibrated, 
 loaded again. Generated; do not edit. To make it again:
 `pytest python_tests/test_models.py --write-models docs/models.md`.
 
-Green: the statistics count every routed pair; the masked model computes what the pruned one computes; a candidate's
-score is the score of its reloaded export within 1e-5, uniform (a stock checkpoint) and uneven (`moeprune_ext.load`).
-Candidates are evaluated by a sweep through the layers, in which many masks go through one router at once (fused: by the
-kernel; sliced; block by block), or by one forward of the whole model each, where the model cannot be taken apart. A
-layer whose experts are looked up by token (DeepSeek-V4's first) is never pruned."""
+What transformers calls experts is looked for in configurations and modules; types whose configuration has no defaults
+are left out. Green: the statistics count every routed pair; the masked model computes what the pruned one computes; a
+candidate's score is the score of its reloaded export within 1e-5, uniform (a stock checkpoint) and uneven
+(`moeprune_ext.load`). Candidates are evaluated by a sweep through the layers, in which many masks go through one router
+at once (fused: by the kernel; sliced; block by block), or by one forward of the whole model each, where the model
+cannot be taken apart. Streamed: its layers visit the device one by one, with the same logits and statistics. A layer
+whose experts are looked up by token (DeepSeek-V4's first) is never pruned."""

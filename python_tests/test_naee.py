@@ -175,7 +175,8 @@ def test_plans_export_and_load_as_what_the_mask_computes(family, tmp_path):
 
 def test_requests_that_cannot_be_are_refused_before_any_work(monkeypatch):
     model = tiny_model("olmoe")
-    monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("it ran"))
+    for part in (model, model.base_model):
+        monkeypatch.setattr(part, "forward", lambda *_, **__: pytest.fail("it ran"))
     for arguments, options, message in (
         (([random_tokens()], 1.0), {}, "at least 0 and below 1"),
         (([random_tokens()], 0.9), {}, "asks for"),

@@ -2,15 +2,17 @@
 
 import copy
 import dataclasses
+import importlib
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, VOCABULARY, random_tokens, tiny_model
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, OlmoeConfig
 
 import moeprune_ext as mp
+from moeprune_ext.masking import check_slicing
 from moeprune_ext.moe import find_moe_layers, model_fingerprint
 
 FAMILIES = sorted(CONFIGS)
@@ -229,6 +231,7 @@ def test_multi_token_prediction_layers_and_stray_weights_are_left_out(tmp_path):
     file = tmp_path / "full" / "model.safetensors"
     tensors = load_file(file)
     extra = {"model.layers.4.mlp.gate.weight": torch.ones(8, 32), "mtp.layers.0.mlp.gate.weight": torch.ones(8, 32)}
+    extra |= {"model.mtp_block.0.mlp.gate.weight": torch.ones(8, 32), "model.mtp_emb_norm.0.weight": torch.ones(32)}
     save_file(tensors | extra, file, metadata={"format": "pt"})
     save_file(extra, tmp_path / "full" / "consolidated.safetensors")
     config = json.loads((tmp_path / "full" / "config.json").read_text())
@@ -239,6 +242,76 @@ def test_multi_token_prediction_layers_and_stray_weights_are_left_out(tmp_path):
     assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
     assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert type(mp.load(out)) is type(model)
+
+
+def test_configurations_that_leave_out_the_default_count_are_exported(tmp_path):
+    """As the hub has them: OLMoE's 64 experts are its default."""
+    config = OlmoeConfig(**{**CONFIGS["olmoe"]().to_dict(), "num_experts": 64, "num_hidden_layers": 1})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "full")
+    raw = json.loads((tmp_path / "full" / "config.json").read_text())
+    del raw["num_experts"]
+    (tmp_path / "full" / "config.json").write_text(json.dumps(raw))
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.5)
+    out = mp.export(tmp_path / "full", plan, tmp_path / "out")
+    with mp.applied(model, plan):
+        masked = logits_of(model, random_tokens())
+    pruned = AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(logits_of(pruned, random_tokens()), masked, rtol=0, atol=1e-5)
+
+
+def test_a_failure_on_the_way_leaves_no_merged_weight_behind(monkeypatch):
+    model = tiny_model("olmoe")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = {layer: list(range(8)) for layer in range(4)}
+    plan = mp.PruningPlan(kept, dict.fromkeys(kept, 8), merged={layer: {0: {0: 0.5, 1: 0.5}} for layer in kept})
+    masking = importlib.import_module("moeprune_ext.masking")
+    calls, average = [], masking.weighted_average
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) % 4 == 3:
+            raise MemoryError
+        return average(*arguments)
+
+    monkeypatch.setattr(masking, "weighted_average", failing)
+    for attempt in (lambda: mp.prune_(model, plan), lambda: mp.applied(model, plan).__enter__()):
+        with pytest.raises(MemoryError):
+            attempt()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_two_stacks_of_experts_are_not_mixed():
+    model, other = tiny_model("olmoe"), tiny_model("olmoe")
+    model.model.layers[1].mlp = torch.nn.Identity()  # a dense layer
+    model.model.tower = torch.nn.Module()
+    model.model.tower.layers = torch.nn.ModuleList([torch.nn.Identity(), other.model.layers[1]])
+    with pytest.raises(ValueError, match="several stacks"):
+        find_moe_layers(model)
+
+
+@pytest.mark.parametrize("fault", ["ids", "weights", "choice"])
+def test_a_router_that_slices_into_something_else_is_refused(fault, monkeypatch):
+    model = tiny_model("mixtral")
+    layers = find_moe_layers(model)
+    check_slicing(layers)
+    router = type(layers[0].router)
+    forward = router.forward
+
+    def wrong(self, hidden):
+        logits, weights, ids = forward(self, hidden)
+        if logits.shape[-1] < 8:  # sliced
+            if fault == "ids":
+                ids = (ids + 1) % logits.shape[-1]
+            elif fault == "weights":
+                weights = torch.cat([weights[:, :1], 2 * weights[:, 1:]], -1)
+            else:
+                ids = logits.topk(2, largest=False).indices
+        return logits, weights, ids
+
+    monkeypatch.setattr(router, "forward", wrong)
+    with pytest.raises(ValueError, match="slicing does not mask"):
+        check_slicing(layers)
 
 
 def test_a_killed_export_leaves_nothing_in_the_way(tmp_path):

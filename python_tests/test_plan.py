@@ -143,3 +143,18 @@ def test_statistics_of_shards_add_up_and_of_other_models_do_not():
     assert both.tokens == 5 and both.moments[0][0, 1, 1] == 5 and both.max_norm[0].tolist() == [3, 1]
     with pytest.raises(ValueError, match="different models"):
         stats(1) + stats(1, "other")
+
+
+def test_merges_are_averages_of_named_layers():
+    fine = dict(kept={0: [0, 2]}, num_experts={0: 3})
+    mp.PruningPlan(**fine, merged={0: {2: {1: 0.25, 2: 0.75}}})
+    for merged in (
+        {1: {0: {0: 1.0}}},  # another layer
+        {0: {1: {1: 1.0}}},  # a pruned expert
+        {0: {2: {1: 2.0, 2: -1.0}}},
+        {0: {2: {1: 0.5}}},
+        {0: {2: {}}},
+        {0: {2: {3: 1.0}}},
+    ):
+        with pytest.raises(ValueError, match="merge"):
+            mp.PruningPlan(**fine, merged=merged)
