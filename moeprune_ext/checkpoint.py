@@ -229,7 +229,8 @@ def _locate(
             )
         ids = {place.expert for place in mine if place.expert is not None}
         stacked = any(place.expert is None and not place.is_router for place in mine)
-        if ids != set(range(layer.shape.num_experts)) and not (stacked and not ids):
+        complete = [set(range(layer.shape.num_experts)), set(range(layer.router_rows))]  # identity experts, too
+        if ids not in complete and not (stacked and not ids):
             raise ValueError(
                 f"layer {index}: the checkpoint holds {len(ids)} experts, but the configuration says "
                 f"{layer.shape.num_experts}"

@@ -77,7 +77,7 @@ def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
         for file, names in shards.items():
             with safe_open(file, framework="pt") as shard:
                 stored = [name for name in names if name not in checkpoint.extra]
-                tensors = dict(_pruned(shard, stored, checkpoint.places, kept, merged))
+                tensors = dict(_pruned(shard, stored, checkpoint, kept, merged))
                 save_file(tensors, beside / file.name, metadata=shard.metadata() or {"format": "pt"})
             total += sum(tensor.nbytes for tensor in tensors.values())
             weight_map |= dict.fromkeys(tensors, file.name)
@@ -190,11 +190,12 @@ def _without_number(name: str) -> str:
 
 
 def _pruned(
-    shard: Any, names: Sequence[str], places: Mapping[str, Place], kept: Mapping[int, Sequence[int]], merged: _Merged
+    shard: Any, names: Sequence[str], checkpoint: Checkpoint, kept: Mapping[int, Sequence[int]], merged: _Merged
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one shard that survive, under their new names."""
+    remaining = {index: layer.with_trailing(kept[index]) for index, layer in checkpoint.layers.items()}
     for name in names:
-        place = places.get(name)
+        place = checkpoint.places.get(name)
         if place is None:
             yield name, shard.get_tensor(name)
         elif place.expert is None:
@@ -202,8 +203,8 @@ def _pruned(
             size = stored.shape[place.axis]
             rows = [*kept[place.layer], *range(size - place.trailing, size)]
             yield name, stored.index_select(place.axis, torch.tensor(rows))
-        elif place.expert in kept[place.layer]:
-            new = list(kept[place.layer]).index(place.expert)
+        elif place.expert in remaining[place.layer]:
+            new = remaining[place.layer].index(place.expert)
             renamed = re.sub(r"((?:^|\.)experts\.)\d+\.", rf"\g<1>{new}.", name)
             yield renamed, merged.one(name, place, shard.get_tensor(name))
 

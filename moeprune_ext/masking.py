@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moeprune_ext.moe import (
     EXPERT_COUNT_NAMES,
+    OWN_SOFTMAX,
     READS_CONFIG,
     ROW_COUNT_NAMES,
     ExpertsFunction,
@@ -337,7 +338,8 @@ def _is_masked(layer: MoeLayer, kept: Sequence[int], full: Sequence[Tensor], sli
         return True
     if int(same.sum()) * 2 < int(inside.sum()):
         return False
-    if weights is None or full_weights is None or weights.shape != full_weights.shape:
+    own = type(layer.router).__name__ in OWN_SOFTMAX
+    if own or weights is None or full_weights is None or weights.shape != full_weights.shape:
         return True
     shares, full_shares = (w.float().gather(-1, o)[same] for w, o in ((weights, order), (full_weights, full_order)))
     shares, full_shares = (w / w.sum(-1, keepdim=True) for w in (shares, full_shares))

@@ -44,6 +44,9 @@ FIXED_CHOICE = frozenset({"DeepseekV4HashRouter"})
 # Experts whose forward fails when a row names one expert only; they have an identity expert, the first trailing row.
 WANT_TWO = frozenset({"LongcatFlashExperts"})
 
+# Each chosen expert's weight is a softmax of its own, over other experts: under a mask their proportions change.
+OWN_SOFTMAX = frozenset({"PhimoeTopKRouter"})
+
 ExpertsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [T, H], expert ids [T, K], weights [T, K]
 
 
