@@ -1,4 +1,4 @@
-"""One table for the three operations on this machine: time, ratio to PyTorch, fraction of what memory allows.
+"""One table for the operations on this machine: time, ratio to PyTorch, fraction of what memory allows.
 
     python bench/run.py [--device cpu|cuda] [--quick] [--only REGEX] [--rounds N] [--threads N] [--no-compile]
 
@@ -9,7 +9,7 @@ the targets: cases.py. The columns:
 - of the limit: native's speed as a fraction of the limit measured in the same rounds, bytes counted once. Reading:
   the fastest of a copy that moves as many bytes as there are inputs and, on a CPU, summing the inputs as float32
   words. masked_router: writing its answers into new memory, as it does, or on a GPU a copy of as many bytes as logits
-  and answers. overlap_from_hidden: its matrix products.
+  and answers; with router maps its matrix products. overlap_from_hidden: its matrix products.
 - native over: native's time over that of other yardsticks.
 - workspace: the peak of memory beyond inputs and outputs as a fraction of these, of native and of the fastest eager
   spelling.
