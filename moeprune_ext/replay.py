@@ -190,22 +190,21 @@ class Replay:
 
         try:
             inputs = self.inputs(model_inputs)
+            # Other tokens, too, because what layers hand on beside hidden states has been learnt from these.
+            other = {**model_inputs, "input_ids": model_inputs["input_ids"].flip(1)}
+            other_inputs = self.inputs(other)
             states = [inputs.hidden, torch.cat([inputs.hidden, inputs.hidden])]
+            other_state = other_inputs.hidden
             for index in range(len(self.layers)):
                 states = [self.run(index, hidden, inputs) for hidden in states]
+                other_state = self.run(index, other_state, other_inputs)
             for row in torch.cat(states):
                 head_inputs = self.head_inputs(row)
                 if head_inputs.dtype != row.dtype or head_inputs.shape != row.shape:
                     raise NotReplayable("its head takes other hidden states than its layers give")
                 self.compare(self.project(head_inputs), expected)
-            # With other tokens, because what the layers hand on beside hidden states was learnt from these.
-            others = {**model_inputs, "input_ids": model_inputs["input_ids"].flip(1)}
-            inputs = self.inputs(others)
-            hidden = inputs.hidden
-            for index in range(len(self.layers)):
-                hidden = self.run(index, hidden, inputs)
-            expected = self.model(**others, use_cache=False).logits[0]
-            self.compare(self.project(self.head_inputs(hidden[0])), expected)
+            expected = self.model(**other, use_cache=False).logits[0]
+            self.compare(self.project(self.head_inputs(other_state[0])), expected)
         except NotReplayable:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:

@@ -87,7 +87,7 @@ def test_padding_is_no_obstacle_to_streaming_every_layer_once(family, tmp_path):
     batches = [padded(RAGGED[:3], [70, 0, 83], width=100), padded(RAGGED[3:4], [2]), padded(RAGGED[4:], [25])]
     assert_same(mp.calibrate(streamed, batches), expected, 1e-5)
     stream = streamed.moeprune_stream
-    assert stream.bytes_streamed <= 3 * sum(stream.layer_bytes.values())  # two of them to try the replay
+    assert stream.bytes_streamed <= 4 * sum(stream.layer_bytes.values())  # three of them to try the replay
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["products here", "the module's own"])

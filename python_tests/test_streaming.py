@@ -348,7 +348,7 @@ def test_calibration_and_search_visit_every_layer_once_a_pass(family, source):
     whole = sum(stream.layer_bytes.values())
     batches = [random_tokens(2, 20, seed) for seed in range(6)]
     stats = mp.calibrate(streamed, batches)
-    assert stream.bytes_streamed <= 3 * whole  # one pass, after two over a few tokens that compare replay and forward
+    assert stream.bytes_streamed <= 4 * whole  # one pass, after three over a few tokens that compare replay and forward
     expected = mp.calibrate(model, batches)
     for layer, table in stats.moments.items():
         assert torch.allclose(table, expected.moments[layer], rtol=1e-5)
