@@ -116,6 +116,7 @@ def load(
     dequantised, because their packed kernels bypass the router. Raises ValueError for a directory that is not a
     model, and when weights are missing, damaged or do not fit.
     """
+    from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import Mxfp4Config
 
     from moeprune_ext.streaming import load_streamed
@@ -129,8 +130,10 @@ def load(
     quantization = raw.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
         kwargs.setdefault("quantization_config", Mxfp4Config(dequantize=True))
-    config = kwargs["config"] if "config" in kwargs else read_hf_config(folder)
-    loader = auto_class(config)
+    loader: Any = AutoModelForCausalLM
+    if CONFIG_KEY in raw or not kwargs.get("trust_remote_code"):  # else of a class that the folder brings
+        config = kwargs["config"] if "config" in kwargs else read_hf_config(folder)
+        loader = auto_class(config)
     if CONFIG_KEY in raw:
         base = loader._model_mapping[type(config)]
         of_text = base.config_class is not type(config)  # a language model alone, of a model of text and more

@@ -260,6 +260,23 @@ def test_configurations_that_leave_out_the_default_count_are_exported(tmp_path):
     torch.testing.assert_close(logits_of(pruned, random_tokens()), masked, rtol=0, atol=1e-5)
 
 
+def test_code_beside_a_checkpoint_runs_if_it_is_trusted(tmp_path):
+    model = tiny_model("olmoe")
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw |= {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "own.py").write_text(
+        "from transformers import OlmoeConfig, OlmoeForCausalLM\n"
+        "class OwnConfig(OlmoeConfig):\n    pass\n"
+        "class OwnModel(OlmoeForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    assert type(mp.load(tmp_path)) is type(model)
+    own = mp.load(tmp_path, trust_remote_code=True)
+    assert type(own).__name__ == "OwnModel"
+    assert torch.equal(logits_of(own, random_tokens()), logits_of(model, random_tokens()))
+
+
 def test_a_failure_on_the_way_leaves_no_merged_weight_behind(monkeypatch):
     model = tiny_model("olmoe")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
