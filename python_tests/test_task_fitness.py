@@ -1,0 +1,106 @@
+"""Tasks in the sweep: the right answers that `correct` finds, candidate by candidate; EEP's search on the demo model."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+import moeprune_ext as mp
+from moeprune_ext.demo.run import arithmetic_task, load_demo
+from moeprune_ext.eep import search
+from moeprune_ext.eep_candidates import Candidate, Layout, criterion_mask
+from moeprune_ext.evaluate import Example, Task, correct
+from moeprune_ext.merging import Merge, MergedPlan, mapped_layer, merged_model
+from moeprune_ext.moe import find_moe_layers
+from moeprune_ext.task_fitness import TaskFitness
+
+
+def greedy(model, prompt, count):
+    tokens = torch.tensor([prompt])
+    for _ in range(count):
+        with torch.no_grad():
+            tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return tuple(tokens[0, len(prompt) :].tolist())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("olmoe")
+
+
+@pytest.fixture(scope="module")
+def task(model):
+    """Exact matches, of which the model has some right, and choices of several lengths."""
+    generator = torch.Generator().manual_seed(5)
+
+    def ids(count):
+        return tuple(torch.randint(2, 90, (count,), generator=generator).tolist())
+
+    examples = []
+    for number in range(12):
+        prompt = ids(3 + number % 4)
+        if number % 3 == 0:
+            examples.append(Example(prompt, (greedy(model, prompt, 2 + number % 2),), None))
+        elif number % 3 == 1:
+            examples.append(Example(prompt, (ids(2),), None))
+        else:
+            examples.append(Example(prompt, tuple(ids(1 + n) for n in range(3)), number % 3))
+    return Task("mixed", tuple(examples))
+
+
+def random_candidate(seed, keep=4):
+    layout = Layout.of(dict.fromkeys(range(4), 8), keep)
+    generator = torch.Generator().manual_seed(seed)
+    ids = [sorted(torch.randperm(8, generator=generator)[:keep].tolist()) for _ in range(4)]
+    mask = Candidate.of_mask(layout, ids)
+    noise = [[0.2 * torch.rand(keep, 8, generator=generator).numpy() for _ in range(4)] for _ in range(2)]
+    merging = tuple(m + n for m, n in zip(mask.merging, noise[0], strict=True))
+    mapping = tuple(m + n for m, n in zip(mask.mapping, noise[1], strict=True))
+    return mask, Candidate(mask.groups, merging, mapping)
+
+
+@pytest.mark.parametrize("length_normalized", [False, True])
+@pytest.mark.parametrize("active", [None, 1])
+def test_right_answers_are_those_of_the_candidate_run_alone(model, task, length_normalized, active):
+    fitness = TaskFitness(model, task, length_normalized=length_normalized, active=active)
+    candidates = [candidate for seed in range(3) for candidate in random_candidate(seed)]
+    found = fitness(candidates)
+    routed = {index: mapped_layer(layer) for index, layer in find_moe_layers(model).items()}
+    for candidate, got in zip(candidates, found, strict=True):
+        router = candidate.router_map
+        plan = MergedPlan({i: Merge(m, router[i], active) for i, m in candidate.merge_map.items()})
+        with merged_model(routed, plan):
+            expected = correct(model, task, length_normalized=length_normalized)
+        assert got.score == pytest.approx(sum(expected) / len(expected))
+    assert [f.tie for f in found] == pytest.approx([fitness([c])[0].tie for c in candidates], abs=1e-4)
+
+
+def test_the_unpruned_model_scores_its_accuracy(model, task):
+    nothing = mp.PruningPlan({0: list(range(8))}, {0: 8})
+    assert TaskFitness(model, task)([nothing])[0].score == pytest.approx(mp.accuracy(model, task))
+    assert mp.accuracy(model, task) >= 4 / 12
+
+
+def test_eep_on_the_demo_model_beats_its_starts(tmp_path):
+    """A short search on arithmetic: the best mask is no worse than a criterion's, the best merge than the best mask."""
+    model, tokenizer = load_demo()
+    task = arithmetic_task(tokenizer, 24)
+    fitness = TaskFitness(model, task)
+    stats = mp.calibrate(model, [s.input_ids for s in fitness.evaluator.sequences])
+    layout = Layout.of(dict.fromkeys(fitness.evaluator.layers, 16), 8)
+    masks = [criterion_mask(layout, mp.score_experts(stats, name)) for name in ("frequency", "seer", "reap", "ean")]
+    outcome = search(
+        fitness,
+        dict.fromkeys(fitness.evaluator.layers, 16),
+        8,
+        masks=masks,
+        start_count=6,
+        prune_iters=10,
+        merge_iters=8,
+        identity=fitness.evaluator.identity,
+        out=tmp_path,
+    )
+    starts = fitness([Candidate.of_mask(layout, [mask[layer] for layer in sorted(mask)]) for mask in masks])
+    assert outcome.pruned.is_pruning and outcome.evaluations == 18
+    assert outcome.pruned_train.rank >= max(start.rank for start in starts)
+    assert outcome.train.rank >= outcome.pruned_train.rank
+    assert fitness([outcome.best])[0].score == pytest.approx(outcome.train.score)
