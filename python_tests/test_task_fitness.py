@@ -1,4 +1,4 @@
-"""Tasks in the sweep: the right answers that `correct` finds, candidate by candidate; EEP's search on the demo model."""
+"""Tasks in the sweep: the right answers that `correct` finds, for every candidate; EEP's search on the demo model."""
 
 import pytest
 import torch
