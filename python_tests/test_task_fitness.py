@@ -101,6 +101,8 @@ def test_eep_on_the_demo_model_beats_its_starts(tmp_path):
     )
     starts = fitness([Candidate.of_mask(layout, [mask[layer] for layer in sorted(mask)]) for mask in masks])
     assert outcome.pruned.is_pruning and outcome.evaluations == 18
-    assert outcome.pruned_train.rank >= max(start.rank for start in starts)
-    assert outcome.train.rank >= outcome.pruned_train.rank
+    best_start = max(starts, key=lambda start: start.rank)
+    for better, worse in ((outcome.pruned_train, best_start), (outcome.train, outcome.pruned_train)):
+        # A likelihood is not the same to the last digit in other company.
+        assert (better.score, better.tie + 1e-5) >= worse.rank
     assert fitness([outcome.best])[0].score == pytest.approx(outcome.train.score)
