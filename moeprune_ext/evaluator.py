@@ -191,10 +191,6 @@ class CandidateEvaluator:
             "teacher_log_sum_exp": float(lse.sum()) / self.positions,
         }
 
-    @cached_property
-    def _mapped(self) -> dict[int, RoutedLayer]:
-        return {index: mapped_layer(layer) for index, layer in self.layers.items()}
-
     @property
     def shapes(self) -> dict[int, LayerShape]:
         """{decoder layer: what pruning must respect there}."""
@@ -243,7 +239,7 @@ class CandidateEvaluator:
             raise ValueError("nll and label_top1 need a position whose next token is labelled; the data has none")
         for plan in plans:
             if isinstance(plan, MergedPlan):
-                check_merges(plan, self._mapped, self.fingerprint)
+                check_merges(plan, self._whole.mapped, self.fingerprint)
                 continue
             check_plan(plan, self.layers, self.fingerprint)
             if plan.merged and getattr(self.model, "moeprune_stream", None) is not None:
@@ -303,12 +299,13 @@ class WholeForwards:
         self.about = "whole forwards"
 
     @cached_property
-    def _mapped(self) -> dict[int, RoutedLayer]:
+    def mapped(self) -> dict[int, RoutedLayer]:
+        """How each layer's router can be mapped, found out when a plan first asks."""
         return {index: mapped_layer(layer) for index, layer in self._layers.items()}
 
     def _applied(self, plan: PruningPlan | MergedPlan) -> AbstractContextManager[None]:
         if isinstance(plan, MergedPlan):
-            return merged_model(self._mapped, plan)
+            return merged_model(self.mapped, plan)
         return masks(self._layers, plan)
 
     def teacher(self, numbers: Sequence[int]) -> dict[int, float]:

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from moeprune_ext.dispatch import row_chunks
 from moeprune_ext.experts import PairOutputs, distinct_pairs, weighted_sum
-from moeprune_ext.moe import ExpertsFunction, MoeLayer, expert_tensors, intercepted, replaced_forward
+from moeprune_ext.moe import (
+    EXPERT_COUNT_NAMES,
+    ExpertsFunction,
+    MoeLayer,
+    expert_tensors,
+    intercepted,
+    replaced_forward,
+)
 from moeprune_ext.ops import masked_router
 from moeprune_ext.routers import Kept, RoutedLayer, routed_layer, router_logits
 
@@ -125,8 +132,8 @@ class MergedExperts:
         experts: Any = self._layer.experts
         places = expert_tensors(self._layer)
         before = [getattr(place.owner, place.name) for place in places]
-        counters = [name for name in ("num_experts", "num_local_experts") if hasattr(experts, name)]
-        counts = [getattr(experts, name) for name in counters]
+        count = self._layer.shape.num_experts
+        counters = [name for name in EXPERT_COUNT_NAMES if getattr(experts, name, None) == count]
         try:
             for place, tensor in zip(places, before, strict=True):
                 new = self._merged(place.name, tensor.detach(), merge.experts)
@@ -137,7 +144,7 @@ class MergedExperts:
         finally:
             for place, tensor in zip(places, before, strict=True):
                 setattr(place.owner, place.name, tensor)
-            for name, count in zip(counters, counts, strict=True):
+            for name in counters:
                 setattr(experts, name, count)
 
     def _merged(self, name: str, stored: Tensor, shares: Tensor) -> Tensor:
