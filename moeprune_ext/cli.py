@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from moeprune_ext import distributed, plan_verbs, verbs
 
+AddVerb = Callable[[str, Callable[[argparse.Namespace], Any], str, str], argparse.ArgumentParser]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -87,38 +88,54 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--json", action="store_true", help="print the result as JSON")
         return made
 
-    def add_data(made: argparse.ArgumentParser, required: bool, sequences: int) -> None:
-        made.add_argument(
-            "--data",
-            type=Path,
-            nargs="+",
-            required=required,
-            default=[],
-            help="text, .jsonl or .safetensors token files",
-        )
-        made.add_argument("--sequence-length", type=_count, default=2048, help="tokens per sequence")
-        made.add_argument("--sequences", type=_count, default=sequences, help="most sequences to use")
-        made.add_argument("--batch-size", type=_count, default=1, help="sequences per forward pass")
+    _measuring_verbs(add)
+    _plan_verbs(add)
+    _checkpoint_verbs(add)
+    return parser
 
-    def add_stream(made: argparse.ArgumentParser) -> None:
-        made.add_argument(
-            "--stream",
-            default="no",
-            choices=("no", "host", "disk"),
-            help="for models larger than the device: layers wait in host memory or in the shards, and visit it in turn",
-        )
 
-    def add_limits(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--min-kept", type=_count_or_zero, default=0, help="fewest experts any layer keeps")
-        made.add_argument(
-            "--min-kept-per-group", type=_count_or_zero, default=0, help="the same for each group of grouped routers"
-        )
-        made.add_argument(
-            "--protect-super",
-            action="store_true",
-            help="never prune experts with extreme output norms (super experts, arXiv 2507.23279)",
-        )
+def _add_data(made: argparse.ArgumentParser, required: bool, sequences: int) -> None:
+    made.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=required,
+        default=[],
+        help="text, .jsonl or .safetensors token files",
+    )
+    made.add_argument("--sequence-length", type=_count, default=2048, help="tokens per sequence")
+    made.add_argument("--sequences", type=_count, default=sequences, help="most sequences to use")
+    made.add_argument("--batch-size", type=_count, default=1, help="sequences per forward pass")
 
+
+def _add_stream(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--stream",
+        default="no",
+        choices=("no", "host", "disk"),
+        help="for models larger than the device: layers wait in host memory or in the shards, and visit it in turn",
+    )
+
+
+def _add_limits(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--min-kept", type=_count_or_zero, default=0, help="fewest experts any layer keeps")
+    made.add_argument(
+        "--min-kept-per-group", type=_count_or_zero, default=0, help="the same for each group of grouped routers"
+    )
+    made.add_argument(
+        "--protect-super",
+        action="store_true",
+        help="never prune experts with extreme output norms (super experts, arXiv 2507.23279)",
+    )
+
+
+def _criteria() -> str:
+    from moeprune_ext.criteria import CRITERIA, SELECTION_PRINCIPLE
+
+    return f"{', '.join([*CRITERIA, 'random'])}, or alpha,beta,mean|sum. {SELECTION_PRINCIPLE}"
+
+
+def _measuring_verbs(add: AddVerb) -> None:
     add(
         "demo", verbs.demo, "everything, on the embedded model, in about a minute on two cores", "moeprune demo"
     ).add_argument("-o", "--out", type=Path, help="keep statistics, plans and checkpoints in this directory")
@@ -136,29 +153,29 @@ def _parser() -> argparse.ArgumentParser:
         "calibrate", verbs.calibrate, "one pass over text: routing and activation statistics of every expert", example
     )
     made.add_argument("model", type=Path, help="model directory")
-    add_data(made, True, 128)
-    add_stream(made)
+    _add_data(made, True, 128)
+    _add_stream(made)
     made.add_argument("-o", "--out", type=Path, required=True, help="statistics file to write")
 
-    from moeprune_ext.allocate import NORMALIZATIONS
-    from moeprune_ext.criteria import CRITERIA, SELECTION_PRINCIPLE
-    from moeprune_ext.grape import SIMILARITIES, WHO
-    from moeprune_ext.routers import ROUTERS
-
-    criteria = f"{', '.join([*CRITERIA, 'random'])}, or alpha,beta,mean|sum. {SELECTION_PRINCIPLE}"
     example = "moeprune score stats.safetensors --criterion reap -o scores.json"
     made = add("score", verbs.score, "statistics to one score per expert, and how far the criteria agree", example)
     made.add_argument("stats", type=Path, help="statistics file")
     made.add_argument(
-        "--criterion", nargs="+", default=["reap"], help=f"one or more of {criteria} And naee: see --model."
+        "--criterion", nargs="+", default=["reap"], help=f"one or more of {_criteria()} And naee: see --model."
     )
     made.add_argument(
         "--model", type=Path, help="model directory, for naee: experts in the order in which a layer misses them least"
     )
-    add_data(made, False, 64)
-    add_stream(made)
-    add_limits(made)
+    _add_data(made, False, 64)
+    _add_stream(made)
+    _add_limits(made)
     made.add_argument("-o", "--out", type=Path, help="scores file to write, of one criterion")
+
+
+def _plan_verbs(add: AddVerb) -> None:
+    from moeprune_ext.allocate import NORMALIZATIONS
+    from moeprune_ext.grape import SIMILARITIES, WHO
+    from moeprune_ext.routers import ROUTERS
 
     def add_plan(
         name: str, verb: Callable[[argparse.Namespace], Any], about: str, rest: str
@@ -167,10 +184,10 @@ def _parser() -> argparse.ArgumentParser:
         made = add(name, verb, about, example)
         made.add_argument("model", type=Path, help="model directory")
         made.add_argument("--stats", type=Path, help="statistics file of this model, to score by --criterion")
-        made.add_argument("--criterion", default="reap", help=criteria)
+        made.add_argument("--criterion", default="reap", help=_criteria())
         made.add_argument("--scores", type=Path, help="a file that `score -o` wrote, in the place of --stats")
         made.add_argument("--sparsity", type=float, default=0.5, help="share of the experts to remove, 0 to below 1")
-        add_limits(made)
+        _add_limits(made)
         return made
 
     made = add_plan(
@@ -194,8 +211,8 @@ def _parser() -> argparse.ArgumentParser:
         "--router", default="auto", choices=ROUTERS, help="fused: the kernel for half-precision logits too"
     )
     made.add_argument("--memory-budget", type=_size, default=1.0, help="GiB on the device beside the model's weights")
-    add_data(made, True, 64)
-    add_stream(made)
+    _add_data(made, True, 64)
+    _add_stream(made)
     made.add_argument("-o", "--out", type=Path, required=True, help="directory for plan.json, history and settings")
 
     made = add_plan(
@@ -214,8 +231,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=_count, help="dp: most counts to measure per layer; all of them if left out")
     made.add_argument("--damages", type=Path, help="dp: file of what was measured, read if it exists, else written")
     made.add_argument("--memory-budget", type=_size, default=1.0, help="dp: GiB beside the model's weights")
-    add_data(made, False, 64)
-    add_stream(made)
+    _add_data(made, False, 64)
+    _add_stream(made)
     made.add_argument("-o", "--out", type=Path, required=True, help="plan file to write")
 
     made = add_plan(
@@ -233,10 +250,12 @@ def _parser() -> argparse.ArgumentParser:
         "--who", default="groups", choices=WHO, help="leaves: all but a group's best, or the lowest scores"
     )
     made.add_argument("--merge", action="store_true", help="average similar experts' weights, by score")
-    add_data(made, False, 64)
-    add_stream(made)
+    _add_data(made, False, 64)
+    _add_stream(made)
     made.add_argument("-o", "--out", type=Path, required=True, help="plan file to write")
 
+
+def _checkpoint_verbs(add: AddVerb) -> None:
     made = add(
         "export",
         verbs.export,
@@ -256,8 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--length-normalized", action="store_true", help="compare choices by log-likelihood per token")
     made.add_argument("--lm-eval", metavar="TASKS", help="lm-evaluation-harness tasks, a,b,c (extra: lm-eval)")
-    add_data(made, False, 64)
-    return parser
+    _add_data(made, False, 64)
 
 
 if __name__ == "__main__":
