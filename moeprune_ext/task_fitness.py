@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeprune_ext.eep import Fitness
+from moeprune_ext.eep_search import Fitness
 from moeprune_ext.eep_candidates import Candidate
 from moeprune_ext.evaluate import Task
 from moeprune_ext.evaluator import CandidateEvaluator

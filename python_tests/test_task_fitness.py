@@ -6,7 +6,7 @@ from tiny_models import tiny_model
 
 import moeprune_ext as mp
 from moeprune_ext.demo.run import arithmetic_task, load_demo
-from moeprune_ext.eep import search
+from moeprune_ext.eep_search import search
 from moeprune_ext.eep_candidates import Candidate, Layout, criterion_mask
 from moeprune_ext.evaluate import Example, Task, correct
 from moeprune_ext.merging import Merge, MergedPlan, mapped_layer, merged_model

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moeprune_ext import eep_candidates as ec
-from moeprune_ext.eep import Fitness, parents_within, search
+from moeprune_ext.eep_search import Fitness, parents_within, search
 from moeprune_ext.eep_candidates import Candidate
 
 EXPERTS = {1: 8, 2: 8, 5: 8, 6: 8}
