@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from moeprune_ext import distributed
 from moeprune_ext.data import TokenBatch, as_batches, data_fingerprint, split_sequences
 from moeprune_ext.masking import check_plan, check_slicing, masks
-from moeprune_ext.merging import MergedPlan, check_merges, mapped_layer, merged_model
-from moeprune_ext.moe import LayerShape, evaluating, find_moe_layers, model_fingerprint
+from moeprune_ext.merged_plan import MergedPlan
+from moeprune_ext.merging import check_merges, mapped_layer, merged_model
+from moeprune_ext.moe import LayerShape, evaluating, fewer_active, find_moe_layers, model_fingerprint
 from moeprune_ext.ops import log_sum_exp, overlap
 from moeprune_ext.ops_overlap import label_top1
 from moeprune_ext.plan import PruningPlan
@@ -266,12 +267,16 @@ class CandidateEvaluator:
         self, plans: Sequence[PruningPlan | MergedPlan], numbers: Sequence[int], metrics: tuple[str, ...]
     ) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
         """From the engine that can: a sweep shares experts' outputs between pruning plans, so it takes none that also
-        merge."""
-        merging = [isinstance(plan, PruningPlan) and bool(plan.merged) for plan in plans]
-        for engine, whole in ((self._engine, False), (self._whole, True)):
-            mine = [i for i, merges in enumerate(merging) if merges == whole]
-            if mine:
-                for number, chosen, values in engine.values([plans[i] for i in mine], numbers, metrics):
+        merge; and those together that have as many experts active."""
+        whole, swept = [], {}  # type: tuple[list[int], dict[int | None, list[int]]]
+        for i, plan in enumerate(plans):
+            merges = isinstance(plan, PruningPlan) and bool(plan.merged)
+            (whole if merges or self._engine is self._whole else swept.setdefault(plan.active, [])).append(i)
+        for number, chosen, values in self._whole.values([plans[i] for i in whole], numbers, metrics) if whole else ():
+            yield number, [whole[i] for i in chosen], values
+        for active, mine in swept.items():
+            with fewer_active(self.layers, active):
+                for number, chosen, values in self._engine.values([plans[i] for i in mine], numbers, metrics):
                     yield number, [mine[i] for i in chosen], values
 
     def _rows(self, number: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from moeprune_ext.moe import (
     MoeLayer,
     PerExpertTensor,
     expert_tensors,
+    fewer_active,
     find_moe_layers,
     intercepted,
     model_fingerprint,
@@ -129,6 +130,7 @@ def masks(layers: Mapping[int, MoeLayer], plan: PruningPlan) -> Iterator[None]:
     Merged experts take the places of kept ones, whose own weights are held meanwhile.
     """
     with ExitStack() as stack:
+        stack.enter_context(fewer_active(layers, plan.active))
         for index, sums in plan.merged.items():
             stack.enter_context(_merged(layers[index], sums))
         for index, kept in plan.kept.items():
@@ -225,8 +227,9 @@ def check_plan(plan: PruningPlan, layers: Mapping[int, MoeLayer], fingerprint: s
         )
     if unknown := sorted(set(plan.kept) - set(layers)):
         raise ValueError(f"the plan names layers {unknown}, but the model's MoE layers are {sorted(layers)}")
+    check_active(plan.active, layers)
     for index, kept in plan.kept.items():
-        shape = layers[index].shape
+        shape = layers[index].shape_with(plan.active)
         if plan.num_experts[index] != shape.num_experts:
             made_for = plan.num_experts[index]
             raise ValueError(
@@ -249,6 +252,16 @@ def check_plan(plan: PruningPlan, layers: Mapping[int, MoeLayer], fingerprint: s
                     f"layer {index}: its router chooses among {shape.n_group} groups, which must keep equally many "
                     f"experts, but the plan keeps {per_group}"
                 )
+
+
+def check_active(active: int | None, layers: Mapping[int, MoeLayer]) -> None:
+    """Refuses (ValueError) a number of experts per token that the routers of these layers cannot select."""
+    for index, layer in layers.items() if active is not None else ():
+        if not layer.fewest_active <= active <= layer.shape.top_k:
+            raise ValueError(
+                f"layer {index}: {active} experts active per token; its router selects {layer.shape.top_k} and can be "
+                f"made to select {layer.fewest_active} or more"
+            )
 
 
 def half_kept(layer: MoeLayer) -> list[int]:
@@ -287,7 +300,7 @@ def check_slicing(layers: Mapping[int, MoeLayer]) -> None:
 
 def _choice(layer: MoeLayer, answer: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
     """ids and weights [T, K] of a router's answer, where they can be told by their shapes."""
-    shaped = [part.flatten(0, -2) for part in answer if part.ndim > 1 and part.shape[-1] == layer.shape.top_k]
+    shaped = [part.flatten(0, -2) for part in answer if part.ndim > 1 and part.shape[-1] == layer.active]
     ids = [part for part in shaped if not part.is_floating_point()]
     weights = [part for part in shaped if part.is_floating_point()]
     return ids[0] if ids else None, weights[0] if len(weights) == 1 else None

@@ -1,17 +1,14 @@
-"""Layers with merged experts and a mapped router, for as long as they are evaluated (EEP, arXiv 2407.00945).
+"""Layers with merged experts and a mapped router (merged_plan.py), for as long as they are evaluated.
 
-A merge makes K' new experts, each a sum of the layer's E ones, weight by weight: w'_i = sum_j W_EM[i, j] w_j; and maps
-the router: pi = s @ W_RM^T of its own scores s, chosen and weighted as `masked_router(router_map=...)` says. The new
-weights exist while the layer runs, in one buffer that all merges of a search share: at most one layer's experts.
+The new weights exist while the layer runs, in one buffer that all merges of a search share: at most one layer's
+experts.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +16,14 @@ from torch import Tensor, nn
 
 from moeprune_ext.dispatch import row_chunks
 from moeprune_ext.experts import PairOutputs, distinct_pairs, weighted_sum
+from moeprune_ext.masking import check_active
+from moeprune_ext.merged_plan import Merge, MergedPlan
 from moeprune_ext.moe import (
     EXPERT_COUNT_NAMES,
     ExpertsFunction,
     MoeLayer,
     expert_tensors,
+    fewer_active,
     intercepted,
     replaced_forward,
 )
@@ -31,46 +31,6 @@ from moeprune_ext.ops import masked_router
 from moeprune_ext.routers import Kept, RoutedLayer, routed_layer, router_logits
 
 CHUNK_BYTES = 64 * 2**20  # of the layer's weights as float32, where they are of another dtype
-
-
-@dataclass(frozen=True, eq=False)
-class Merge:
-    """What stands for one layer's experts and router.
-
-    experts: W_EM, float32 [K', E]. router: W_RM, float32 [K', E]. top_k: experts per token, None: as many as before.
-    Merges of the same content are equal.
-    """
-
-    experts: Tensor
-    router: Tensor
-    top_k: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, matrix in (("experts", self.experts), ("router", self.router)):
-            if matrix.ndim != 2 or matrix.shape != self.experts.shape or matrix.dtype != torch.float32:
-                raise ValueError(f"{name} must be float32 [K', E], got {matrix.dtype} {tuple(matrix.shape)}")
-        if self.top_k is not None and not 1 <= self.top_k <= len(self.experts):
-            raise ValueError(f"top_k is {self.top_k}, of {len(self.experts)} experts")
-
-    @cached_property
-    def digest(self) -> str:
-        parts = [matrix.detach().cpu().contiguous().numpy().tobytes() for matrix in (self.experts, self.router)]
-        return hashlib.sha256(b"".join(parts) + f"{tuple(self.experts.shape)} {self.top_k}".encode()).hexdigest()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Merge) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-
-@dataclass(frozen=True)
-class MergedPlan:
-    """Merges of a model's layers, {decoder layer: Merge}; layers not named stay as they are. model: the model's
-    fingerprint, None when unknown."""
-
-    merges: dict[int, Merge]
-    model: str | None = None
 
 
 Treatment = Kept | Merge  # of a layer by one candidate: a mask, or a merge
@@ -82,14 +42,15 @@ def check_merges(plan: MergedPlan, routed: Mapping[int, RoutedLayer], fingerprin
         raise ValueError(f"these merges are another model's: {plan.model}, this one is {fingerprint}")
     if unknown := sorted(set(plan.merges) - set(routed)):
         raise ValueError(f"the merges name layers {unknown}, but the model's MoE layers are {sorted(routed)}")
+    check_active(plan.active, {index: one.layer for index, one in routed.items()})
     for index, merge in plan.merges.items():
-        layer, shape = routed[index].layer, routed[index].layer.shape
+        layer = routed[index].layer
+        shape = layer.shape_with(plan.active)
         if merge.experts.shape[1] != shape.num_experts:
             raise ValueError(f"layer {index}: merges of {merge.experts.shape[1]} experts, it has {shape.num_experts}")
-        if len(merge.experts) < (merge.top_k or shape.top_k) or (merge.top_k or 0) > shape.top_k:
+        if len(merge.experts) < shape.top_k:
             raise ValueError(
-                f"layer {index}: {len(merge.experts)} merged experts, {merge.top_k or shape.top_k} a token; its router "
-                f"selects {shape.top_k}"
+                f"layer {index}: {len(merge.experts)} merged experts, but its router selects {shape.top_k} per token"
             )
         if shape.n_group > 1 or layer.trailing:
             raise ValueError(f"layer {index}: a router of groups, or of more than experts, cannot be mapped")
@@ -148,22 +109,28 @@ class MergedExperts:
                 setattr(experts, name, count)
 
     def _merged(self, name: str, stored: Tensor, shares: Tensor) -> Tensor:
-        """[E, ...] -> [K', ...], the sums in float32 or better; rows that take one expert as it is are copies."""
+        """[E, ...] -> [K', ...], in the buffer of that name."""
         shape = (len(shares), *stored.shape[1:])
         held = self._buffers.get(name)
         size = stored[0].numel() * len(shares)
         if held is None or held.numel() < size or held.dtype != stored.dtype or held.device != stored.device:
             held = self._buffers[name] = torch.empty(size, dtype=stored.dtype, device=stored.device)
-        new = held[:size].view(len(shares), -1)
-        rows, shares = stored.flatten(1), shares.to(stored.device)
-        if bool(((shares == 1).sum(1) == 1).all() & ((shares != 0).sum(1) == 1).all()):
-            torch.index_select(rows, 0, shares.argmax(1), out=new)
-        elif stored.dtype in (torch.float32, torch.float64):
-            torch.mm(shares.to(stored.dtype), rows, out=new)
-        else:
-            for columns in row_chunks(rows.shape[1], 4 * len(rows), CHUNK_BYTES):
-                new[:, columns] = shares @ rows[:, columns].float()
-        return new.view(shape)
+        return combined(stored, shares, held[:size].view(shape))
+
+
+def combined(stored: Tensor, shares: Tensor, out: Tensor | None = None) -> Tensor:
+    """stored [E, ...], shares float32 [K', E] -> [K', ...], in `out` if given: sums of experts' weights, in float32 or
+    better, in the dtype of the weights; rows that take one expert as it is are copies."""
+    new = stored.new_empty(len(shares), *stored.shape[1:]) if out is None else out
+    rows, flat, shares = stored.flatten(1), new.view(len(shares), -1), shares.to(stored.device)
+    if bool(((shares == 1).sum(1) == 1).all() & ((shares != 0).sum(1) == 1).all()):
+        torch.index_select(rows, 0, shares.argmax(1), out=flat)
+    elif stored.dtype in (torch.float32, torch.float64):
+        torch.mm(shares.to(stored.dtype), rows, out=flat)
+    else:
+        for columns in row_chunks(rows.shape[1], 4 * len(rows), CHUNK_BYTES):
+            flat[:, columns] = shares @ rows[:, columns].float()
+    return new
 
 
 @contextmanager
@@ -172,6 +139,7 @@ def merged_model(routed: Mapping[int, RoutedLayer], plan: MergedPlan) -> Iterato
     buffers: dict[str, Tensor] = {}
     scratch: dict[str, Tensor] = {}
     with ExitStack() as stack:
+        stack.enter_context(fewer_active({index: one.layer for index, one in routed.items()}, plan.active))
         for index, merge in plan.merges.items():
             merged = MergedExperts(routed[index], buffers, scratch)
             stack.enter_context(many_treatments(routed[index], [merge], torch.zeros(1, dtype=torch.int64), merged))
@@ -195,18 +163,18 @@ def many_treatments(
         length = len(logits) // len(of_state)
         treatment_of = of_state.repeat_interleave(length).to(logits.device)
         rows_of[:] = [(treatment_of == i).nonzero()[:, 0] for i in range(len(treatments))]
-        top_k = layer.shape.top_k
+        top_k = layer.active
         ids = torch.zeros(len(logits), top_k, dtype=torch.int64, device=logits.device)
         weights = torch.zeros(len(logits), top_k, dtype=torch.float32, device=logits.device)
         for treatment, rows in zip(treatments, rows_of, strict=True):
             run = partial(masked_router, logits[rows], spec=routed.spec)
             if isinstance(treatment, Merge):
-                chosen, gates = run(top_k=treatment.top_k or top_k, router_map=treatment.router.to(logits.device)[None])
+                chosen, gates = run(top_k=top_k, router_map=treatment.router.to(logits.device)[None])
             else:
                 keep = torch.zeros(1, layer.shape.num_experts, dtype=torch.bool, device=logits.device)
                 keep[0, list(treatment)] = True
                 chosen, gates = run(top_k=top_k, keep=keep)
-            ids[rows, : chosen.shape[-1]], weights[rows, : chosen.shape[-1]] = chosen[0], gates[0]
+            ids[rows], weights[rows] = chosen[0], gates[0]
         answer: list[Tensor] = [logits] * 3
         answer[routed.places[1]] = weights.to(routed.spec.weights_dtype or weights.dtype)
         answer[routed.places[2]] = ids
@@ -216,8 +184,7 @@ def many_treatments(
         output = torch.empty_like(hidden)
         for treatment, rows in zip(treatments, rows_of, strict=True):
             if isinstance(treatment, Merge):
-                width = treatment.top_k or layer.shape.top_k  # further columns are empty
-                part = merged(original, treatment, hidden[rows], ids[rows, :width], weights[rows, :width])
+                part = merged(original, treatment, hidden[rows], ids[rows], weights[rows])
             else:
                 part = original(hidden[rows], ids[rows], weights[rows])
             output[rows] = part

@@ -7,6 +7,7 @@ Nothing here knows a model by name but the adapter table, on routers and experts
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import inspect
@@ -29,6 +30,10 @@ EXPERT_COUNT_NAMES = (
 )
 # ... and of all the router's rows, where it has more than experts.
 ROW_COUNT_NAMES = ("n_total_experts", "num_router_classes", "total_experts")
+
+# The names under which routers and their blocks, and configurations, store the number of experts per token.
+TOP_K_NAMES = ("top_k", "num_experts_per_tok")
+TOP_K_CONFIG_NAMES = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 
 # The adapter table, by the router's class.
 # Rows of the router beyond the experts', which every mask keeps: shared experts' gates, a skip class, identity experts.
@@ -87,6 +92,25 @@ class MoeLayer:
     experts_name: str
     shape: LayerShape
     trailing: int = 0
+
+    @property
+    def active(self) -> int:
+        """Experts that the router selects per token now; `shape.top_k` is how many it did when the layer was found."""
+        now = _top_k(self.router, self.block)
+        return self.shape.top_k if now is None else now
+
+    @property
+    def fewest_active(self) -> int:
+        """Fewest experts per token that the router can be made to select."""
+        if type(self.router).__name__ in FIXED_CHOICE:
+            return self.shape.top_k
+        return 2 if type(self.experts).__name__ in WANT_TWO else 1
+
+    def shape_with(self, active: int | None) -> LayerShape:
+        """What pruning must respect when the router selects `active` experts per token; None: as many as it did."""
+        if active is None:
+            return self.shape
+        return _layer_shape(self.block, self.router, self.experts, self.name, active)
 
     @property
     def router_rows(self) -> int:
@@ -200,12 +224,13 @@ def _first_integer(names: Sequence[str], *modules: object) -> int | None:
     return None
 
 
-def _layer_shape(block: nn.Module, router: nn.Module, experts: nn.Module, name: str) -> LayerShape:
+def _layer_shape(
+    block: nn.Module, router: nn.Module, experts: nn.Module, name: str, active: int | None = None
+) -> LayerShape:
+    """active: experts per token, None: as many as the router selects."""
     count = _expert_count(experts)
     assert count is not None
-    top_k = _first_integer(("top_k", "num_experts_per_tok"), router, block)
-    if top_k is None:
-        top_k = _first_integer(("top_k_experts",), *filter(None, [getattr(router, "config", None)]))
+    top_k = _top_k(router, block) if active is None else active
     if top_k is None:
         raise ValueError(
             f"{name}: the router {type(router).__name__} does not say how many experts it selects per token"
@@ -222,6 +247,37 @@ def _layer_shape(block: nn.Module, router: nn.Module, experts: nn.Module, name: 
     if type(router).__name__ in FIXED_CHOICE:
         return LayerShape(count, top_k, min_kept=count, prunable=False)
     return LayerShape(count, top_k, n_group, min_kept=max(top_k, n_group * per_group))
+
+
+def _top_k(router: nn.Module, block: nn.Module) -> int | None:
+    own = _first_integer(TOP_K_NAMES, router, block)
+    return _first_integer(("top_k_experts",), getattr(router, "config", None)) if own is None else own
+
+
+def set_active_(layer: MoeLayer, active: int) -> None:
+    """Makes the layer's router select so many experts per token, from now on."""
+    owners = [(module, name) for module in (layer.router, layer.block) for name in TOP_K_NAMES]
+    found = [(owner, name) for owner, name in owners if getattr(owner, name, None) == layer.active]
+    if not found:  # read from the configuration at every call: one of its own
+        layer.router.config = copy.copy(layer.router.config)  # type: ignore[assignment, arg-type]
+        found = [(layer.router.config, "top_k_experts")]  # type: ignore[list-item]
+    for owner, name in found:
+        setattr(owner, name, active)
+
+
+@contextmanager
+def fewer_active(layers: Mapping[int, MoeLayer], active: int | None) -> Iterator[None]:
+    """Inside, routers select `active` experts per token; None: as many as they do."""
+    before = {index: (layer.active, getattr(layer.router, "config", None)) for index, layer in layers.items()}
+    try:
+        for layer in layers.values() if active is not None else ():
+            set_active_(layer, active)
+        yield
+    finally:
+        for index, (top_k, config) in before.items() if active is not None else ():
+            set_active_(layers[index], top_k)
+            if config is not None:
+                layers[index].router.config = config
 
 
 def _has_correction_bias(router: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moeprune_ext.criteria import ExpertScores
 from moeprune_ext.files import read_json, write_text
+from moeprune_ext.merged_plan import MergedPlan
 
 FORMAT = "moeprune.plan/1"
 
@@ -29,7 +30,8 @@ class PruningPlan:
     kept: {decoder layer: ascending expert ids}. num_experts: {decoder layer: experts before pruning}. model:
     fingerprint of the model the plan was made for, None when unknown. criterion: name of the scores behind the order,
     for the record. merged: {decoder layer: {kept expert: {expert: share}}}, kept experts whose weights become this sum
-    of experts' weights, the shares adding up to 1; the others stay as they are.
+    of experts' weights, the shares adding up to 1; the others stay as they are. active: experts that every router
+    selects per token, None: as many as the model's do.
     """
 
     kept: dict[int, list[int]]
@@ -37,6 +39,7 @@ class PruningPlan:
     model: str | None = None
     criterion: str | None = None
     merged: dict[int, dict[int, dict[int, float]]] = field(default_factory=dict)
+    active: int | None = None
 
     def __post_init__(self) -> None:
         if not self.kept:
@@ -47,7 +50,8 @@ class PruningPlan:
             count = self.num_experts[layer]
             if not ids or sorted(set(ids)) != list(ids) or ids[0] < 0 or ids[-1] >= count:
                 raise ValueError(f"layer {layer}: kept ids must be ascending, distinct and in [0, {count}), got {ids}")
-
+        if self.active is not None and not 1 <= self.active <= min(map(len, self.kept.values())):
+            raise ValueError(f"a plan cannot have {self.active} experts active per token with those it keeps")
         for layer, sums in self.merged.items():
             if layer not in self.kept:
                 raise ValueError(f"a plan merges experts of layer {layer}, which it does not name")
@@ -116,6 +120,8 @@ class PruningPlan:
             "num_experts": {str(layer): n for layer, n in self.num_experts.items()},
             "kept": {str(layer): ids for layer, ids in self.kept.items()},
         }
+        if self.active is not None:
+            content["active"] = self.active
         if self.merged:
             content["merged"] = {
                 str(layer): {
@@ -138,20 +144,38 @@ class PruningPlan:
                 int(layer): {int(k): {int(e): float(share) for e, share in v.items()} for k, v in sums.items()}
                 for layer, sums in content.get("merged", {}).items()
             }
-            return cls(kept, num_experts, content.get("model"), content.get("criterion"), merged)
+            active = None if content.get("active") is None else int(content["active"])
+            return cls(kept, num_experts, content.get("model"), content.get("criterion"), merged, active)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is a damaged pruning plan: {error}") from None
 
 
 class HasPlan(Protocol):
-    """A search's result, which may stand wherever its plan may."""
+    """A search's result, which may stand wherever its plan may: its `best_plan`, where it has one."""
 
     @property
     def plan(self) -> PruningPlan: ...
 
 
-def plan_of(plan: PruningPlan | HasPlan) -> PruningPlan:
-    return plan if isinstance(plan, PruningPlan) else plan.plan
+Plan = PruningPlan | MergedPlan
+
+
+def plan_of(plan: Plan | HasPlan) -> Plan:
+    """What is meant by a plan or a result of a search."""
+    if isinstance(plan, PruningPlan | MergedPlan):
+        return plan
+    best: Plan | None = getattr(plan, "best_plan", None)
+    return plan.plan if best is None else best
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """Reads a file of either kind of plan; raises ValueError for one that is neither."""
+    try:
+        with open(path, "rb") as file:
+            is_json = file.read(1) == b"{"
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    return PruningPlan.load(path) if is_json else MergedPlan.load(path)
 
 
 def pruning_order(values: Tensor, n_group: int = 1, protected: frozenset[int] = frozenset()) -> list[int]:

@@ -80,7 +80,7 @@ def _weight(router: nn.Module) -> Tensor:
 
 def _places(answer: tuple[Tensor, ...], layer: MoeLayer) -> tuple[int, int, int] | None:
     """Where logits [T, E], weights [T, K] and ids [T, K] stand in a router's answer."""
-    count, top_k = layer.shape.num_experts, layer.shape.top_k
+    count, top_k = layer.shape.num_experts, layer.active
 
     def place(width: int, floating: bool) -> list[int]:
         return [i for i, t in enumerate(answer) if t.shape[-1] == width and t.is_floating_point() == floating]
@@ -162,7 +162,7 @@ def _fused(spec: RouterSpec, logits: Tensor, layer: MoeLayer, kept: Kept | None)
     if kept is not None:
         keep[:] = False
         keep[0, list(kept)] = True
-    ids, weights = masked_router(logits, top_k=layer.shape.top_k, keep=keep, spec=spec)
+    ids, weights = masked_router(logits, top_k=layer.active, keep=keep, spec=spec)
     return ids[0], weights[0]
 
 
@@ -216,7 +216,7 @@ def _route(routed: RoutedLayer, masks: Sequence[Kept], of_state: Tensor) -> Any:
             keep[mask, list(kept)] = True
         assigned = of_state.repeat_interleave(len(logits) // states).to(logits.device)
         ids, weights = masked_router(
-            logits, top_k=layer.shape.top_k, keep=keep.to(logits.device), assigned=assigned, spec=routed.spec
+            logits, top_k=layer.active, keep=keep.to(logits.device), assigned=assigned, spec=routed.spec
         )
         answer: list[Tensor] = [logits] * 3
         answer[place_of_weights] = weights.to(routed.spec.weights_dtype or weights.dtype)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from moeprune_ext.experts import PairOutputs, distinct_pairs, weighted_sum
-from moeprune_ext.merging import Merge, MergedExperts, Treatment, many_treatments, mapped_layer, order_of
+from moeprune_ext.merged_plan import Merge
+from moeprune_ext.merging import MergedExperts, Treatment, many_treatments, mapped_layer, order_of
 from moeprune_ext.moe import ExpertsFunction, MoeLayer, intercepted, replaced_forward
 from moeprune_ext.replay import LayerInputs, Replay, tensors_in
 from moeprune_ext.routers import RoutedLayer, many_masks

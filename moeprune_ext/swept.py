@@ -18,7 +18,8 @@ from moeprune_ext import distributed
 from moeprune_ext.data import TokenBatch
 from moeprune_ext.masking import half_kept, masks
 from moeprune_ext.memory import peak_bytes
-from moeprune_ext.merging import MergedPlan, Treatment, order_of
+from moeprune_ext.merged_plan import MergedPlan
+from moeprune_ext.merging import Treatment, order_of
 from moeprune_ext.moe import MoeLayer
 from moeprune_ext.ops import log_sum_exp_from_hidden, overlap, overlap_from_hidden
 from moeprune_ext.ops_overlap import bytes_in_flight, label_top1

@@ -8,18 +8,19 @@ forcing in the place of generated text is our choice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from moeprune_ext.eep_search import Fitness
 from moeprune_ext.eep_candidates import Candidate
-from moeprune_ext.evaluate import Task
+from moeprune_ext.eep_search import Fitness
+from moeprune_ext.evaluate import Example, Task
 from moeprune_ext.evaluator import CandidateEvaluator
-from moeprune_ext.merging import Merge, MergedPlan
-from moeprune_ext.plan import PruningPlan
+from moeprune_ext.merged_plan import Merge, MergedPlan
+from moeprune_ext.plan import Plan, PruningPlan
 
 
 class TaskFitness:
@@ -50,24 +51,14 @@ class TaskFitness:
             batches.append({"input_ids": torch.tensor([prompt + continuation]), "labels_mask": labels})
         self.evaluator = CandidateEvaluator(model, batches, **options)
 
-    def __call__(self, candidates: Sequence[Candidate | PruningPlan]) -> list[Fitness]:
-        plans = [self._plan(candidate) for candidate in candidates]
+    def __call__(self, candidates: Sequence[Candidate | Plan]) -> list[Fitness]:
+        plans = [candidate_plan(candidate, self.evaluator, self._active) for candidate in candidates]
         sums = self.evaluator.sequence_sums(plans, ("nll", "label_top1")).sums
         lengths = self.evaluator.weights("nll")
         return [
             self._fitness((-nll).tolist(), hits.tolist(), lengths)
             for nll, hits in zip(sums["nll"], sums["label_top1"], strict=True)
         ]
-
-    def _plan(self, candidate: Candidate | PruningPlan) -> PruningPlan | MergedPlan:
-        if isinstance(candidate, PruningPlan):
-            return candidate
-        experts = {index: layer.shape.num_experts for index, layer in self.evaluator.layers.items()}
-        if candidate.is_pruning and self._active is None:
-            return PruningPlan(candidate.kept, {index: experts[index] for index in candidate.kept})
-        router = candidate.router_map
-        merges = {index: Merge(matrix, router[index], self._active) for index, matrix in candidate.merge_map.items()}
-        return MergedPlan(merges)
 
     def _fitness(self, likelihoods: list[float], hits: list[float], lengths: list[int]) -> Fitness:
         right, total, at = 0, 0.0, 0
@@ -84,3 +75,53 @@ class TaskFitness:
                 total += likelihoods[span.start + example.answer]
         count = len(self._task.examples)
         return Fitness(right / count if total == total else float("nan"), total / count)
+
+
+class AnswerFitness:
+    """Scores EEP's candidates, and plans, by how they treat the tokens of the right answers; to be called as TaskFitness
+    is, with whose arguments it is made.
+
+    metric: "esap", the acceptance against the full model at the positions that predict these tokens (our choice:
+    unshifted, as ESAP is elsewhere, it would leave out the first of them); the score is the metric's value. Or "nll",
+    per token; the score is exp(-nll), a share of 1 in the same order (our choice). tie: None.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Task, metric: str, *, active: int | None = None, **options: Any
+    ) -> None:
+        self._metric, self._active = metric, active
+        ahead = 1 if metric == "esap" else 0
+        batches = []
+        for example in right_answers(task).examples:
+            tokens = example.prompt + example.options[0]
+            labels = torch.zeros(1, len(tokens), dtype=torch.bool)
+            labels[0, len(example.prompt) - ahead : len(tokens) - ahead] = True
+            batches.append({"input_ids": torch.tensor([tokens]), "labels_mask": labels})
+        self.evaluator = CandidateEvaluator(model, batches, **options)
+
+    def __call__(self, candidates: Sequence[Candidate | Plan]) -> list[Fitness]:
+        plans = [candidate_plan(candidate, self.evaluator, self._active) for candidate in candidates]
+        values = [getattr(score, self._metric) for score in self.evaluator.evaluate(plans, (self._metric,))]
+        return [Fitness(math.exp(-value) if self._metric == "nll" else value) for value in values]
+
+
+def right_answers(task: Task) -> Task:
+    """The task with the right option of every example alone, to be reproduced."""
+    return Task(task.name, tuple(Example(e.prompt, (e.options[e.answer or 0],), None) for e in task.examples))
+
+
+def candidate_plan(candidate: Candidate | Plan, evaluator: CandidateEvaluator, active: int | None) -> Plan:
+    """The plan that a candidate stands for; plans are as they are.
+
+    active: experts per token, None: the model's. A mask's layers whose experts are looked up by token keep all.
+    """
+    if not isinstance(candidate, Candidate):
+        return candidate
+    if candidate.is_pruning:
+        num_experts = {index: shape.num_experts for index, shape in evaluator.shapes.items()}
+        whole = {i: list(range(num_experts[i])) for i, shape in evaluator.shapes.items() if not shape.prunable}
+        kept = dict(sorted((candidate.kept | whole).items()))
+        return PruningPlan(kept, {i: num_experts[i] for i in kept}, evaluator.fingerprint, "eep", active=active)
+    router = candidate.router_map
+    merges = {index: Merge(matrix, router[index]) for index, matrix in candidate.merge_map.items()}
+    return MergedPlan(merges, evaluator.fingerprint, active)

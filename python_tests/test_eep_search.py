@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moeprune_ext import eep_candidates as ec
-from moeprune_ext.eep_search import Fitness, parents_within, search
 from moeprune_ext.eep_candidates import Candidate
+from moeprune_ext.eep_search import Fitness, parents_within, search
 
 EXPERTS = {1: 8, 2: 8, 5: 8, 6: 8}
 USEFULNESS = {layer: np.random.default_rng(layer).permutation(8) for layer in EXPERTS}

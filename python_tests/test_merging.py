@@ -1,14 +1,14 @@
 """Candidates that merge experts and map routers: in a sweep, in whole forwards, and by the definition."""
 
-import dataclasses
 
 import pytest
 import torch
 from tiny_models import random_tokens, tiny_model
 
 import moeprune_ext as mp
-from moeprune_ext.merging import Merge, MergedPlan, mapped_layer, merged_model
-from moeprune_ext.moe import find_moe_layers, intercepted
+from moeprune_ext.merged_plan import Merge, MergedPlan
+from moeprune_ext.merging import MergedExperts, mapped_layer, merged_model
+from moeprune_ext.moe import find_moe_layers
 
 RENORMALISED = ["mixtral", "qwen3_moe", "gpt_oss"]
 FAMILIES = [*RENORMALISED, "olmoe", "qwen2_moe"]  # mapped as section 4 of the method says, equal to masks if one-hot
@@ -19,11 +19,11 @@ def one_hot(ids):
     return torch.nn.functional.one_hot(torch.tensor(ids), E).float()
 
 
-def random_merge(seed, top_k=None):
+def random_merge(seed):
     generator = torch.Generator().manual_seed(seed)
     ids = sorted(torch.randperm(E, generator=generator)[:KEPT].tolist())
     noise = [0.2 * torch.rand(KEPT, E, generator=generator) for _ in range(2)]
-    return Merge(one_hot(ids) + noise[0], one_hot(ids) + noise[1], top_k)
+    return Merge(one_hot(ids) + noise[0], one_hot(ids) + noise[1])
 
 
 def logits_of(model, tokens):
@@ -44,9 +44,8 @@ def by_definition(model, plan, tokens):
                 flat = hidden.reshape(-1, hidden.shape[-1])
                 weight = next(p for p in layer.router.parameters() if p.ndim == 2)
                 scores = torch.nn.functional.linear(flat, weight, getattr(layer.router, "bias", None))
-                top_k = merge.top_k or layer.shape.top_k
                 ids, weights = mp.reference.masked_router(
-                    scores, top_k=top_k, router_map=merge.router, spec=routed.spec
+                    scores, top_k=layer.shape.top_k, router_map=merge.router, spec=routed.spec
                 )
                 return scores, weights, ids
 
@@ -121,7 +120,7 @@ def test_fewer_active_experts_are_a_smaller_top_k(family):
     for layer in find_moe_layers(smaller).values():
         layer.router.top_k = 1
     everyone = one_hot(range(E))
-    plan = MergedPlan({index: Merge(everyone, everyone, top_k=1) for index in find_moe_layers(model)})
+    plan = MergedPlan({index: Merge(everyone, everyone) for index in find_moe_layers(model)}, active=1)
     routed = {index: mapped_layer(layer) for index, layer in find_moe_layers(model).items()}
     with merged_model(routed, plan):
         torch.testing.assert_close(logits_of(model, tokens), logits_of(smaller, tokens), rtol=0, atol=1e-5)
@@ -132,18 +131,7 @@ def test_bfloat16_sums_are_rounded_once(plans, family):
     index, merge = next(iter(plans[0].merges.items()))
     layer = find_moe_layers(model)[index]
     stored = layer.experts.down_proj.detach()
-    seen = []
-    with merged_model({index: mapped_layer(layer)}, MergedPlan({index: merge})), torch.no_grad():
-
-        def look(original, hidden, ids, weights):
-            seen.append(layer.experts.down_proj.detach())
-            return original(hidden, ids, weights)
-
-        with intercepted(layer.experts, look):
-            pass
     expected = torch.einsum("ie,e...->i...", merge.experts.double(), stored.double()).bfloat16()
-    from moeprune_ext.merging import MergedExperts
-
     with MergedExperts(mapped_layer(layer), {}, {}).standing(merge):
         torch.testing.assert_close(layer.experts.down_proj.detach(), expected, rtol=2e-2, atol=1e-6)
         assert layer.experts.num_experts == KEPT
@@ -159,9 +147,9 @@ def test_merges_that_cannot_be_are_refused_before_work():
     cases = {
         "made for another|another model's": MergedPlan({0: good}, model="other:0"),
         r"name layers \[9\]": MergedPlan({9: good}),
-        "1 merged experts, 2 a token": MergedPlan({0: few}),
+        "1 merged experts, but its router selects 2": MergedPlan({0: few}),
         "merges of 6 experts, it has 8": MergedPlan({0: narrow}),
-        "selects 2": MergedPlan({0: dataclasses.replace(good, top_k=3)}),
+        "3 experts active": MergedPlan({0: good}, active=3),
     }
     for message, plan in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -171,8 +159,8 @@ def test_merges_that_cannot_be_are_refused_before_work():
         grouped.evaluate([MergedPlan({1: good})])
     with pytest.raises(ValueError, match="float32"):
         Merge(good.experts.double(), good.router)
-    with pytest.raises(ValueError, match="top_k is 9"):
-        Merge(good.experts, good.router, top_k=9)
+    with pytest.raises(ValueError, match="5 experts active per token of 4"):
+        MergedPlan({0: good}, active=5)
 
 
 def test_a_sweep_finds_which_answers_are_right():

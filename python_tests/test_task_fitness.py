@@ -6,10 +6,11 @@ from tiny_models import tiny_model
 
 import moeprune_ext as mp
 from moeprune_ext.demo.run import arithmetic_task, load_demo
-from moeprune_ext.eep_search import search
 from moeprune_ext.eep_candidates import Candidate, Layout, criterion_mask
+from moeprune_ext.eep_search import search
 from moeprune_ext.evaluate import Example, Task, correct
-from moeprune_ext.merging import Merge, MergedPlan, mapped_layer, merged_model
+from moeprune_ext.merged_plan import Merge, MergedPlan
+from moeprune_ext.merging import mapped_layer, merged_model
 from moeprune_ext.moe import find_moe_layers
 from moeprune_ext.task_fitness import TaskFitness
 
@@ -67,7 +68,7 @@ def test_right_answers_are_those_of_the_candidate_run_alone(model, task, length_
     routed = {index: mapped_layer(layer) for index, layer in find_moe_layers(model).items()}
     for candidate, got in zip(candidates, found, strict=True):
         router = candidate.router_map
-        plan = MergedPlan({i: Merge(m, router[i], active) for i, m in candidate.merge_map.items()})
+        plan = MergedPlan({i: Merge(m, router[i]) for i, m in candidate.merge_map.items()}, active=active)
         with merged_model(routed, plan):
             expected = correct(model, task, length_normalized=length_normalized)
         assert got.score == pytest.approx(sum(expected) / len(expected))
