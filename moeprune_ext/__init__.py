@@ -6,6 +6,7 @@ grape | evolve--> PruningPlan --export--> checkpoint --load--> model. One step, 
 
 from moeprune_ext import reference
 from moeprune_ext.allocate import damages, dp_plan, global_plan
+from moeprune_ext.apply import applied, prune_
 from moeprune_ext.calibrate import RoutingStats, calibrate
 from moeprune_ext.criteria import ExpertScores, score_experts, super_experts
 from moeprune_ext.evaluate import accuracy, load_task, perplexity
@@ -13,7 +14,6 @@ from moeprune_ext.evaluator import CandidateEvaluator, CandidateScore
 from moeprune_ext.evolve import SearchResult, evolve
 from moeprune_ext.export import export, load
 from moeprune_ext.grape import grape
-from moeprune_ext.masking import applied, prune_
 from moeprune_ext.naee import naee_plan
 from moeprune_ext.ops import (
     RouterSpec,

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moeprune_ext.files import read_json
-from moeprune_ext.masking import resize_
+from moeprune_ext.merging import mapped_layer
+from moeprune_ext.modeling import CONFIG_KEY, auto_class, reshape_
 from moeprune_ext.moe import (
     MoeLayer,
     decoder_layers,
@@ -25,8 +26,8 @@ from moeprune_ext.moe import (
     router_tensors,
     update_fingerprint,
 )
+from moeprune_ext.routers import RoutedLayer
 
-CONFIG_KEY = "moeprune"  # in config.json of a checkpoint whose layers keep different numbers of experts
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -103,11 +104,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def recorded_counts(raw: Mapping[str, Any]) -> dict[int, int]:
-    try:
-        return {int(layer): int(count) for layer, count in raw[CONFIG_KEY]["kept_per_layer"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"config.json has a damaged {CONFIG_KEY!r} entry: {raw[CONFIG_KEY]!r}") from None
+def recorded(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json of an export says that its configuration cannot (modeling.py); {} of any other checkpoint."""
+    found = raw.get(CONFIG_KEY, {})
+    if not isinstance(found, dict) or (CONFIG_KEY in raw and not isinstance(found.get("tensors"), dict)):
+        raise ValueError(f"config.json has a damaged {CONFIG_KEY!r} entry: {str(found)[:200]}")
+    return found
 
 
 def read_hf_config(folder: Path) -> Any:
@@ -121,23 +123,11 @@ def read_hf_config(folder: Path) -> Any:
         raise ValueError(f"{folder}: transformers does not accept config.json: {message[:300]}") from error
 
 
-def auto_class(config: Any) -> Any:
-    """The transformers class that loads models of this configuration: a causal language model where there is one, else
-    the multimodal model around it."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
-
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        if type(config) in auto._model_mapping:
-            return auto
-    raise ValueError(f"{config.model_type} is not a language model that transformers can load")
-
-
 def skeleton(config: Any, raw: Mapping[str, Any]) -> Any:
     """The model that a configuration describes, without weights."""
     with torch.device("meta"):
         model = auto_class(config).from_config(copy.deepcopy(config))
-    if CONFIG_KEY in raw:
-        resize_recorded_(model, raw)
+    reshape_(model, recorded(raw))
     return model
 
 
@@ -165,15 +155,26 @@ def renaming(model: Any, rules: list[Any] | None) -> Callable[[str], tuple[str, 
     return rename
 
 
-def resize_recorded_(model: nn.Module, raw: Mapping[str, Any]) -> None:
-    """Gives each layer of a model of the original size the expert count that config.json records."""
-    counts, layers = recorded_counts(raw), find_moe_layers(model)
-    for layer, count in counts.items():
-        if layer not in layers or not layers[layer].shape.min_kept <= count <= layers[layer].shape.num_experts:
-            raise ValueError(
-                f"config.json records {count} experts for layer {layer}, which this architecture cannot have"
-            )
-    resize_(model, {layer: range(count) for layer, count in counts.items()})
+def stored_routers(checkpoint: Checkpoint) -> dict[int, RoutedLayer]:
+    """How each layer's router can be mapped, found out with its stored weights, in float32.
+
+    Of a router whose formula is not known, or that has more weights than those of experts, the `spec` is None.
+    """
+    missing = {}
+    for index, layer in checkpoint.layers.items():
+        router = layer.router.to_empty(device="cpu").float()
+        tensors = [*router.named_parameters(), *router.named_buffers()]
+        missing[index] = {f"{layer.router_name}.{name}": tensor for name, tensor in tensors}
+    for file, names in checkpoint.shards.items():
+        with safe_open(file, framework="pt") as shard:
+            for name in names:
+                place = checkpoint.places.get(name)
+                if place is not None and place.is_router and place.path in missing[place.layer]:
+                    missing[place.layer].pop(place.path).data.copy_(shard.get_tensor(name))
+    return {
+        index: RoutedLayer(layer, None, None) if missing[index] else mapped_layer(layer)
+        for index, layer in checkpoint.layers.items()
+    }
 
 
 def find_shards(folder: Path) -> dict[Path, list[str]]:
@@ -269,20 +270,6 @@ def _fingerprint(
         for tensor in router_tensors(layer):
             update_fingerprint(digest, index, tensors[index, tensor.path])
     return fingerprint_text(model.config.get_text_config().model_type, digest)  # type: ignore[union-attr, operator]
-
-
-def loader_class(base: Any, raw: Mapping[str, Any], **methods: Any) -> Any:
-    """A subclass whose models have the expert counts that config.json records before their weights arrive.
-
-    It carries the base's name and module because transformers looks weight conversions up by them.
-    """
-
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        if CONFIG_KEY in raw:
-            resize_recorded_(self, raw)
-
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__, **methods})
 
 
 def from_pretrained(loader: Any, folder: Path, **kwargs: Any) -> tuple[Any, list[str]]:

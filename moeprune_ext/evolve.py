@@ -289,7 +289,11 @@ def check_init_plans(
     plans: Sequence[PruningPlan | HasPlan], scores: ExpertScores, sparsity: float, population: int
 ) -> list[Counts]:
     """What the plans take from each layer; refuses (ValueError) those that cannot join a search of this budget."""
-    given = [counts_of(plan_of(plan), scores, sparsity, f"init_plans[{i}]") for i, plan in enumerate(plans)]
+    given = []
+    for i, plan in enumerate(map(plan_of, plans)):
+        if not isinstance(plan, PruningPlan):
+            raise ValueError(f"init_plans[{i}] merges experts; a search of pruning counts starts from pruning plans")
+        given.append(counts_of(plan, scores, sparsity, f"init_plans[{i}]"))
     if len(given) > population:
         raise ValueError(f"{len(given)} init_plans do not fit a population of {population}")
     return given

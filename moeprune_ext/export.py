@@ -1,20 +1,21 @@
 """A plan -> a checkpoint, streamed shard by shard, and back.
 
-A uniform plan becomes a stock checkpoint that any loader of the original reads: only the expert count in its
-configuration differs (and multi-token-prediction layers, which the scores know nothing of, are left out). A non-uniform
-plan keeps the original configuration and adds the key `moeprune` with the number of experts each layer keeps; `load`
-builds the original model, resizes each layer's router and experts before the weights arrive, and the result is an
-ordinary model that can be calibrated, scored and searched again. Memory: one shard at a time.
+A uniform plan becomes a stock checkpoint that any loader of the original reads: only the expert count, and the experts
+per token where they are fewer, differ in its configuration (and multi-token-prediction layers, which the scores know
+nothing of, are left out). A non-uniform plan, and merged experts behind mapped routers, keep the original configuration
+and add the key `moeprune`, which says how layers differ, and modeling.py, which `load` uses, and transformers too under
+trust_remote_code: it builds the original model and reshapes each layer's router and experts before the weights arrive.
+The result is an ordinary model that can be calibrated, scored and searched again. Memory: one shard at a time, and of
+merged experts that are stored one by one the new ones of one projection of one layer.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,72 +24,72 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moeprune_ext import modeling
 from moeprune_ext.checkpoint import (
-    CONFIG_KEY,
     INDEX,
     Checkpoint,
-    Place,
-    auto_class,
     from_pretrained,
-    loader_class,
     read_checkpoint,
     read_config,
     read_hf_config,
+    recorded,
     refuse,
     skeleton,
+    stored_routers,
 )
-from moeprune_ext.masking import check_plan, weighted_average
-from moeprune_ext.moe import EXPERT_COUNT_NAMES, find_moe_layers
-from moeprune_ext.plan import HasPlan, PruningPlan, plan_of
+from moeprune_ext.differences import differences, mapped_parameters, router_rule
+from moeprune_ext.export_weights import Siblings, merged_tensors, pruned_tensors
+from moeprune_ext.masking import check_plan
+from moeprune_ext.merged_plan import MergedPlan
+from moeprune_ext.merging import check_merges
+from moeprune_ext.modeling import CONFIG_KEY, auto_class, base_class, model_class
+from moeprune_ext.moe import EXPERT_COUNT_NAMES, TOP_K_CONFIG_NAMES, find_moe_layers
+from moeprune_ext.plan import HasPlan, Plan, plan_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REPLACED = {"config.json", INDEX, "README.md", "pruning_plan.json"}  # written anew, not copied
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+REMOTE_CODE = "modeling.MoepruneModel"
 Folder = str | os.PathLike[str]
 
 
-def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
-    """Writes the pruned checkpoint of a model directory to a new directory; returns its path.
+def export(source: Folder, plan: Plan | HasPlan, out: Folder) -> Path:
+    """Writes the pruned or merged checkpoint of a model directory to a new directory; returns its path.
 
-    source: a Hugging Face directory with safetensors weights, or an earlier export. out: must not exist, or be empty;
-    it appears whole or not at all. Written: weights in the source's shards and names, config.json, tokenizer and
-    other files as they are, pruning_plan.json, and a model card. Raises ValueError, before anything is written, for a
-    directory that is not such a model, a plan for another model, or tensor names that do not fit the architecture.
+    source: a Hugging Face directory with safetensors weights, or an earlier export. plan: or the result of a search.
+    out: must not exist, or be empty; it appears whole or not at all. Written: weights in the source's shards and names,
+    config.json, tokenizer and other files as they are, the plan (pruning_plan.json, or
+    moeprune/merged_plan.safetensors), and a model card. Raises ValueError, before anything is written, for a directory
+    that is not such a model, a plan for another model or of what its layers cannot do, or tensor names that do not fit
+    the architecture.
     """
     source, out, plan = Path(source), Path(out), plan_of(plan)
     check_new_folder(out)
     checkpoint = read_checkpoint(source)
-    layers, shards = checkpoint.layers, checkpoint.shards
-    check_plan(plan, layers, checkpoint.fingerprint)
-    kept = {index: plan.kept.get(index, list(range(layer.shape.num_experts))) for index, layer in layers.items()}
-    config = _pruned_config(checkpoint.config, kept)
-    merged = _Merged(checkpoint, plan)
+    if recorded(checkpoint.config).get("routers"):
+        raise ValueError(
+            f"{source} holds merged experts behind mapped routers: make a plan for the model it was made of"
+        )
+    result = _result(checkpoint, plan)
+    config = _new_config(checkpoint, plan, result)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.parent / f".{out.name}.partial"
     shutil.rmtree(beside, ignore_errors=True)  # what a killed export left
     beside.mkdir()
     try:
-        _write_config(beside, checkpoint, config, kept)
-        total = 0
-        weight_map: dict[str, str] = {}
-        for file, names in shards.items():
-            with safe_open(file, framework="pt") as shard:
-                stored = [name for name in names if name not in checkpoint.extra]
-                tensors = dict(_pruned(shard, stored, checkpoint, kept, merged))
-                save_file(tensors, beside / file.name, metadata=shard.metadata() or {"format": "pt"})
-            total += sum(tensor.nbytes for tensor in tensors.values())
-            weight_map |= dict.fromkeys(tensors, file.name)
-        if len(shards) > 1:
-            index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-            (beside / INDEX).write_text(index_text + "\n")
+        _write_config(beside, checkpoint, config, plan, result)
+        total = _write_weights(beside, checkpoint, plan, result)
+        skipped = REPLACED | ({"modeling.py"} if CONFIG_KEY in checkpoint.config else set())
         for file in sorted(source.iterdir()):
-            if file.is_file() and file.name not in REPLACED and not file.name.endswith(WEIGHTS):
+            if file.is_file() and file.name not in skipped and not file.name.endswith(WEIGHTS):
                 shutil.copyfile(file, beside / file.name)
-        plan.save(beside / "pruning_plan.json")
-        (beside / "README.md").write_text(_model_card(checkpoint, plan, kept, total))
+        if CONFIG_KEY in config:
+            shutil.copyfile(modeling.__file__, beside / "modeling.py")
+        plan.save(beside / ("moeprune/merged_plan.safetensors" if result.mapped else "pruning_plan.json"))
+        (beside / "README.md").write_text(_model_card(checkpoint, plan, result, total))
         if out.exists():
             out.rmdir()
         beside.replace(out)
@@ -96,6 +97,61 @@ def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     return out
+
+
+@dataclass(frozen=True)
+class _Result:
+    """kept: {layer: ids of the experts that stay, or of as many as are merged to}. mapped: {layer: router_rule} and
+    parameters: {layer: {name: value}} of the layers that merge. siblings: experts' weights in any shard."""
+
+    kept: dict[int, list[int]]
+    mapped: dict[int, dict[str, Any]]
+    parameters: dict[int, dict[str, Tensor]]
+    siblings: Siblings
+
+    @property
+    def counts(self) -> dict[int, int]:
+        return {index: len(ids) for index, ids in self.kept.items()}
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the architecture's own configuration can describe it."""
+        return not self.mapped and len(set(self.counts.values())) == 1
+
+
+def _result(checkpoint: Checkpoint, plan: Plan) -> _Result:
+    kept = {index: list(range(layer.shape.num_experts)) for index, layer in checkpoint.layers.items()}
+    if isinstance(plan, MergedPlan):
+        routed = stored_routers(checkpoint)
+        check_merges(plan, routed, checkpoint.fingerprint)
+        kept |= {index: list(range(len(merge.experts))) for index, merge in plan.merges.items()}
+        mapped = {index: router_rule(routed[index], len(kept[index])) for index in plan.merges}
+        parameters = {index: mapped_parameters(routed[index], merge) for index, merge in plan.merges.items()}
+        return _Result(kept, mapped, parameters, Siblings(checkpoint, list(plan.merges)))
+    check_plan(plan, checkpoint.layers, checkpoint.fingerprint)
+    kept |= plan.kept
+    return _Result(kept, {}, {}, Siblings(checkpoint, list(plan.merged)))
+
+
+def _write_weights(folder: Path, checkpoint: Checkpoint, plan: Plan, result: _Result) -> int:
+    """The shards and their index; returns the bytes of all tensors."""
+    total = 0
+    weight_map: dict[str, str] = {}
+    for file, names in checkpoint.shards.items():
+        with safe_open(file, framework="pt") as shard:
+            stored = [name for name in names if name not in checkpoint.extra]
+            if isinstance(plan, MergedPlan):
+                made = merged_tensors(shard, stored, checkpoint, plan, result.parameters, result.siblings)
+            else:
+                made = pruned_tensors(shard, stored, checkpoint, plan, result.kept, result.siblings)
+            tensors = dict(made)
+            save_file(tensors, folder / file.name, metadata=shard.metadata() or {"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        weight_map |= dict.fromkeys(tensors, file.name)
+    if len(checkpoint.shards) > 1:
+        index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        (folder / INDEX).write_text(index_text + "\n")
+    return total
 
 
 def check_new_folder(out: Path) -> None:
@@ -135,10 +191,8 @@ def load(
         config = kwargs["config"] if "config" in kwargs else read_hf_config(folder)
         loader = auto_class(config)
     if CONFIG_KEY in raw:
-        base = loader._model_mapping[type(config)]
-        of_text = base.config_class is not type(config)  # a language model alone, of a model of text and more
-        kwargs["config"] = config.get_text_config() if of_text else config
-        loader = loader_class(base, raw)
+        base, kwargs["config"] = base_class(loader, config)
+        loader = model_class(base, recorded(raw))
     model, problems = from_pretrained(loader, folder, **kwargs)
     refuse(folder, problems)
     if CONFIG_KEY in raw:
@@ -146,138 +200,83 @@ def load(
     return model if device is None else model.to(device)
 
 
-class _Merged:
-    """Weights of the merged experts of a plan, put together from stored tensors of any shard.
-
-    Raises ValueError for weights that cannot be averaged as they are stored.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, plan: PruningPlan) -> None:
-        self._sums = plan.merged
-        self._file_of = {name: file for file, names in checkpoint.shards.items() for name in names}
-        self._open = functools.cache(lambda file: safe_open(file, framework="pt"))
-        # {(layer, stored name without the expert's number): {expert: stored name}}
-        self._siblings: dict[tuple[int, str], dict[int, str]] = {}
-        for name, place in checkpoint.places.items():
-            if place.layer not in self._sums or place.is_router:
-                continue
-            dtype = self._open(self._file_of[name]).get_slice(name).get_dtype()
-            if dtype not in ("F64", "F32", "F16", "BF16"):
-                raise ValueError(
-                    f"{name} is stored as {dtype}: quantised experts cannot be merged; dequantise them first"
-                )
-            if place.expert is not None:
-                self._siblings.setdefault((place.layer, _without_number(name)), {})[place.expert] = name
-
-    def one(self, name: str, place: Place, own: Tensor) -> Tensor:
-        """An expert stored by itself: `own`, or the average that takes its place."""
-        shares = self._sums.get(place.layer, {}).get(place.expert)  # type: ignore[arg-type]
-        if shares is None:
-            return own
-        names = self._siblings[place.layer, _without_number(name)]
-        return weighted_average({e: self._open(self._file_of[names[e]]).get_tensor(names[e]) for e in shares}, shares)
-
-    def stacked(self, place: Place, own: Tensor) -> Tensor:
-        """All experts of a layer in one tensor, the merged ones replaced."""
-        sums = {} if place.is_router else self._sums.get(place.layer, {})
-        new = {expert: weighted_average({e: own[e] for e in shares}, shares) for expert, shares in sums.items()}
-        if new:
-            own = own.clone()
-        for expert, weight in new.items():
-            own[expert] = weight
-        return own
-
-
-def _without_number(name: str) -> str:
-    return re.sub(r"((?:^|\.)experts\.)\d+\.", r"\g<1>*.", name)
-
-
-def _pruned(
-    shard: Any, names: Sequence[str], checkpoint: Checkpoint, kept: Mapping[int, Sequence[int]], merged: _Merged
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one shard that survive, under their new names."""
-    remaining = {index: layer.with_trailing(kept[index]) for index, layer in checkpoint.layers.items()}
-    for name in names:
-        place = checkpoint.places.get(name)
-        if place is None:
-            yield name, shard.get_tensor(name)
-        elif place.expert is None:
-            stored = merged.stacked(place, shard.get_tensor(name))
-            size = stored.shape[place.axis]
-            rows = [*kept[place.layer], *range(size - place.trailing, size)]
-            yield name, stored.index_select(place.axis, torch.tensor(rows))
-        elif place.expert in remaining[place.layer]:
-            new = remaining[place.layer].index(place.expert)
-            renamed = re.sub(r"((?:^|\.)experts\.)\d+\.", rf"\g<1>{new}.", name)
-            yield renamed, merged.one(name, place, shard.get_tensor(name))
-
-
-def _pruned_config(raw: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> dict[str, Any]:
-    config = json.loads(json.dumps(raw))
+def _new_config(checkpoint: Checkpoint, plan: Plan, result: _Result) -> dict[str, Any]:
+    config = json.loads(json.dumps(checkpoint.config))
     config.pop(CONFIG_KEY, None)
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and part.get("num_nextn_predict_layers"):
+    auto_map = {name: code for name, code in (config.pop("auto_map", None) or {}).items() if code != REMOTE_CODE}
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    for part in parts:
+        if part.get("num_nextn_predict_layers"):
             part["num_nextn_predict_layers"] = 0  # its layers are not written
-    counts = {len(ids) for ids in kept.values()}
-    if len(counts) > 1:
-        config[CONFIG_KEY] = {"kept_per_layer": {str(index): len(ids) for index, ids in kept.items()}}
-        return config
-    for part in (config, config.get("text_config")):
-        for name in EXPERT_COUNT_NAMES:
-            if isinstance(part, dict) and isinstance(part.get(name), int):
-                part[name] = next(iter(counts))
-    return config
+        for name in TOP_K_CONFIG_NAMES if plan.active is not None else ():
+            if isinstance(part.get(name), int):
+                part[name] = plan.active
+        for name in EXPERT_COUNT_NAMES if result.is_stock else ():
+            if isinstance(part.get(name), int):
+                part[name] = next(iter(result.counts.values()))
+    if not result.is_stock:
+        original = find_moe_layers(skeleton(read_hf_config(checkpoint.folder), {}))
+        config[CONFIG_KEY] = differences(original, result.counts, result.mapped)
+        auto_map[checkpoint.loader] = REMOTE_CODE
+    return config | ({"auto_map": auto_map} if auto_map else {})
 
 
-def _write_config(
-    folder: Path, checkpoint: Checkpoint, config: dict[str, Any], kept: Mapping[int, Sequence[int]]
-) -> None:
+def _write_config(folder: Path, checkpoint: Checkpoint, config: dict[str, Any], plan: Plan, result: _Result) -> None:
     """config.json, which must describe exactly the experts that are written.
 
-    Where it does not say a uniform count itself (a default left out), it is told under the architecture's own name.
+    Where it does not say a number itself (a default left out), it is told under the architecture's own name.
     """
     text = checkpoint.config.get("text_config")
-    counts = {len(ids) for ids in kept.values()}
     path = folder / "config.json"
     path.write_text(json.dumps(config, indent=2) + "\n")
-    if len(counts) == 1 and not any(name in part for part in (config, text or {}) for name in EXPERT_COUNT_NAMES):
-        known = read_hf_config(folder).get_text_config().to_dict()
-        part = config["text_config"] if isinstance(text, dict) else config
-        part |= {name: next(iter(counts)) for name in EXPERT_COUNT_NAMES if isinstance(known.get(name), int)}
-        path.write_text(json.dumps(config, indent=2) + "\n")
-    _check_config(folder, config, kept)
+    told = [(EXPERT_COUNT_NAMES, next(iter(result.counts.values())))] if result.is_stock else []
+    told += [(TOP_K_CONFIG_NAMES, plan.active)] if plan.active is not None else []
+    known = read_hf_config(folder).get_text_config().to_dict()
+    for names, number in told:
+        if not any(name in part for part in (config, text or {}) for name in names):
+            part = config["text_config"] if isinstance(text, dict) else config
+            part |= {name: number for name in names if isinstance(known.get(name), int)}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    _check_config(folder, config, checkpoint, plan, result)
 
 
-def _check_config(folder: Path, raw: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> None:
-    described = {
-        index: layer.shape.num_experts
-        for index, layer in find_moe_layers(skeleton(read_hf_config(folder), raw)).items()
+def _check_config(folder: Path, raw: Mapping[str, Any], checkpoint: Checkpoint, plan: Plan, result: _Result) -> None:
+    layers = find_moe_layers(skeleton(read_hf_config(folder), raw))
+    described = {index: (layer.shape.num_experts, layer.shape.top_k) for index, layer in layers.items()}
+    wanted = {
+        index: (count, plan.active or checkpoint.layers[index].shape.top_k) for index, count in result.counts.items()
     }
-    wanted = {index: len(ids) for index, ids in kept.items()}
     if described != wanted:
         raise ValueError(
-            f"this architecture's configuration cannot describe the result: it gives {described} experts per layer, "
-            f"wanted {wanted}"
+            f"this architecture's configuration cannot describe the result: it gives {described} (experts, active "
+            f"ones) per layer, wanted {wanted}"
         )
 
 
-def _model_card(checkpoint: Checkpoint, plan: PruningPlan, kept: Mapping[int, Sequence[int]], total: int) -> str:
+def _model_card(checkpoint: Checkpoint, plan: Plan, result: _Result, total: int) -> str:
     layers, name = checkpoint.layers, checkpoint.folder.resolve().name
     before = sum(layer.shape.num_experts for layer in layers.values())
-    after = sum(len(ids) for ids in kept.values())
-    uniform = len({len(ids) for ids in kept.values()}) == 1
+    after = sum(result.counts.values())
     loader = (
         f'{checkpoint.loader}.from_pretrained("<this directory>")'
-        if uniform
-        else 'moeprune_ext.load("<this directory>")  # layers keep different numbers of experts'
+        if result.is_stock
+        else f'moeprune_ext.load("<this directory>")\n# or, with the modeling.py that is here:\n'
+        f'{checkpoint.loader}.from_pretrained("<this directory>", trust_remote_code=True)'
     )
-    merges = sum(len(sums) for sums in plan.merged.values())
-    changed = f"{merges} experts are averages of merged ones." if merges else "No weight was retrained or changed."
-    rows = "\n".join(f"| {index} | {layers[index].shape.num_experts} | {len(ids)} |" for index, ids in kept.items())
+    if isinstance(plan, MergedPlan):
+        how, file = "merged from it without gradients (EEP)", "moeprune/merged_plan.safetensors"
+        changed = "Experts are sums of the original ones, and routers map their scores to them."
+    else:
+        how, file = f"criterion {plan.criterion or 'unknown'}", "pruning_plan.json"
+        merges = sum(len(sums) for sums in plan.merged.values())
+        changed = f"{merges} experts are averages of merged ones." if merges else "No weight was retrained or changed."
+    if plan.active is not None:
+        changed += f" Every token is given to {plan.active} experts."
+    rows = "\n".join(f"| {i} | {layers[i].shape.num_experts} | {n} |" for i, n in result.counts.items())
     return (
         f"---\ntags:\n- moeprune\n- expert-pruning\n---\n\n# {name}, {after} of {before} experts\n\n"
-        f"Pruned from `{name}` with moeprune_ext, criterion {plan.criterion or 'unknown'}, "
+        f"Made from `{name}` with moeprune_ext, {how}, "
         f"{1 - after / before:.1%} of the routed experts removed; weights take {total / 1e6:,.1f} MB. {changed} "
-        f"The plan is in `pruning_plan.json`.\n\n```python\n{loader}\n```\n\n"
+        f"The plan is in `{file}`.\n\n```python\n{loader}\n```\n\n"
         f"| layer | experts before | kept |\n| --- | --- | --- |\n{rows}\n"
     )

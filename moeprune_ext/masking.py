@@ -31,10 +31,9 @@ from moeprune_ext.moe import (
     fewer_active,
     find_moe_layers,
     intercepted,
-    model_fingerprint,
     router_tensors,
 )
-from moeprune_ext.plan import HasPlan, PruningPlan, plan_of
+from moeprune_ext.plan import PruningPlan
 
 
 def _slice(tensors: list[PerExpertTensor], kept: Sequence[int]) -> None:
@@ -56,7 +55,7 @@ class _Counter:
     trailing: int
 
 
-def _expert_counters(layer: MoeLayer, modules: list[nn.Module]) -> list[_Counter]:
+def expert_counters(layer: MoeLayer, modules: list[nn.Module]) -> list[_Counter]:
     names: dict[int, tuple[str, ...]] = {layer.shape.num_experts: EXPERT_COUNT_NAMES}
     if layer.trailing:
         names[layer.router_rows] = (*EXPERT_COUNT_NAMES, *ROW_COUNT_NAMES)
@@ -83,7 +82,7 @@ def masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
     """Inside, the layer routes over the kept experts only; afterwards it is as before."""
     tensors = router_tensors(layer)
     before = [getattr(place.owner, place.name) for place in tensors]
-    counters = _expert_counters(layer, [*layer.router.modules(), layer.block])
+    counters = expert_counters(layer, [*layer.router.modules(), layer.block])
     config: Any = getattr(layer.router, "config", None)
     kept_ids = torch.tensor(layer.with_trailing(kept), device=before[0].device)
 
@@ -108,24 +107,8 @@ def masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def applied(model: nn.Module, plan: PruningPlan | HasPlan) -> Iterator[nn.Module]:
-    """The model under a plan's mask: inside it computes what the pruned checkpoint computes; afterwards it is
-    untouched.
-
-    Raises ValueError when the plan belongs to another model or keeps too few experts.
-    """
-    plan = plan_of(plan)
-    layers = find_moe_layers(model)
-    check_plan(plan, layers, model_fingerprint(model, layers))
-    if plan.merged and getattr(model, "moeprune_stream", None) is not None:
-        raise ValueError("a streamed model cannot hold merged experts; export the plan and load the export")
-    with masks(layers, plan):
-        yield model
-
-
-@contextmanager
 def masks(layers: Mapping[int, MoeLayer], plan: PruningPlan) -> Iterator[None]:
-    """`applied` for layers already found and a plan already checked.
+    """apply.applied for layers already found and a plan already checked.
 
     Merged experts take the places of kept ones, whose own weights are held meanwhile.
     """
@@ -149,7 +132,7 @@ def weighted_average(weights: Mapping[int, Tensor], shares: Mapping[int, float])
 Replaced = list[tuple[Tensor, dict[int, Tensor]]]  # tensors, and the slices of experts that stood there
 
 
-def _merge_(layer: MoeLayer, sums: Mapping[int, Mapping[int, float]], before: Replaced) -> None:
+def merge_sums_(layer: MoeLayer, sums: Mapping[int, Mapping[int, float]], before: Replaced) -> None:
     """Replaces kept experts' weights by sums of experts'; what stood there is added to `before` first."""
     for place in expert_tensors(layer):
         tensor = getattr(place.owner, place.name).detach()
@@ -160,7 +143,7 @@ def _merge_(layer: MoeLayer, sums: Mapping[int, Mapping[int, float]], before: Re
 
 
 @contextmanager
-def _restored(before: Replaced, always: bool) -> Iterator[None]:
+def restored(before: Replaced, always: bool) -> Iterator[None]:
     """Puts back what `before` holds at the end: always, or after an exception only."""
     done = False
     try:
@@ -175,27 +158,9 @@ def _restored(before: Replaced, always: bool) -> Iterator[None]:
 @contextmanager
 def _merged(layer: MoeLayer, sums: Mapping[int, Mapping[int, float]]) -> Iterator[None]:
     before: Replaced = []
-    with _restored(before, always=True):
-        _merge_(layer, sums, before)
+    with restored(before, always=True):
+        merge_sums_(layer, sums, before)
         yield
-
-
-def prune_(model: nn.Module, plan: PruningPlan) -> None:
-    """Removes the experts a plan does not keep, in place: router and expert tensors are sliced, counts are set; merged
-    experts get their weights.
-
-    The configuration's expert count follows when every layer keeps equally many. Raises ValueError as `applied`, and
-    for a model whose layers are streamed.
-    """
-    if getattr(model, "moeprune_stream", None) is not None:
-        raise ValueError("a streamed model cannot be pruned in place; export the plan and load the export")
-    layers = find_moe_layers(model)
-    check_plan(plan, layers, model_fingerprint(model, layers))
-    before: Replaced = []
-    with _restored(before, always=False):
-        for index, sums in plan.merged.items():
-            _merge_(layers[index], sums, before)
-    resize_(model, plan.kept)
 
 
 def resize_(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> None:
@@ -205,7 +170,7 @@ def resize_(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> None:
         layer = layers[index]
         if len(ids) < layer.shape.num_experts:
             _slice(router_tensors(layer) + expert_tensors(layer), ids)
-            for counter in _expert_counters(layer, [*layer.router.modules(), layer.block, layer.experts]):
+            for counter in expert_counters(layer, [*layer.router.modules(), layer.block, layer.experts]):
                 setattr(counter.owner, counter.name, len(ids) + counter.trailing)
             if type(layer.router).__name__ in READS_CONFIG:
                 layer.router.config = _own_config(layer.router, len(ids))
@@ -256,8 +221,8 @@ def check_plan(plan: PruningPlan, layers: Mapping[int, MoeLayer], fingerprint: s
 
 def check_active(active: int | None, layers: Mapping[int, MoeLayer]) -> None:
     """Refuses (ValueError) a number of experts per token that the routers of these layers cannot select."""
-    for index, layer in layers.items() if active is not None else ():
-        if not layer.fewest_active <= active <= layer.shape.top_k:
+    for index, layer in layers.items():
+        if active is not None and not layer.fewest_active <= active <= layer.shape.top_k:
             raise ValueError(
                 f"layer {index}: {active} experts active per token; its router selects {layer.shape.top_k} and can be "
                 f"made to select {layer.fewest_active} or more"

@@ -6,9 +6,8 @@ experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -76,16 +75,36 @@ class MergedExperts:
     def __init__(self, routed: RoutedLayer, buffers: dict[str, Tensor], scratch: dict[str, Tensor]) -> None:
         self._layer, self._buffers = routed.layer, buffers
         self._pair_outputs = PairOutputs(routed.layer, scratch)
+        self._held: Merge | None = None
+        self._taken: Tensor | None = None  # of the merge held, see `_taken_as_they_are`
 
     def __call__(self, original: ExpertsFunction, merge: Merge, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """hidden [T, H], ids [T, K] in [0, K'), weights [T, K] -> [T, H]."""
-        direct = self._pair_outputs.direct  # compares with the module's own forward, before its weights change
-        with self.standing(merge):
-            if not direct:
-                return original(hidden, ids, weights)
-            zero = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-            rows, counts, pair_of = distinct_pairs(ids, zero, zero, len(merge.experts))
-            return weighted_sum(self._pair_outputs(original, hidden, rows, counts), pair_of, weights)
+        if self._held is not merge:
+            with self.held(merge):
+                return self(original, merge, hidden, ids, weights)
+        count = len(merge.experts)
+        if self._taken is not None:
+            ids, count = self._taken.to(ids.device)[ids], self._layer.shape.num_experts
+        if not self._pair_outputs.direct:
+            return original(hidden, ids, weights)
+        zero = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+        rows, counts, pair_of = distinct_pairs(ids, zero, zero, count)
+        return weighted_sum(self._pair_outputs(original, hidden, rows, counts), pair_of, weights)
+
+    @contextmanager
+    def held(self, merge: Merge) -> Iterator[None]:
+        """Inside, calls with this merge find its experts made, once for all of them. Where each is one of the layer's
+        as it is, none are made: the ids are the layer's own. The layer's weights must be where they are computed with.
+        """
+        _ = self._pair_outputs.direct  # compares with the module's own forward, before its weights change
+        self._taken = _taken_as_they_are(merge.experts)
+        try:
+            with self.standing(merge) if self._taken is None else nullcontext():
+                self._held = merge
+                yield
+        finally:
+            self._held = None
 
     @contextmanager
     def standing(self, merge: Merge) -> Iterator[None]:
@@ -133,6 +152,19 @@ def combined(stored: Tensor, shares: Tensor, out: Tensor | None = None) -> Tenso
     return new
 
 
+def _taken_as_they_are(shares: Tensor) -> Tensor | None:
+    """shares: W_EM [K', E] -> int64 [K'], the expert that each row is; None where a row is a sum of several."""
+    return shares.argmax(1) if bool(((shares == 1).any(1) & ((shares != 0).sum(1) == 1)).all()) else None
+
+
+def bytes_while_merged(layer: MoeLayer, count: int) -> int:
+    """What `count` merged experts of a layer take while they stand, with the float32 that they are added up in."""
+    tensors = [getattr(place.owner, place.name) for place in expert_tensors(layer)]
+    held = sum(tensor[0].nbytes for tensor in tensors) * count
+    wide = [tensor[0].numel() * 4 for tensor in tensors if tensor.dtype not in (torch.float32, torch.float64)]
+    return held + max((min(CHUNK_BYTES, len(tensors[0]) * size) * 2 for size in wide), default=0)
+
+
 @contextmanager
 def merged_model(routed: Mapping[int, RoutedLayer], plan: MergedPlan) -> Iterator[None]:
     """Inside, the model computes with a plan's merges; afterwards it is as before. The plan has been checked."""
@@ -142,53 +174,27 @@ def merged_model(routed: Mapping[int, RoutedLayer], plan: MergedPlan) -> Iterato
         stack.enter_context(fewer_active({index: one.layer for index, one in routed.items()}, plan.active))
         for index, merge in plan.merges.items():
             merged = MergedExperts(routed[index], buffers, scratch)
-            stack.enter_context(many_treatments(routed[index], [merge], torch.zeros(1, dtype=torch.int64), merged))
+            stack.enter_context(treated(routed[index], merge, merged))
         yield
 
 
 @contextmanager
-def many_treatments(
-    routed: RoutedLayer, treatments: Sequence[Treatment], of_state: Tensor, merged: MergedExperts
-) -> Iterator[None]:
-    """Inside, the layer's block takes M states [M, S, H] and treats state m by treatments[of_state[m]].
-
-    of_state: int64 [M], on the CPU. As routers.many_masks, for candidates that merge.
-    """
+def treated(routed: RoutedLayer, merge: Merge, merged: MergedExperts) -> Iterator[None]:
+    """Inside, the layer's block computes with a merge's experts and router: as routers.many_masks, for one merge."""
     layer = routed.layer
-    rows_of: list[Tensor] = []  # of each treatment, set when the router runs
 
     def route(original: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         assert routed.spec is not None and routed.places is not None and routed.logits_dtype is not None
         logits = router_logits(layer, hidden.reshape(-1, hidden.shape[-1]), routed.logits_dtype)
-        length = len(logits) // len(of_state)
-        treatment_of = of_state.repeat_interleave(length).to(logits.device)
-        rows_of[:] = [(treatment_of == i).nonzero()[:, 0] for i in range(len(treatments))]
-        top_k = layer.active
-        ids = torch.zeros(len(logits), top_k, dtype=torch.int64, device=logits.device)
-        weights = torch.zeros(len(logits), top_k, dtype=torch.float32, device=logits.device)
-        for treatment, rows in zip(treatments, rows_of, strict=True):
-            run = partial(masked_router, logits[rows], spec=routed.spec)
-            if isinstance(treatment, Merge):
-                chosen, gates = run(top_k=top_k, router_map=treatment.router.to(logits.device)[None])
-            else:
-                keep = torch.zeros(1, layer.shape.num_experts, dtype=torch.bool, device=logits.device)
-                keep[0, list(treatment)] = True
-                chosen, gates = run(top_k=top_k, keep=keep)
-            ids[rows], weights[rows] = chosen[0], gates[0]
+        router_map = merge.router.to(logits.device)[None]
+        ids, weights = masked_router(logits, top_k=layer.active, router_map=router_map, spec=routed.spec)
         answer: list[Tensor] = [logits] * 3
-        answer[routed.places[1]] = weights.to(routed.spec.weights_dtype or weights.dtype)
-        answer[routed.places[2]] = ids
+        answer[routed.places[1]] = weights[0].to(routed.spec.weights_dtype or weights.dtype)
+        answer[routed.places[2]] = ids[0]
         return tuple(answer)
 
     def compute(original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        output = torch.empty_like(hidden)
-        for treatment, rows in zip(treatments, rows_of, strict=True):
-            if isinstance(treatment, Merge):
-                part = merged(original, treatment, hidden[rows], ids[rows], weights[rows])
-            else:
-                part = original(hidden[rows], ids[rows], weights[rows])
-            output[rows] = part
-        return output
+        return merged(original, merge, hidden, ids, weights)
 
     with replaced_forward(layer.router, route), intercepted(layer.experts, compute):
         yield

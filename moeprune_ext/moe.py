@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeprune_ext.modeling import MAPPED
+
 # The names under which configurations and modules store the number of routed experts.
 EXPERT_COUNT_NAMES = (
     "num_experts",
@@ -259,7 +261,7 @@ def set_active_(layer: MoeLayer, active: int) -> None:
     owners = [(module, name) for module in (layer.router, layer.block) for name in TOP_K_NAMES]
     found = [(owner, name) for owner, name in owners if getattr(owner, name, None) == layer.active]
     if not found:  # read from the configuration at every call: one of its own
-        layer.router.config = copy.copy(layer.router.config)  # type: ignore[assignment, arg-type]
+        layer.router.config = copy.copy(layer.router.config)
         found = [(layer.router.config, "top_k_experts")]  # type: ignore[list-item]
     for owner, name in found:
         setattr(owner, name, active)
@@ -268,13 +270,16 @@ def set_active_(layer: MoeLayer, active: int) -> None:
 @contextmanager
 def fewer_active(layers: Mapping[int, MoeLayer], active: int | None) -> Iterator[None]:
     """Inside, routers select `active` experts per token; None: as many as they do."""
+    if active is None:
+        yield
+        return
     before = {index: (layer.active, getattr(layer.router, "config", None)) for index, layer in layers.items()}
     try:
-        for layer in layers.values() if active is not None else ():
+        for layer in layers.values():
             set_active_(layer, active)
         yield
     finally:
-        for index, (top_k, config) in before.items() if active is not None else ():
+        for index, (top_k, config) in before.items():
             set_active_(layers[index], top_k)
             if config is not None:
                 layers[index].router.config = config
@@ -308,7 +313,10 @@ class PerExpertTensor:
 
 def router_tensors(layer: MoeLayer) -> list[PerExpertTensor]:
     """Every per-expert tensor of the routing decision: the router's own, at any depth, and the parent block's direct
-    ones."""
+    ones. Of a mapped router (modeling.py), whose other tensors are those of the experts that it scores, its maps."""
+    if hasattr(layer.router, MAPPED[0]):
+        own = [name for name in MAPPED if hasattr(layer.router, name)]
+        return [PerExpertTensor(layer.router, name, f"{layer.router_name}.{name}", 0) for name in own]
     owners = [(f"{layer.router_name}.{path}".rstrip("."), m) for path, m in layer.router.named_modules()]
     return _per_expert_tensors([*owners, ("", layer.block)], layer)
 

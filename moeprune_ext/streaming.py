@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from moeprune_ext.checkpoint import (
     find_shards,
     from_pretrained,
-    loader_class,
     read_config,
     read_hf_config,
+    recorded,
     refuse,
     renaming,
     skeleton,
 )
+from moeprune_ext.modeling import model_class
 from moeprune_ext.moe import decoder_layers, find_moe_layers, router_tensors
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def load_streamed(
         state_dict = reader.state_dict(load_config.weight_mapping)
         return base._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
 
-    loader = loader_class(base, raw, _load_pretrained_model=staticmethod(_load_pretrained_model))
+    loader = model_class(base, recorded(raw), _load_pretrained_model=staticmethod(_load_pretrained_model))
     model, problems = from_pretrained(loader, folder, config=reader.config, dtype=dtype)
     model.__class__ = base
     reader.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_meta}

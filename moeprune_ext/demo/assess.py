@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moeprune_ext.apply import applied
 from moeprune_ext.calibrate import RoutingStats, calibrate
 from moeprune_ext.criteria import ExpertScores, score_experts
 from moeprune_ext.data import TokenBatch
@@ -35,7 +36,6 @@ from moeprune_ext.demo.run import (
 from moeprune_ext.evaluate import Task, correct
 from moeprune_ext.evaluator import CandidateEvaluator
 from moeprune_ext.evolve import evolve
-from moeprune_ext.masking import applied
 from moeprune_ext.plan import PruningPlan, uniform_plan
 
 
