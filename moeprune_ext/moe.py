@@ -35,7 +35,7 @@ ROW_COUNT_NAMES = ("n_total_experts", "num_router_classes", "total_experts")
 
 # The names under which routers and their blocks, and configurations, store the number of experts per token.
 TOP_K_NAMES = ("top_k", "num_experts_per_tok")
-TOP_K_CONFIG_NAMES = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+TOP_K_CONFIG_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 
 # The adapter table, by the router's class.
 # Rows of the router beyond the experts', which every mask keeps: shared experts' gates, a skip class, identity experts.
@@ -53,6 +53,8 @@ WANT_TWO = frozenset({"LongcatFlashExperts"})
 
 # Each chosen expert's weight is a softmax of its own, over other experts: under a mask their proportions change.
 OWN_SOFTMAX = frozenset({"PhimoeTopKRouter"})
+# Select a number of experts that is written in the code, whatever the configuration says.
+FIXED_TOP_K = frozenset({"PhimoeTopKRouter"})
 
 ExpertsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [T, H], expert ids [T, K], weights [T, K]
 
@@ -104,7 +106,7 @@ class MoeLayer:
     @property
     def fewest_active(self) -> int:
         """Fewest experts per token that the router can be made to select."""
-        if type(self.router).__name__ in FIXED_CHOICE:
+        if type(self.router).__name__ in FIXED_CHOICE | FIXED_TOP_K:
             return self.shape.top_k
         return 2 if type(self.experts).__name__ in WANT_TWO else 1
 

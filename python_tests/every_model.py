@@ -94,9 +94,11 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
-# Other settings of a type that published models have: DeepSeek-MoE and V2-Lite choose among all experts.
+# Other settings of a type that published models have: DeepSeek-MoE and V2-Lite choose among all experts,
+# and so do Kimi-K2 and GLM-4.5, in one group.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2, greedy": ("deepseek_v2", {"topk_method": "greedy", "n_group": 1, "norm_topk_prob": False}),
+    "deepseek_v3, one group": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
     "ernie4_5_moe, dense in between": ("ernie4_5_moe", {"moe_layer_interval": 2, "num_hidden_layers": 6}),
     "qwen2_moe, dense in between": ("qwen2_moe", {"mlp_only_layers": [1], "norm_topk_prob": True}),
 }

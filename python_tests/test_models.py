@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import moeprune_ext as mp
+from moeprune_ext.merged_plan import Merge, MergedPlan
 from moeprune_ext.moe import find_moe_layers
 from moeprune_ext.routers import routed_layer
 
@@ -38,13 +39,14 @@ NOT_GREEN = {
     | {"llama4_text", "nemo_speechlm", "qwen3_omni_moe"},
 }
 VERSION = ".".join(transformers.__version__.split(".")[:2])
-STEPS = ("calibrate", "mask", "prune", "export uniform", "export uneven", "stream")
-NEEDED = STEPS[:-1]
+STEPS = ("calibrate", "mask", "prune", "export uniform", "export uneven", "stream", "fewer active", "merge")
+NEEDED = STEPS[:5]
 
 
 @dataclass
 class Row:
-    """What came of one architecture. layers: e.g. "3 of 4". why: what it was refused with."""
+    """What came of one architecture. why: what it was refused with. refused: of steps that need not work, what each was
+    refused with."""
 
     model_type: str
     model: str = ""
@@ -52,6 +54,7 @@ class Row:
     passed: set[str] = field(default_factory=set)
     evaluated: str = ""
     why: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
 
     @property
     def green(self) -> bool:
@@ -136,6 +139,47 @@ def try_everything(model, row, folder):
     for index, table in mp.calibrate(streamed, [tokens]).moments.items():
         torch.testing.assert_close(table, stats.moments[index], rtol=1e-3, atol=1e-4)
     row.passed.add("stream")
+    for step, plan_for in (("fewer active", fewer_active), ("merge", merged)):
+        try:
+            compare_with_export(model, plan_for(layers), evaluator, tokens, folder, step)
+            row.passed.add(step)
+        except ValueError as error:
+            row.refused[step] = " ".join(str(error).split())
+
+
+def fewer_active(layers):
+    """Every expert stays, and each token is given to one fewer."""
+    experts = {index: layer.shape.num_experts for index, layer in layers.items()}
+    active = min(layer.shape.top_k for layer in layers.values()) - 1
+    if active == 0:
+        raise ValueError("its router selects one expert per token already")
+    return mp.PruningPlan({index: list(range(count)) for index, count in experts.items()}, experts, active=active)
+
+
+def merged(layers):
+    """Four experts, mixtures of all, behind a mapped router."""
+    generator = torch.Generator().manual_seed(3)
+    merges = {}
+    for index, layer in layers.items():
+        count = layer.shape.num_experts
+        keep = torch.eye(count)[:: max(1, count // 4)]
+        noise = [0.2 * torch.rand(keep.shape, generator=generator) for _ in range(2)]
+        merges[index] = Merge(keep + noise[0], keep + noise[1])
+    return MergedPlan(merges)
+
+
+def compare_with_export(model, plan, evaluator, tokens, folder, name):
+    """The score of a plan is that of its export, loaded again, and of the model pruned in place."""
+    full = logits_of(model, tokens)
+    score = evaluator.evaluate([plan])[0].esap
+    mp.export(folder / "full", plan, folder / name)
+    reloaded = logits_of(mp.load(folder / name), tokens)
+    p, q = full.flatten(0, 1).double(), reloaded.flatten(0, 1).double()
+    assert score == pytest.approx(float(mp.reference.overlap(p, q)["esap"].mean()), abs=1e-5)
+    assert score < 0.999
+    pruned = copy.deepcopy(model)
+    mp.prune_(pruned, plan)
+    torch.testing.assert_close(logits_of(pruned, tokens), reloaded, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", every_model.model_types())
@@ -185,6 +229,9 @@ def write_models(path):
         if not row.green:
             done = f" (after {', '.join(step for step in STEPS if step in row.passed)})" if row.passed else ""
             lines.append(f"- `{row.model_type}`{done}: {row.why}")
+    for step in STEPS[6:]:
+        whys = sorted((r.model_type, r.refused[step]) for r in rows if r.green and step in r.refused)
+        lines += ["", f"Not \"{step}\", and why:", "", *[f"- `{name}`: {why}" for name, why in whys]] if whys else []
     not_streamed = [f"`{row.model_type}`: {row.why}" for row in rows if row.green and "stream" not in row.passed]
     lines += ["", "Not streamed, and why:", "", *[f"- {line}" for line in not_streamed]] if not_streamed else []
     path.parent.mkdir(exist_ok=True)
@@ -207,4 +254,6 @@ candidate's score is the score of its reloaded export within 1e-5, uniform (a st
 (`moeprune_ext.load`). Candidates are evaluated by a sweep through the layers, in which many masks go through one router
 at once (fused: by the kernel; sliced; block by block), or by one forward of the whole model each, where the model
 cannot be taken apart. Streamed: its layers visit the device one by one, with the same logits and statistics. A layer
-whose experts are looked up by token (DeepSeek-V4's first) is never pruned."""
+whose experts are looked up by token (DeepSeek-V4's first) is never pruned. Fewer active: a token is given to one expert
+fewer than the model's router selects. Merge: experts become sums of experts and the router is mapped (EEP). Both are
+scored, exported and loaded again, with the same score."""
