@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeprune_ext.modeling import MAPPED
 from moeprune_ext.moe import (
     EXPERT_COUNT_NAMES,
     OWN_SOFTMAX,
@@ -297,6 +298,8 @@ def _is_masked(layer: MoeLayer, kept: Sequence[int], full: Sequence[Tensor], sli
             a = a[..., rows].float()
         else:
             return False
+        if hasattr(layer.router, MAPPED[0]):  # its scores are shares of the experts that the kept rows refer to
+            a, b = (part / part.sum(-1, keepdim=True) for part in (a, b))
         options = (a, a / a.sum(-1, keepdim=True))
         return any(torch.allclose(option, b.float(), rtol=1e-2, atol=1e-3) for option in options)
 
