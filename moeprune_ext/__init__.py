@@ -1,7 +1,8 @@
 """moeprune_ext: prune Mixture-of-Experts language models without gradients.
 
 model + text --calibrate--> RoutingStats --score_experts--> ExpertScores --uniform_plan | global_plan | dp_plan |
-grape | evolve--> PruningPlan --export--> checkpoint --load--> model. One step, one module; every product is a file.
+grape | evolve--> PruningPlan --export--> checkpoint --load--> model. For a task instead of text: model + task --eep-->
+PruningPlan, or merges. One step, one module; every product is a file.
 """
 
 from moeprune_ext import reference
@@ -9,6 +10,7 @@ from moeprune_ext.allocate import damages, dp_plan, global_plan
 from moeprune_ext.apply import applied, prune_
 from moeprune_ext.calibrate import RoutingStats, calibrate
 from moeprune_ext.criteria import ExpertScores, score_experts, super_experts
+from moeprune_ext.eep import EepResult, eep
 from moeprune_ext.evaluate import accuracy, load_task, perplexity
 from moeprune_ext.evaluator import CandidateEvaluator, CandidateScore
 from moeprune_ext.evolve import SearchResult, evolve
@@ -30,6 +32,7 @@ __version__: str = build_info()["version"]
 __all__ = [
     "CandidateEvaluator",
     "CandidateScore",
+    "EepResult",
     "ExpertScores",
     "PruningPlan",
     "RouterSpec",
@@ -42,6 +45,7 @@ __all__ = [
     "calibrate",
     "damages",
     "dp_plan",
+    "eep",
     "evolve",
     "export",
     "global_plan",

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from moeprune_ext import distributed, plan_verbs, verbs
 
 AddVerb = Callable[[str, Callable[[argparse.Namespace], Any], str, str], argparse.ArgumentParser]
+SHARED = ("calibrate", "score", "search", "allocate", "grape", "eep")  # whose work several processes share
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -26,8 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         distributed.join()
-        shared = (verbs.calibrate, verbs.score, plan_verbs.search, plan_verbs.allocate, plan_verbs.grape)
-        if not distributed.is_first() and options.verb not in shared:
+        if not distributed.is_first() and options.name not in SHARED:
             distributed.leave()
             return
         result, text = options.verb(options)
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _measuring_verbs(add)
     _plan_verbs(add)
+    _task_verbs(add)
     _checkpoint_verbs(add)
     return parser
 
@@ -253,6 +254,36 @@ def _plan_verbs(add: AddVerb) -> None:
     _add_data(made, False, 64)
     _add_stream(made)
     made.add_argument("-o", "--out", type=Path, required=True, help="plan file to write")
+
+
+def _task_verbs(add: AddVerb) -> None:
+    example = "moeprune eep MODEL --task task.jsonl --keep 4 -o RUN_DIR"
+    about = "EEP: which experts a task needs, and how the others merge into them; resumes RUN_DIR if it exists"
+    made = add("eep", plan_verbs.eep, about, example)
+    made.add_argument("model", type=Path, help="model directory")
+    made.add_argument(
+        "--task", type=Path, required=True, help="JSONL of prompt, choices, answer; or prompt, answer: to search on"
+    )
+    made.add_argument("--valid", type=Path, help="task file to rank the best again; else a quarter of --task")
+    made.add_argument("--test", type=Path, help="task file to measure what was found; else a quarter of --task")
+    made.add_argument("--keep", type=_count, nargs="+", help="experts that stay in every layer; with --table several")
+    made.add_argument(
+        "--active", type=_count, help="experts per token; without --keep nothing is searched, this is measured"
+    )
+    made.add_argument(
+        "--fitness", default="accuracy", help="accuracy, or esap or nll of the right answers: what the search improves"
+    )
+    made.add_argument("--layer-groups", type=_count, help="so many neighbouring layers share what is searched")
+    made.add_argument("--paper", action="store_true", help="the published search: random starts, no order of equals")
+    made.add_argument("--prune-iters", type=_count, default=40, help="candidates that prune, starts included")
+    made.add_argument("--merge-iters", type=_count_or_zero, default=160, help="candidates that merge; 0: prune only")
+    made.add_argument("--length-normalized", action="store_true", help="compare choices by log-likelihood per token")
+    made.add_argument(
+        "--table", action="store_true", help="EEP, also the paper's, beside the full model and all baselines"
+    )
+    made.add_argument("--memory-budget", type=_size, default=1.0, help="GiB on the device beside the model's weights")
+    _add_stream(made)
+    made.add_argument("-o", "--out", type=Path, required=True, help="directory for plans, history, table")
 
 
 def _checkpoint_verbs(add: AddVerb) -> None:

@@ -38,7 +38,7 @@ def mapped_parameters(routed: RoutedLayer, merge: Merge) -> dict[str, Tensor]:
     one."""
     assert routed.spec is not None
     bias = routed.spec.correction_bias
-    values = [merge.router, None if bias is None else merge.router @ bias.detach().cpu().float()]
+    values = [merge.router.clone(), None if bias is None else merge.router @ bias.detach().cpu().float()]
     return {name: value for name, value in zip(MAPPED, values, strict=True) if value is not None}
 
 

@@ -37,11 +37,22 @@ Groups = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """groups: the layers that share matrices. num_experts, keep: E and k' of each group."""
+    """groups: the layers that share matrices. num_experts, keep: E and k' of each group. n_group: the router's groups
+    of experts there, each of which keeps as many; () where no router has groups."""
 
     groups: Groups
     num_experts: tuple[int, ...]
     keep: tuple[int, ...]
+    n_group: tuple[int, ...] = ()
+
+    @property
+    def router_groups(self) -> tuple[int, ...]:
+        return self.n_group or (1,) * len(self.groups)
+
+    def by_layer(self, values: Sequence[int]) -> dict[int, int]:
+        """A value for each group of layers, such as `keep`, as {decoder layer: value}."""
+        pairs = zip(self.groups, values, strict=True)
+        return dict(sorted((layer, value) for group, value in pairs for layer in group))
 
     @classmethod
     def of(
@@ -49,11 +60,13 @@ class Layout:
         num_experts: Mapping[int, int],
         keep: int | Mapping[int, int],
         layer_groups: Sequence[Sequence[int]] | None = None,
+        n_group: Mapping[int, int] | None = None,
     ) -> Layout:
         """The layout of layers {decoder layer: E} that keep so many experts, each on its own unless grouped.
 
-        Raises ValueError for less than one or more than E experts to keep, for groups that do not name every layer
-        once, and for layers in a group that differ in E or k'.
+        n_group: {decoder layer: groups of its router}, None: without groups. Raises ValueError for less than one or
+        more than E experts to keep, for numbers that a router's groups cannot share equally, for layer_groups that do
+        not name every layer once, and for layers in one that differ in E, k' or n_group.
         """
         layers = sorted(num_experts)
         if not layers:
@@ -61,24 +74,31 @@ class Layout:
         kept = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(layers, keep)
         if sorted(kept) != layers:
             raise ValueError(f"`keep` names layers {sorted(kept)}, the model has {layers}")
+        parts = dict(n_group) if n_group is not None else dict.fromkeys(layers, 1)
         for layer in layers:
             if not 1 <= kept[layer] <= num_experts[layer] or kept[layer] != int(kept[layer]):
                 raise ValueError(f"layer {layer} has {num_experts[layer]} experts and cannot keep {kept[layer]}")
+            if kept[layer] % parts[layer]:
+                raise ValueError(
+                    f"layer {layer}: its router's {parts[layer]} groups cannot keep equally many of {kept[layer]} "
+                    "experts; keep a multiple"
+                )
         groups = [sorted(group) for group in layer_groups] if layer_groups is not None else [[one] for one in layers]
         if sorted(layer for group in groups for layer in group) != layers or not all(groups):
             raise ValueError(f"layer_groups must name every one of the layers {layers} once; got {groups}")
         groups.sort()
         for group in groups:
-            if len(sizes := {(kept[layer], num_experts[layer]) for layer in group}) > 1:
+            if len(sizes := {(kept[layer], num_experts[layer], parts[layer]) for layer in group}) > 1:
                 raise ValueError(
-                    f"layers {group} cannot share matrices: they keep {sorted(sizes)} (kept, experts); group layers of "
-                    "equal sizes"
+                    f"layers {group} cannot share matrices: they keep {sorted(sizes)} (kept, experts, groups of the "
+                    "router); group layers of equal sizes"
                 )
         firsts = [group[0] for group in groups]
         return cls(
             tuple(tuple(group) for group in groups),
             tuple(num_experts[layer] for layer in firsts),
             tuple(kept[layer] for layer in firsts),
+            tuple(parts[layer] for layer in firsts) if any(parts[layer] > 1 for layer in layers) else (),
         )
 
 
@@ -207,9 +227,13 @@ def _one_hot(ids: Sequence[int], num_experts: int) -> Matrix:
 
 
 def random_mask(layout: Layout, rng: np.random.Generator) -> Candidate:
-    """k' of E experts per group, every set equally likely."""
-    sizes = zip(layout.num_experts, layout.keep, strict=True)
-    return Candidate.of_mask(layout, [sorted(rng.choice(e, k, replace=False).tolist()) for e, k in sizes])
+    """k' of E experts per group of layers, every set equally likely; as many of each group of a router."""
+    rows = []
+    for num_experts, keep, parts in zip(layout.num_experts, layout.keep, layout.router_groups, strict=True):
+        size = num_experts // parts
+        drawn = [rng.choice(size, keep // parts, replace=False) + start for start in range(0, num_experts, size)]
+        rows.append(sorted(np.concatenate(drawn).tolist()))
+    return Candidate.of_mask(layout, rows)
 
 
 def given_mask(layout: Layout, kept: Mapping[int, Sequence[int]], name: str = "the mask") -> Candidate:
@@ -217,28 +241,35 @@ def given_mask(layout: Layout, kept: Mapping[int, Sequence[int]], name: str = "t
     if sorted(kept) != sorted(layer for group in layout.groups for layer in group):
         raise ValueError(f"{name} is for layers {sorted(kept)}, the search for {layout.groups}")
     rows = []
-    for group, num_experts, keep in zip(layout.groups, layout.num_experts, layout.keep, strict=True):
+    for group, num_experts, keep, parts in zip(
+        layout.groups, layout.num_experts, layout.keep, layout.router_groups, strict=True
+    ):
         ids = sorted(kept[group[0]])
         if any(sorted(kept[layer]) != ids for layer in group):
             raise ValueError(f"{name} keeps other experts in layer {group[0]} than in others of its group {group}")
         if len(set(ids)) != keep or len(ids) != keep or ids[0] < 0 or ids[-1] >= num_experts:
             raise ValueError(f"{name} must keep {keep} of {num_experts} experts in layer {group[0]}, got {ids}")
+        if np.ptp(np.bincount(np.array(ids) // (num_experts // parts), minlength=parts)):
+            raise ValueError(f"{name} must keep equally many experts of {parts} groups in layer {group[0]}, got {ids}")
         rows.append(ids)
     return Candidate.of_mask(layout, rows)
 
 
 def criterion_mask(layout: Layout, scores: Mapping[int, Tensor]) -> dict[int, list[int]]:
-    """{decoder layer: ids}: in each group the k' experts of highest score; ties: the lower id stays.
+    """{decoder layer: ids}: in each group the k' experts of highest score; ties: the lower id stays. Of a router with
+    groups each keeps its best.
 
     scores: {decoder layer: [E]}, higher = keep. Layers of a group add up, each divided by the mean magnitude of its
     scores (our choice), so that a layer of large activations does not decide alone.
     """
     kept: dict[int, list[int]] = {}
-    for group, keep in zip(layout.groups, layout.keep, strict=True):
+    for group, keep, parts in zip(layout.groups, layout.keep, layout.router_groups, strict=True):
         values = torch.stack([torch.as_tensor(scores[layer], dtype=torch.float64) for layer in group])
         if len(group) > 1:
             values = values / values.abs().mean(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        ids = values.sum(0).sort(descending=True, stable=True).indices[:keep].sort().values.tolist()
+        by_part = values.sum(0).view(parts, -1)
+        best = by_part.sort(descending=True, stable=True).indices[:, : keep // parts]
+        ids = (best + torch.arange(parts)[:, None] * by_part.shape[1]).flatten().sort().values.tolist()
         kept |= {layer: ids for layer in group}
     return kept
 
@@ -246,19 +277,29 @@ def criterion_mask(layout: Layout, scores: Mapping[int, Tensor]) -> dict[int, li
 # ---- phase 1: masks
 
 
-def mutate_mask(parent: Candidate, rng: np.random.Generator, *, touch: float = 0.25, redraw: float = 0.15) -> Candidate:
+def mutate_mask(
+    parent: Candidate,
+    rng: np.random.Generator,
+    n_group: Sequence[int] | None = None,
+    *,
+    touch: float = 0.25,
+    redraw: float = 0.15,
+) -> Candidate:
     """A mask like its parent, a mask, but for some rows.
 
     A matrix is touched with probability `touch`, at least one always is; each row of a touched one is re-drawn with
     probability `redraw`, among the experts that no other row has, its own included (as in the released code). Matrices
-    without a change are the parent's.
+    without a change are the parent's. n_group: of each matrix, the groups of the router, of which a re-drawn row stays
+    in its own (our choice); None: without groups.
     """
     matrices = list(parent.merging)
-    for at in np.flatnonzero(_touched(np.full(len(matrices), touch), rng)):
+    for at in np.flatnonzero(_touched(np.full(len(matrices), touch), rng)).tolist():
         ids, num_experts = matrices[at].argmax(1).tolist(), matrices[at].shape[1]
+        size = num_experts // (n_group[at] if n_group is not None else 1)
         before = list(ids)
         for row in np.flatnonzero(rng.random(len(ids)) < redraw):
-            free = sorted(set(range(num_experts)) - set(ids) | {ids[row]})
+            first = ids[row] // size * size
+            free = sorted(set(range(first, first + size)) - set(ids) | {ids[row]})
             ids[row] = free[rng.integers(len(free))]
         if ids != before:
             matrices[at] = _one_hot(ids, num_experts)

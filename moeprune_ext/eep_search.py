@@ -101,6 +101,7 @@ def search(
     merge_iters: int = 160,
     per_call: int = 4,
     layer_groups: Sequence[Sequence[int]] | None = None,
+    n_group: Mapping[int, int] | None = None,
     mutate_within: float = 3.0,
     cross_within: float = 1.0,
     cross_at_least: int = 2,
@@ -122,7 +123,7 @@ def search(
 
     evaluate: scores candidates on the training split; never called with none. num_experts: {decoder layer: E}. keep:
     experts kept k', of every layer or per layer. layer_groups: a partition of the layers into those that share
-    matrices; None: none do.
+    matrices; None: none do. n_group: {decoder layer: groups of its router}, each of which keeps as many.
     validate, rerank: the `rerank` best of each phase on train are scored on a validation split, in one call, whose
     winner is `best` and whose best mask is `pruned`. test: called once, on `best`. Neither is in the journal.
 
@@ -146,7 +147,9 @@ def search(
     Raises ValueError, before any evaluation, for settings that cannot be, and for a directory of another search; and at
     the end when no candidate had a finite score. Source: arXiv 2407.00945.
     """
-    layout = Layout.of(num_experts, keep, layer_groups)
+    layout = Layout.of(num_experts, keep, layer_groups, n_group)
+    if layout.n_group and merge_iters:
+        raise ValueError("experts of a router with groups cannot be merged: use merge_iters=0")
     rates = {
         "touch": touch,
         "redraw": redraw,
@@ -163,9 +166,12 @@ def search(
         "per_call": per_call,
         "rerank": rerank,
     }
-    _check(rates, sizes, starts, tie_break, masks)
-    if merge_iters < 0 or min(mutate_within, cross_within) < 0 or not scale > 0 or cross_at_least < 2:
-        raise ValueError("merge_iters and thresholds are at least 0, cross_at_least is at least 2, scale above 0")
+    check_settings(starts, tie_break, merge_iters=merge_iters, cross_at_least=cross_at_least, **sizes)
+    if starts == "criteria" and not masks:
+        raise ValueError('starts="criteria" needs the criteria\'s masks; give some, or use starts="random"')
+    _check_rates(rates)
+    if min(mutate_within, cross_within) < 0 or not scale > 0:
+        raise ValueError("thresholds are at least 0 and scale above 0")
     given = [given_mask(layout, mask, f"masks[{i}]") for i, mask in enumerate(masks if starts == "criteria" else ())]
     settings = {
         "method": "eep",
@@ -175,6 +181,7 @@ def search(
         "groups": [list(group) for group in layout.groups],
         "num_experts": list(layout.num_experts),
         "keep": list(layout.keep),
+        "n_group": list(layout.n_group) or None,
         "starts": starts,
         "masks": [mask.fingerprint for mask in given],
         "tie_break": tie_break,
@@ -192,7 +199,7 @@ def search(
             return given[number] if number < len(given) and attempt == 0 else random_mask(layout, rng)
         if phase == "prune":
             (parent,) = known.draw_parents(1, mutate_within, 1, rng)
-            return mutate_mask(parent, rng, touch=touch, redraw=redraw)
+            return mutate_mask(parent, rng, layout.router_groups, touch=touch, redraw=redraw)
         if rng.random() < cross and len(known.candidates) > 1:
             parents = known.draw_parents(2, cross_within, cross_at_least, rng)
         else:
@@ -273,23 +280,27 @@ class _Population:
         return [self.candidates[i] for i in drawn]
 
 
-def _check(
-    rates: Mapping[str, float], sizes: Mapping[str, int], starts: str, tie_break: str | None, masks: Sequence[Any]
-) -> None:
+def check_settings(starts: str, tie_break: str | None, *, merge_iters: int, cross_at_least: int, **sizes: int) -> None:
+    """Refuses (ValueError) what no search can have; `search` calls it first. sizes: of those that are at least 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if merge_iters < 0 or cross_at_least < 2:
+        raise ValueError(
+            f"merge_iters is at least 0 and cross_at_least at least 2; got {merge_iters} and {cross_at_least}"
+        )
+    if starts not in STARTS:
+        raise ValueError(f"unknown starts {starts!r}; choose from {', '.join(STARTS)}")
+    if tie_break not in TIE_BREAKS:
+        raise ValueError(f'unknown tie_break {tie_break!r}; choose "log_likelihood" or None')
+
+
+def _check_rates(rates: Mapping[str, float]) -> None:
     for name, rate in rates.items():
         if not 0 <= rate <= 1:
             raise ValueError(f"{name} is a probability; got {rate}")
     if rates["touch"] == 0 or rates["touch_merging"] == rates["touch_mapping"] == 0:
         raise ValueError("a child changes something: touch, and touch_merging or touch_mapping, must be above 0")
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-    if starts not in STARTS:
-        raise ValueError(f"unknown starts {starts!r}; choose from {', '.join(STARTS)}")
-    if starts == "criteria" and not masks:
-        raise ValueError('starts="criteria" needs the criteria\'s masks; give some, or use starts="random"')
-    if tie_break not in TIE_BREAKS:
-        raise ValueError(f'unknown tie_break {tie_break!r}; choose "log_likelihood" or None')
 
 
 def _calls(start_count: int, prune_iters: int, merge_iters: int, per_call: int) -> Iterator[tuple[str, range]]:

@@ -229,8 +229,11 @@ def _write_config(folder: Path, checkpoint: Checkpoint, config: dict[str, Any], 
     text = checkpoint.config.get("text_config")
     path = folder / "config.json"
     path.write_text(json.dumps(config, indent=2) + "\n")
-    told = [(EXPERT_COUNT_NAMES, next(iter(result.counts.values())))] if result.is_stock else []
-    told += [(TOP_K_CONFIG_NAMES, plan.active)] if plan.active is not None else []
+    told: list[tuple[tuple[str, ...], int]] = []
+    if result.is_stock:
+        told.append((EXPERT_COUNT_NAMES, next(iter(result.counts.values()))))
+    if plan.active is not None:
+        told.append((TOP_K_CONFIG_NAMES, plan.active))
     known = read_hf_config(folder).get_text_config().to_dict()
     for names, number in told:
         if not any(name in part for part in (config, text or {}) for name in names):

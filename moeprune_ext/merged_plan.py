@@ -68,6 +68,12 @@ class MergedPlan:
         if self.active is not None and not 1 <= self.active <= fewest:
             raise ValueError(f"a plan cannot have {self.active} experts active per token of {fewest}")
 
+    @property
+    def sparsity(self) -> float:
+        """Share of the routed experts of the layers named that are no longer stored."""
+        before = sum(merge.experts.shape[1] for merge in self.merges.values())
+        return 1 - sum(len(merge.experts) for merge in self.merges.values()) / before
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes safetensors, `LAYER.experts` and `LAYER.router`, beside the target and then renamed."""
         tensors = {}

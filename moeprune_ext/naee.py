@@ -12,7 +12,7 @@ squared Frobenius norm of the output's error is the sum over t of d_t^T G_t d_t.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, combinations, product
 from typing import Any
 
@@ -61,15 +61,27 @@ def naee_plan(
     routers.py's "fused". Under torchrun the layers are dealt out. The model is left as it was.
     Raises ValueError, before any work, for a sparsity that cannot be or a router that cannot be run under many masks.
     """
-    shapes = {index: layer.shape for index, layer in find_moe_layers(model).items()}
-    zeros = {index: torch.zeros(shape.num_experts, dtype=torch.float64) for index, shape in shapes.items()}
-    fingerprint = model_fingerprint(model)
-    pruned = uniform_counts(ExpertScores(zeros, shapes), sparsity)
-    PruningPlan.from_pruned_counts(ExpertScores(zeros, shapes), pruned)  # refuses what a single layer cannot give
+    pruned = uniform_counts(_zeros(model), sparsity)
+    return naee_subsets(model, batches, pruned, tokens=tokens, seed=seed, progress=progress)
+
+
+def naee_subsets(
+    model: nn.Module,
+    batches: Iterable[Any],
+    pruned: Mapping[int, int],
+    *,
+    tokens: int = 1024,
+    seed: int = 0,
+    progress: bool = False,
+) -> PruningPlan:
+    """As `naee_plan`, where {decoder layer: experts that leave} is given; layers not named lose none."""
+    zeros = _zeros(model)
+    shapes, fingerprint = zeros.shapes, model_fingerprint(model)
+    PruningPlan.from_pruned_counts(zeros, pruned)  # refuses what a single layer cannot give
 
     def choose(index: int, errors: SubsetErrors) -> Tensor:
         gone = torch.zeros(shapes[index].num_experts, dtype=torch.float64)
-        gone[_least_missed(errors, shapes[index], pruned[index])] = 1
+        gone[_least_missed(errors, shapes[index], pruned.get(index, 0))] = 1
         return gone
 
     found = _by_layer(model, batches, tokens, seed, progress, choose)
@@ -100,6 +112,11 @@ def naee_scores(
     return ExpertScores(found, shapes, "naee", model_fingerprint(model))
 
 
+def _zeros(model: nn.Module) -> ExpertScores:
+    shapes = {index: layer.shape for index, layer in find_moe_layers(model).items()}
+    return ExpertScores({i: torch.zeros(s.num_experts, dtype=torch.float64) for i, s in shapes.items()}, shapes)
+
+
 def _by_layer(
     model: nn.Module,
     batches: Iterable[Any],
@@ -127,11 +144,19 @@ def _by_layer(
     samples = sample_layers(model, layers, checked, tokens, seed=seed, progress=progress)
     indices = list(layers)
     found = {i: torch.zeros(layer.shape.num_experts, dtype=torch.float64) for i, layer in every.items()}
+    problem: ValueError | None = None
     with evaluating(model):
         for number in tqdm(distributed.mine(len(layers)), desc="naee", unit="layer", disable=not progress):
             index = indices[number]
             make_resident(model, index)
-            found[index] = judge(index, _errors(routed[index], samples[index]))
+            try:
+                found[index] = judge(index, _errors(routed[index], samples[index]))
+            except ValueError as error:
+                problem = error
+                break
+    # Every process refuses where one does, so that whoever goes on without naee does so in all of them.
+    if bool(distributed.maximum_(torch.tensor(problem is not None, dtype=torch.int64))):
+        raise problem or ValueError("another process met a layer that naee does not support")
     return {index: distributed.sum_(values) for index, values in found.items()}
 
 

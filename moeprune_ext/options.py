@@ -59,6 +59,18 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def join(cells: list[str]) -> str:
+        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join([cells[0].ljust(widths[0]), *rest]) + " |"
+
+    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
+    return "\n".join([join(header), rule, *map(join, rows)])
+
+
 def parse_criterion(text: str) -> str | tuple[int, int, str]:
     """A name, or a triple written alpha,beta,reduce."""
     if text.count(",") == 2:

@@ -1,4 +1,5 @@
-"""The verbs that make plans: `search`, `allocate`, `grape`. As in verbs.py, options -> (a result for JSON, a text).
+"""The verbs that make plans: `search`, `allocate`, `grape`, `eep`; as in verbs.py, options -> (a result for JSON, a
+text).
 
 Imports stand inside the verbs, so that `moeprune --help` and a refusal do not wait for transformers.
 """
@@ -6,6 +7,8 @@ Imports stand inside the verbs, so that `moeprune --help` and a refusal do not w
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeprune_ext import distributed
@@ -14,6 +17,8 @@ from moeprune_ext.options import check_new_file, load_data, load_model, load_sco
 if TYPE_CHECKING:
     from moeprune_ext.allocate import Damages
     from moeprune_ext.criteria import ExpertScores
+    from moeprune_ext.eep_table import TableRow
+    from moeprune_ext.evaluate import Task
     from moeprune_ext.plan import PruningPlan
 
 
@@ -175,3 +180,88 @@ def _written(plan: PruningPlan, options: argparse.Namespace, about: dict[str, An
     kept = {str(layer): len(ids) for layer, ids in plan.kept.items()}
     result = {"plan": str(options.out), "sparsity": plan.sparsity, "kept_per_layer": kept, **about}
     return result, f"kept per layer: {' '.join(map(str, kept.values()))}\nplan: {options.out}"
+
+
+def eep(options: argparse.Namespace) -> tuple[Any, str]:
+    from moeprune_ext.checkpoint import read_checkpoint
+    from moeprune_ext.eep import PAPER, check_folder, check_request, eep, split_task
+    from moeprune_ext.eep_table import eep_table, result_rows
+    from moeprune_ext.evaluate import load_task
+
+    # What can be refused without loading the weights is refused now.
+    budgets = options.keep or []
+    if options.table and (not budgets or options.paper):
+        raise ValueError("--table needs budgets, --keep N N, and has the paper's search beside ours: leave --paper out")
+    if len(budgets) > 1 and not options.table:
+        raise ValueError(f"--keep {' '.join(map(str, budgets))}: several budgets are for --table; name one")
+    if not budgets and options.active is None:
+        raise ValueError("give --keep, the experts that stay, or --active, the experts per token, or both")
+    check_folder(options.out)
+    layers = read_checkpoint(options.model).layers
+    asked: dict[str, Any] = {"layer_groups": options.layer_groups, "fitness": options.fitness}
+    everything = {index: layer.shape.num_experts for index, layer in layers.items() if layer.shape.prunable}
+    for keep in budgets or [everything]:
+        check_request(layers, keep, active=options.active, **asked)
+        if options.table:
+            check_request(layers, keep, **asked)
+    tokenizer = load_tokenizer(options)
+    valid, test = (None if path is None else load_task(path, tokenizer) for path in (options.valid, options.test))
+    splits = split_task(load_task(options.task, tokenizer), valid, test, options.seed)
+    measuring: dict[str, Any] = {
+        "length_normalized": options.length_normalized,
+        "memory_budget": int(options.memory_budget * 2**30),
+    }
+    model = load_model(options)
+    if not budgets:
+        return _fewer_active(model, splits, options, measuring)
+    settings: dict[str, Any] = {
+        "valid": splits[1],
+        "test": splits[2],
+        "active": options.active,
+        "prune_iters": options.prune_iters,
+        "merge_iters": options.merge_iters,
+        "seed": options.seed,
+        "out": options.out,
+        "progress": distributed.is_first(),
+        **asked,
+        **measuring,
+    }
+    if options.table:
+        rows = eep_table(model, splits[0], budgets, **settings)
+        return _rows_of(rows, splits, {"table": str(options.out / "table.md")})
+    found = eep(model, splits[0], budgets[0], **settings, **(PAPER if options.paper else {}))
+    rows = result_rows(model, found, budgets[0])
+    return _rows_of(rows, splits, {**found.as_json(), "plan": str(options.out / found.file)})
+
+
+def _fewer_active(
+    model: Any, splits: Sequence[Task], options: argparse.Namespace, measuring: dict[str, Any]
+) -> tuple[Any, str]:
+    """Without a search: the full model, and the same with fewer experts active, as a plan."""
+    from moeprune_ext.eep import PLAN
+    from moeprune_ext.eep_table import full_plan, judges_of, measured_row
+
+    judges = judges_of(model, splits, **measuring)
+    plans = [full_plan(model), full_plan(model, options.active)]
+    rows = [measured_row(model, judges, "full", None, [plan]) for plan in plans]
+    if distributed.is_first():
+        plans[1].save(options.out / PLAN)
+    return _rows_of(rows, splits, {"plan": str(options.out / PLAN)})
+
+
+def _rows_of(rows: Sequence[TableRow], splits: Sequence[Task], about: dict[str, Any]) -> tuple[Any, str]:
+    from moeprune_ext.eep_table import format_table
+
+    train, valid, test = (len(split.examples) for split in splits)
+    lines = [
+        format_table(rows),
+        f"Examples answered right: of {train} on which candidates are scored (train), {valid} that rank the best again "
+        f"(valid), {test} by which nothing is chosen (test).",
+        "MFLOPs: without attention's products of tokens with tokens.",
+    ]
+    if (fitness := about.get("fitness", "accuracy")) != "accuracy":
+        worth = [f"{name} {math.nan if of['test'] is None else of['test']:.4f}" for name, of in about["scores"].items()]
+        lines.append(f"{fitness} on test: {', '.join(worth)}")
+    lines += [f"{name}: {about[name]}" for name in ("plan", "table") if name in about]
+    examples = {"train": train, "valid": valid, "test": test}
+    return {**about, "examples": examples, "rows": [row.as_json() for row in rows]}, "\n".join(lines)

@@ -178,15 +178,23 @@ def _listed(experts: Mapping[int, Iterable[int]]) -> str:
 def export(options: argparse.Namespace) -> tuple[Any, str]:
     from moeprune_ext.checkpoint import CONFIG_KEY, read_config
     from moeprune_ext.export import export
-    from moeprune_ext.plan import PruningPlan
+    from moeprune_ext.plan import load_plan
 
-    plan = PruningPlan.load(options.plan)
+    plan = load_plan(options.plan)
     out = export(options.model, plan, options.out)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    uniform = CONFIG_KEY not in read_config(out)
-    result = {"out": str(out), "bytes": size, "sparsity": plan.sparsity, "uniform": uniform}
-    loader = "AutoModelForCausalLM.from_pretrained" if uniform else "moeprune_ext.load"
-    return result, f"{out}: {plan.sparsity:.1%} of the experts removed, {size / 1e6:,.1f} MB; load it with {loader}"
+    stock = CONFIG_KEY not in read_config(out)
+    result = {
+        "out": str(out),
+        "bytes": size,
+        "sparsity": plan.sparsity,
+        "active": plan.active,
+        "uniform": stock,
+    }
+    loader = "from_pretrained" if stock else "moeprune_ext.load, or from_pretrained(..., trust_remote_code=True)"
+    active = "" if plan.active is None else f", {plan.active} active per token"
+    text = f"{out}: {plan.sparsity:.1%} of the experts removed{active}, {size / 1e6:,.1f} MB; load it with {loader}"
+    return result, text
 
 
 def evaluate(options: argparse.Namespace) -> tuple[Any, str]:
@@ -216,7 +224,7 @@ def evaluate(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def demo(options: argparse.Namespace) -> tuple[Any, str]:
-    from moeprune_ext.demo.run import as_json, format_table, run_demo
+    from moeprune_ext.demo.run import as_json, demo_folder, format_table, run_demo
     from moeprune_ext.export import check_new_folder
 
     quiet_transformers()
@@ -227,7 +235,9 @@ def demo(options: argparse.Namespace) -> tuple[Any, str]:
     if options.out is not None:
         check_new_folder(options.out)
         rows = run_demo(options.out, seed=options.seed, progress=True, say=say)
-        kept = f"\nStatistics, plans and checkpoints are in {options.out}."
+        kept = (
+            f"\nStatistics, plans, checkpoints and tasks are in {options.out}; the embedded model is {demo_folder()}."
+        )
     else:
         with tempfile.TemporaryDirectory() as folder:
             rows = run_demo(Path(folder), seed=options.seed, progress=True, say=say)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import moeprune_ext as mp
 from moeprune_ext.cli import main
@@ -22,6 +23,8 @@ def work(tmp_path_factory):
     (folder / "text.txt").write_text(corpus.code_documents("calibration")[0])
     tasks = [{"prompt": "1+1=", "answer": "2", "stop": "\n"}, {"prompt": "a", "choices": ["b", "c"], "answer": 1}]
     (folder / "task.jsonl").write_text("\n".join(map(json.dumps, tasks)))
+    sums = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "stop": "\n"} for a in range(2, 6) for b in range(2)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
     data = ["--data", str(folder / "text.txt"), "--sequence-length", "64", "--sequences", "3"]
     main(["calibrate", str(folder / "model"), *data, "-o", str(folder / "stats.safetensors")])
     search = ["--stats", str(folder / "stats.safetensors"), "--population", "4", "--generations", "2", "--elites", "1"]
@@ -199,11 +202,77 @@ def test_streamed_calibration_and_raced_search(work, capsys, tmp_path):
         assert result[name] == sum(line[name] for line in lines)
 
 
+EEP = ["--prune-iters", 3, "--merge-iters", 2]
+
+
+def test_eep_finds_a_plan_to_export(work, capsys, tmp_path):
+    ask = ["eep", work / "model", "--task", work / "sums.jsonl", "--keep", 14, *EEP, "-o", tmp_path / "run"]
+    result = run(capsys, *ask)
+    assert result["examples"] == {"train": 4, "valid": 2, "test": 2} and result["evaluations"] == 5
+    full, prune, merge = result["rows"]
+    assert [row["keep"] for row in result["rows"]] == [None, 14, 14]
+    assert full["experts"] == 6 * 16 and prune["experts"] == merge["experts"] == 6 * 14
+    stored = load_file(work / "model" / "model.safetensors")
+    assert full["bytes"] == sum(tensor.nbytes for tensor in stored.values()) > merge["bytes"] >= prune["bytes"]
+    assert full["flops_per_token"] > prune["flops_per_token"] and full["active"] == merge["active"] == 4
+    out = run(capsys, "export", work / "model", "--plan", result["plan"], "-o", tmp_path / "out")
+    assert out["bytes"] == pytest.approx(merge["bytes"], rel=0.01)  # the file's header
+    before = (tmp_path / "run" / "history.jsonl").read_text()
+    assert run(capsys, *ask) == result and (tmp_path / "run" / "history.jsonl").read_text() == before
+    main(list(map(str, ask)))
+    shown = capsys.readouterr().out
+    main([*map(str, ask[:-1]), str(tmp_path / "esap"), "--fitness", "esap"])
+    assert "esap on test: full 1.0000, pruned " in capsys.readouterr().out
+    assert shown.count("|") == 5 * 10 and "prune + merge" in shown and f"plan: {result['plan']}" in shown
+
+
+@pytest.mark.filterwarnings("ignore:8 examples of the")  # that all splits are one
+def test_fewer_active_experts_are_measured_without_a_search(work, capsys, tmp_path):
+    task = work / "sums.jsonl"
+    ask = ["eep", work / "model", "--task", task, "--valid", task, "--test", task, "--active", 1, "-o", tmp_path]
+    result = run(capsys, *ask)
+    full, fewer = result["rows"]
+    assert full["active"] == 4 and fewer["active"] == 1 and full["bytes"] == fewer["bytes"]
+    assert full["flops_per_token"] > fewer["flops_per_token"]
+    plan = mp.PruningPlan.load(result["plan"])
+    assert plan.active == 1 and plan.sparsity == 0 and sorted(tmp_path.iterdir()) == [tmp_path / "plan.json"]
+    model, tokenizer = mp.load(work / "model"), AutoTokenizer.from_pretrained(work / "model")
+    with mp.applied(model, plan):
+        expected = mp.accuracy(model, mp.load_task(task, tokenizer))
+    assert fewer["accuracy"] == pytest.approx(dict.fromkeys(("train", "valid", "test"), expected))
+
+
+def test_the_table_has_every_baseline_at_every_budget(work, capsys, tmp_path):
+    ask = ["eep", work / "model", "--task", work / "sums.jsonl", "--table", "--keep", 15, 14, "--active", 1]
+    result = run(capsys, *ask, "--prune-iters", 2, "--merge-iters", 1, "-o", tmp_path)
+    names = ["random, 5 masks", "frequency", "seer", "naee", "EEP: prune", "EEP: prune + merge"]
+    names += ["EEP, paper's settings: prune", "EEP, paper's settings: prune + merge"]
+    names = [(name, 4) for name in names] + [("naee", 1), ("EEP: prune", 1), ("EEP: prune + merge", 1)]
+    expected = [("full", None, 4), ("full", None, 1), *((name, k, active) for k in (15, 14) for name, active in names)]
+    rows = result["rows"]
+    assert [(row["model"], row["keep"], row["active"]) for row in rows] == expected
+    assert rows == json.loads((tmp_path / "table.json").read_text())
+    assert (tmp_path / "table.md").read_text().count("\n") == len(rows) + 2
+    assert all((row["spread"] is not None) == row["model"].startswith("random") for row in rows)
+    for row in rows:
+        assert (row["plan"] is not None) == row["model"].startswith("EEP")
+        assert row["plan"] is None or (tmp_path / row["plan"]).exists()
+        assert row["experts"] == 6 * (row["keep"] or 16)
+    settings = {row["plan"].split("/")[0] for row in rows if row["plan"]}
+    searches = {name: json.loads((tmp_path / name / "search.json").read_text()) for name in settings}
+    assert {name for name, search in searches.items() if search["starts"] == "random"} == {
+        "keep-15-paper",
+        "keep-14-paper",
+    }
+    assert {search["active"] for name, search in searches.items() if name.endswith("active-1")} == {1}
+
+
 def bad_requests(work):
     model, stats, text = work / "model", work / "stats.safetensors", work / "text.txt"
     plan = work / "run" / "plan.json"
     data = ["--data", text, "--sequence-length", 64, "--sequences", 2]
     search = ["search", model, "--stats", stats, *data]
+    eep = ["eep", model, "--task", work / "sums.jsonl"]
     out = ["-o", work / "out"]
     return {
         "no such model": (["info", work / "nowhere"], "config.json"),
@@ -265,6 +334,22 @@ def bad_requests(work):
         "grape without text": (["grape", model, "--stats", stats, *out], "--similarity weights"),
         "evenness above one": (["grape", model, "--stats", stats, "--entropy", 2, *data, *out], "entropy"),
         "init of another budget": ([*search, "--sparsity", 0.25, "--init", plan, *out], "prunes 48 experts"),
+        "eep of nothing": ([*eep, *out], "give --keep"),
+        "two budgets without a table": ([*eep, "--keep", 8, 4, *out], "several budgets are for --table"),
+        "a table without budgets": ([*eep, "--table", *out], "--table needs budgets"),
+        "fewer kept than active": ([*eep, "--keep", 2, *out], "needs at least 4"),
+        "fewer kept than the table's full rows": (
+            [*eep, "--keep", 2, "--active", 1, "--table", *out],
+            "needs at least 4",
+        ),
+        "more active than selected": ([*eep, "--active", 5, *out], "its router selects 4"),
+        "eep by an unknown fitness": ([*eep, "--keep", 8, "--fitness", "kl", *out], "unknown fitness"),
+        "a task too small to cut": (
+            ["eep", model, "--task", work / "task.jsonl", "--keep", 8, *out],
+            "2 different examples, too few",
+        ),
+        "no such task": (["eep", model, "--task", work / "no.jsonl", "--keep", 8, *out], "no file"),
+        "eep run is a file": ([*eep, "--keep", 8, "-o", text], "is not a directory"),
         "output exists": (["export", model, "--plan", plan, "-o", work / "model"], "already exists"),
     }
 
@@ -306,7 +391,8 @@ def wrong_models(work):
 @pytest.mark.parametrize("case", sorted(bad_requests(__import__("pathlib").Path("x"))))
 def test_bad_requests_get_one_line_and_leave_nothing(work, wrong_models, capsys, monkeypatch, case):
     arguments, message = bad_requests(work)[case]
-    if case in {"infeasible budget", "init of another budget", "evenness above one", "dp by an unknown fitness"}:
+    early = {"infeasible budget", "init of another budget", "evenness above one", "dp by an unknown fitness"}
+    if case in early or arguments[0] == "eep":
         load = "moeprune_ext.plan_verbs.load_model"
         monkeypatch.setattr(load, lambda _: pytest.fail("the model was loaded"))
     before = sorted(work.rglob("*"))
@@ -315,7 +401,7 @@ def test_bad_requests_get_one_line_and_leave_nothing(work, wrong_models, capsys,
 
 
 @pytest.mark.parametrize(
-    "verb", ["demo", "info", "calibrate", "score", "search", "allocate", "grape", "export", "eval"]
+    "verb", ["demo", "info", "calibrate", "score", "search", "allocate", "grape", "eep", "export", "eval"]
 )
 def test_every_verb_has_help_with_an_example(capsys, verb):
     with pytest.raises(SystemExit) as stop:

@@ -116,3 +116,16 @@ def test_the_command_line_under_torchrun_prints_once_and_refuses_once(tmp_path):
     assert mp.PruningPlan.load(result["plan"]).sparsity == 0.5
     refused = torchrun(2, *search, "-o", tmp_path / "run", "--seed", 5, restarts=0)
     assert refused.returncode != 0 and "seed: 0 there, 5 now" in refused.stderr and refused.stdout == ""
+
+
+def test_eep_finds_the_same_by_any_number_of_processes(tmp_path):
+    sums = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "stop": "\n"} for a in range(2, 6) for b in range(3)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    ask = ["eep", demo_folder(), "--task", tmp_path / "sums.jsonl", "--keep", 14, "--prune-iters", 4]
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = torchrun(processes, "-m", "moeprune_ext.cli", *ask, "--merge-iters", 4, "-o", out, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["evaluations"] == 8
+    for name in ("starts.json", "search.json", "history.jsonl", "plan.json", "result.json"):
+        assert (tmp_path / "1" / name).read_text() == (tmp_path / "2" / name).read_text(), name

@@ -138,6 +138,34 @@ def test_a_criterions_mask_keeps_the_best_of_each_layer_or_group():
     assert ec.criterion_mask(grouped, {0: scores[0], 1: torch.zeros(4)}) == {0: [1], 1: [1]}
 
 
+@properties
+@given(st.integers(1, 3), st.integers(2, 4), st.integers(1, 3), rngs)
+def test_masks_of_routers_with_groups_keep_as_many_in_each(layers, parts, keep, rng):
+    size = keep + int(rng.integers(3))
+    everywhere = [dict.fromkeys(range(layers), n) for n in (parts * size, parts * keep, parts)]
+    layout = Layout.of(everywhere[0], everywhere[1], None, everywhere[2])
+    scores = {layer: torch.from_numpy(rng.random(parts * size)) for layer in range(layers)}
+    mask = ec.given_mask(layout, ec.criterion_mask(layout, scores))
+    for layer, ids in mask.kept.items():
+        best = scores[layer].view(parts, size).topk(keep).indices + size * torch.arange(parts)[:, None]
+        assert ids == sorted(best.flatten().tolist())
+    for candidate in (ec.random_mask(layout, rng), mask):
+        for _ in range(4):
+            for ids in candidate.kept.values():
+                assert np.bincount(np.array(ids) // size, minlength=parts).tolist() == [keep] * parts
+            candidate = ec.mutate_mask(candidate, rng, layout.router_groups, touch=1, redraw=0.7)
+
+
+def test_what_groups_of_a_router_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="layer 0: its router's 2 groups cannot keep equally many of 3"):
+        Layout.of({0: 8, 1: 8}, 3, None, {0: 2, 1: 1})
+    with pytest.raises(ValueError, match=r"layers \[0, 1\] cannot share matrices"):
+        Layout.of({0: 8, 1: 8}, 4, [[0, 1]], {0: 2, 1: 1})
+    layout = Layout.of({0: 8}, 2, None, {0: 2})
+    with pytest.raises(ValueError, match="equally many experts of 2 groups in layer 0"):
+        ec.given_mask(layout, {0: [1, 3]})
+
+
 # ---- phase 1's operator
 
 

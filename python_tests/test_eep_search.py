@@ -14,6 +14,7 @@ from moeprune_ext.eep_search import Fitness, parents_within, search
 EXPERTS = {1: 8, 2: 8, 5: 8, 6: 8}
 USEFULNESS = {layer: np.random.default_rng(layer).permutation(8) for layer in EXPERTS}
 MASKS = [{layer: [0, 1, 2] for layer in EXPERTS}, {layer: [3, 5, 7] for layer in EXPERTS}]
+GROUPED = [{layer: [1, 6] for layer in EXPERTS}]  # an expert of each half
 SETTINGS = dict(masks=MASKS, start_count=5, prune_iters=12, merge_iters=14)
 
 
@@ -29,7 +30,7 @@ def usefulness(candidates):
 
 
 def search_usefulness(evaluate=usefulness, **changes):
-    return search(evaluate, EXPERTS, 3, **{**SETTINGS, **changes})
+    return search(evaluate, EXPERTS, **{"keep": 3, **SETTINGS, **changes})
 
 
 class Recorder:
@@ -218,6 +219,14 @@ def test_layers_of_a_group_share_their_matrices():
         assert list(maps) == [1, 2, 5, 6] and maps[1] is maps[5] and maps[2] is maps[6]
 
 
+def test_every_mask_respects_the_groups_of_routers():
+    asked = Recorder()
+    n_group = {1: 2, 2: 1, 5: 2, 6: 1}
+    search_usefulness(asked, keep=2, masks=GROUPED, n_group=n_group, prune_iters=30, merge_iters=0)
+    halves = {layer: {sum(e < 4 for e in c.kept[layer]) for c in asked.candidates} for layer in EXPERTS}
+    assert halves[1] == halves[5] == {1} and halves[2] == halves[6] == {0, 1, 2}
+
+
 def test_layers_may_keep_different_numbers():
     keep = {1: 1, 2: 8, 5: 3, 6: 4}
     result = search(usefulness, EXPERTS, keep, **{**SETTINGS, "starts": "random"})
@@ -352,6 +361,7 @@ def test_a_history_of_other_candidates_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"keep": 2, "masks": GROUPED, "n_group": dict.fromkeys(EXPERTS, 2)}, "cannot be merged: use merge_iters=0"),
         ({"keep": 0}, "layer 1 has 8 experts and cannot keep 0"),
         ({"keep": 9}, "layer 1 has 8 experts and cannot keep 9"),
         ({"keep": 2.5}, "cannot keep 2.5"),

@@ -231,7 +231,7 @@ def write_models(path):
             lines.append(f"- `{row.model_type}`{done}: {row.why}")
     for step in STEPS[6:]:
         whys = sorted((r.model_type, r.refused[step]) for r in rows if r.green and step in r.refused)
-        lines += ["", f"Not \"{step}\", and why:", "", *[f"- `{name}`: {why}" for name, why in whys]] if whys else []
+        lines += ["", f'Not "{step}", and why:', "", *[f"- `{name}`: {why}" for name, why in whys]] if whys else []
     not_streamed = [f"`{row.model_type}`: {row.why}" for row in rows if row.green and "stream" not in row.passed]
     lines += ["", "Not streamed, and why:", "", *[f"- {line}" for line in not_streamed]] if not_streamed else []
     path.parent.mkdir(exist_ok=True)

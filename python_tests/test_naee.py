@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, random_tokens, tiny_model
 import moeprune_ext as mp
 from moeprune_ext.masking import check_plan, masked
 from moeprune_ext.moe import LayerShape, find_moe_layers
-from moeprune_ext.naee import naee_plan, naee_scores
+from moeprune_ext.naee import naee_plan, naee_scores, naee_subsets
 from moeprune_ext.routers import routed_layer
 from moeprune_ext.streaming import load_streamed
 
@@ -59,6 +59,15 @@ def test_the_kept_subset_is_the_best_of_all_masked_layers(family, sparsity):
         errors = literal_errors(family, index, subsets_of(layer.shape, len(plan.kept[index])))
         best = min(errors, key=errors.get)
         assert tuple(plan.kept[index]) == best, (errors[tuple(plan.kept[index])], errors[best])
+
+
+def test_layers_may_lose_different_numbers():
+    model = tiny_model("qwen3_moe")
+    plan = naee_subsets(model, [random_tokens()], {0: 2, 1: 4, 3: 6})
+    alone = {pruned: naee_plan(model, [random_tokens()], pruned / 8).kept for pruned in (2, 4, 6)}
+    assert plan.kept == {0: alone[2][0], 1: alone[4][1], 2: list(range(8)), 3: alone[6][3]}
+    with pytest.raises(ValueError, match="layer 1: cannot prune 7 of 8 experts"):
+        naee_subsets(model, [random_tokens()], {1: 7})
 
 
 def test_errors_of_masks_are_those_of_the_masked_layer(family, monkeypatch):

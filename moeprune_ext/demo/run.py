@@ -23,10 +23,12 @@ from moeprune_ext.calibrate import calibrate
 from moeprune_ext.criteria import score_experts
 from moeprune_ext.data import TokenBatch, pack
 from moeprune_ext.demo import corpus
+from moeprune_ext.demo.tasks import arithmetic_records, word_order_records, write_tasks
 from moeprune_ext.evaluate import Task, accuracy, make_task, perplexity
 from moeprune_ext.evaluator import CandidateEvaluator
 from moeprune_ext.evolve import evolve
 from moeprune_ext.export import export, load
+from moeprune_ext.options import markdown_table
 from moeprune_ext.plan import PruningPlan, uniform_plan
 
 SPARSITIES = (0.25, 0.5)
@@ -82,35 +84,12 @@ def _stack(rows: list[TokenBatch], name: str) -> Any:
 
 def arithmetic_task(tokenizer: Any, problems: int | None, seed: int = 0) -> Task:
     """Held-out two-digit problems after corpus.SHOTS solved ones; None: every held-out problem."""
-    rng = random.Random(f"{seed}:arithmetic")
-    pool = [problem for operation in corpus.OPERATIONS for problem in corpus.problems("held_out", operation)]
-    chosen = pool if problems is None else rng.sample(pool, problems)
-    records = [
-        {"prompt": corpus.few_shot_prompt(p, rng), "answer": str(corpus.solve(*p)), "stop": corpus.STOP} for p in chosen
-    ]
-    return make_task("arithmetic", records, tokenizer)
+    return make_task("arithmetic", arithmetic_records(problems, seed), tokenizer)
 
 
 def word_order_task(tokenizer: Any, questions: int, seed: int = 0) -> Task:
-    """Which of four word orders is the original? Eight words of held-out code or prose, against three adjacent
-    swaps."""
-    rng = random.Random(f"{seed}:word order")
-    records: list[dict[str, Any]] = []
-    pools = [corpus.code_documents("evaluation"), corpus.prose_documents("evaluation")]
-    pools = [[text for text in pool if len(text) > 1500] for pool in pools]
-    while len(records) < questions:
-        text = rng.choice(pools[len(records) % 2])
-        start = text.find(" ", rng.randrange(200, len(text) - 600))
-        words = text[start : start + 600].split()[:8]
-        if len(words) < 8:
-            continue
-        swaps = [words[:i] + [words[i + 1], words[i]] + words[i + 2 :] for i in rng.sample(range(7), 3)]
-        choices = [" " + " ".join(order) for order in [words, *swaps]]
-        if len(set(choices)) == 4:
-            order = rng.sample(range(4), 4)
-            choices = [choices[i] for i in order]
-            records.append({"prompt": text[start - 200 : start], "choices": choices, "answer": order.index(0)})
-    return make_task("word order", records, tokenizer)
+    """Which of four word orders is the original?"""
+    return make_task("word order", word_order_records(questions, seed), tokenizer)
 
 
 def load_demo() -> tuple[PreTrainedModel, Any]:
@@ -122,7 +101,7 @@ def load_demo() -> tuple[PreTrainedModel, Any]:
 def run_demo(
     out: Path, *, seed: int = 0, progress: bool = False, say: Callable[[str], None] = lambda _: None
 ) -> list[DemoRow]:
-    """Runs the flow, writing stats, plans and checkpoints under `out`; returns the table's rows."""
+    """Runs the flow, writing stats, plans, checkpoints and tasks under `out`; returns the table's rows."""
     started = time.perf_counter()
 
     def step(text: str) -> None:
@@ -173,6 +152,7 @@ def run_demo(
         for kind, plan in (("uniform", uniform_plan(scores, sparsity)), ("EvoESAP", found.plan)):
             where = export(folder, plan, out / f"{kind.lower()}-{percent[:-1]}")
             rows.append(measure(f"{kind} {percent}", load(where, dtype=torch.float32), plan, where))
+    write_tasks(out / "tasks", seed)
     step("exported, loaded again and measured")
     return rows
 
@@ -199,16 +179,7 @@ def format_table(rows: list[DemoRow]) -> str:
         ]
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-
-    def join(cells: list[str]) -> str:
-        padded = [cells[0].ljust(widths[0])] + [
-            cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
-    return "\n".join([join(header), rule, *map(join, lines)])
+    return markdown_table(header, lines)
 
 
 def as_json(rows: list[DemoRow]) -> list[dict[str, Any]]:
