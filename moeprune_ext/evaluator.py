@@ -102,12 +102,15 @@ class CandidateEvaluator:
     """Scores pruning plans of one model on fixed batches against the unpruned model; the teacher pass happens here.
 
     batches: see data.as_batches. memory_budget: bytes beyond the model's own weights, on the model's device: the
-    candidates' hidden states, what a layer needs to run, a chunk of logits, and the teacher's hidden states, which go
-    to host memory or disk (teacher_cache="auto", or say "device", "host", "disk") where they take more than a quarter.
+    candidates' hidden states, what a layer needs to run, one layer's merged experts where candidates merge, a chunk of
+    logits, and the teacher's hidden states, which go to host memory or disk (teacher_cache="auto", or say "device",
+    "host", "disk") where they take more than a quarter.
     router: "auto" runs the fused kernel for routers whose formula it knows and whose logits are float32, and slices the
     others; "fused" takes it for half-precision logits too, where tied experts may be chosen otherwise; "sliced" never.
     method: "auto" sweeps all candidates through the layers together where the model can be replayed layer by layer, and
     warns where not; "whole" insists on one forward of the model per candidate. seed: of the `accept` metric's draws.
+    least_units: the data is cut into at least so many units of work, if it has as many sequences: no more processes
+    have something to do, and larger units of short sequences run faster.
 
     Under torchrun (distributed.py) the sequences are dealt out over the processes; every process gets all scores.
     The attribute `method` says how candidates are run, and why.
@@ -126,6 +129,7 @@ class CandidateEvaluator:
         router: str = "auto",
         method: str = "auto",
         seed: int = 0,
+        least_units: int = 16,
         backend: str = "auto",
     ) -> None:
         for name, value, known in (
@@ -135,6 +139,8 @@ class CandidateEvaluator:
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose from {', '.join(known)}")
+        if least_units < 1:
+            raise ValueError(f"least_units must be at least 1, got {least_units}")
         self.model = model
         self.layers = find_moe_layers(model)
         self.fingerprint = model_fingerprint(model, self.layers)
@@ -147,7 +153,7 @@ class CandidateEvaluator:
         self.predicted_positions = [int((s.next_token_labels >= 0).sum()) for s in self.sequences]
         self.data_fingerprint = data_fingerprint(self.sequences)
         longest = max(sequence.input_ids.shape[1] for sequence in self.sequences)
-        self.unit = max(1, min(UNIT_TOKENS // longest, len(self.sequences) // 16))
+        self.unit = max(1, min(UNIT_TOKENS // longest, len(self.sequences) // least_units))
         check_slicing(self.layers)
         self._whole = WholeForwards(model, self.sequences, memory_budget, seed, backend)
         self._engine: Engine

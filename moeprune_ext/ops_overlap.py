@@ -314,3 +314,11 @@ def label_top1(logits: Tensor, labels: Tensor) -> Tensor:
     as in greedy decoding), 0 elsewhere and where the label is negative, NaN where a logit is NaN."""
     hits = ((logits.argmax(-1) == labels) & (labels >= 0)).float()
     return torch.where(torch.isnan(logits).any(-1), torch.nan, hits)
+
+
+def next_token(logits: Tensor, labels: Tensor, *, backend: str = "auto") -> dict[str, Tensor]:
+    """logits [T, V], labels [T] -> {"nll": [T], as in `overlap`, "label_top1": see there}."""
+    lse = log_sum_exp(logits, backend=backend)
+    nll = lse - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].double()
+    nll = torch.where((labels >= 0) | torch.isnan(lse), nll, 0.0)
+    return {"nll": nll.to(torch.promote_types(logits.dtype, torch.float32)), "label_top1": label_top1(logits, labels)}

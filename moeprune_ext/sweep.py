@@ -2,10 +2,11 @@
 
 A candidate is the experts that it keeps in each MoE layer, or makes of them (merging.py). Candidates that agree up to
 a layer share one hidden state there, a *node*: its attention, norms and shared experts are computed once, and so is
-every (token, expert) pair that several of its candidates route (experts.py; merged experts are each candidate's own).
-From the first layer in which they differ, each has a state of its own; states are run in blocks of a fixed number of
-tokens, so that an expert's rows of a whole block are one matrix product. A layer's weights are needed once per sweep,
-whatever the number of candidates and sequences.
+every (token, expert) pair that several of its candidates route (experts.py). From the first layer in which they differ,
+each has a state of its own; states are run in blocks of a fixed number of tokens, so that an expert's rows of a whole
+block are one matrix product. A layer's weights are needed once per sweep, whatever the number of candidates and
+sequences. Merged experts are made once per layer: all states that one merge treats go through them, then the next's
+are made in their place; what candidates that merge share ends with the layer's input.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from moeprune_ext.experts import PairOutputs, distinct_pairs, weighted_sum
 from moeprune_ext.merged_plan import Merge
-from moeprune_ext.merging import MergedExperts, Treatment, many_treatments, mapped_layer, order_of
+from moeprune_ext.merging import MergedExperts, Treatment, mapped_layer, order_of, treated
 from moeprune_ext.moe import ExpertsFunction, MoeLayer, intercepted, replaced_forward
 from moeprune_ext.replay import LayerInputs, Replay, tensors_in
 from moeprune_ext.routers import RoutedLayer, many_masks
@@ -37,6 +38,15 @@ class Level:
     parent: Tensor
     mask: Tensor
     masks: tuple[Treatment, ...]
+
+    @property
+    def merges(self) -> list[Merge]:
+        return [treatment for treatment in self.masks if isinstance(treatment, Merge)]
+
+    def treated_by(self, merge: Merge | None) -> Tensor:
+        """int64, ascending: the states that this merge makes, or that masks do."""
+        chosen = [merge is t or (merge is None and not isinstance(t, Merge)) for t in self.masks]
+        return torch.tensor(chosen)[self.mask].nonzero()[:, 0]
 
     def times(self, sequences: int, states_before: int) -> Level:
         """The level for several sequences' states, one sequence's after the other's."""
@@ -108,9 +118,17 @@ class Sweep:
         states = [hidden for hidden, _ in batches]
         for index in range(len(self.replay.layers))[first:end]:
             level = tree.levels.get(index)
-            for number, (hidden, inputs) in enumerate(batches):
-                mine = None if level is None else level.times(len(hidden), len(states[number]) // len(hidden))
-                states[number] = self.layer(index, mine, states[number], inputs, number)
+            levels = [
+                None if level is None else level.times(len(hidden), len(state) // len(hidden))
+                for state, (hidden, _) in zip(states, batches, strict=True)
+            ]
+            before, states = states, []
+            for number, (mine, hidden, (_, inputs)) in enumerate(zip(levels, before, batches, strict=True)):
+                states.append(self.layer(index, mine, hidden, inputs, number))
+            for merge in level.merges if level is not None else ():
+                with self._held(index, merge):
+                    for mine, hidden, outputs, (_, inputs) in zip(levels, before, states, batches, strict=True):
+                        self._fill(index, mine, merge, hidden, outputs, inputs)
         return states
 
     @property
@@ -130,26 +148,55 @@ class Sweep:
         self._merge_buffers.clear()
 
     def layer(self, index: int, level: Level | None, states: Tensor, inputs: LayerInputs, number: int) -> Tensor:
-        """One layer of `run`: [M, S, H] -> [M', S, H], in the buffers of batch `number`."""
+        """One layer of `run`: [M, S, H] -> [M', S, H], in the buffers of batch `number`; states that a merge makes are
+        left for `run` to fill in."""
         count = len(states) if level is None else len(level.parent)
         _, length, width = states.shape
         # Two buffers a sequence in turn: memory fresh from the system costs a pass over it.
         outputs = self._buffer(2 * number + index % 2, count * length * width, states).view(count, length, width)
-        block = max(1, self.tokens_at_once // length)
-        for start in range(0, count, block):
-            mine = slice(start, start + block)
-            if level is None:
-                outputs[mine] = self.replay.run(index, states[mine], inputs)
-                continue
-            parents = level.parent[mine]
-            first = int(parents[0])
-            together = parents.equal(torch.arange(first, first + len(parents)))
-            hidden = (
-                states[first : first + len(parents)] if together else states.index_select(0, parents.to(states.device))
-            )
-            with self._candidates(index, level, mine, inputs):
-                outputs[mine] = self.replay.run(index, hidden, inputs)
+        self._fill(index, level, None, states, outputs, inputs)
         return outputs
+
+    def _fill(
+        self,
+        index: int,
+        level: Level | None,
+        merge: Merge | None,
+        states: Tensor,
+        outputs: Tensor,
+        inputs: LayerInputs,
+    ) -> None:
+        """The states that a merge makes, while it is held; those that masks make, where it is None."""
+        block = max(1, self.tokens_at_once // states.shape[1])
+        if level is None or not level.merges:
+            for start in range(0, len(outputs), block):
+                mine = slice(start, start + block)
+                outputs[mine] = self._block(index, level, mine, states, inputs)
+        elif len(chosen := level.treated_by(merge)):
+            for some in chosen.split(block):
+                outputs[some.to(outputs.device)] = self._block(index, level, some, states, inputs)
+
+    def _block(
+        self, index: int, level: Level | None, mine: slice | Tensor, states: Tensor, inputs: LayerInputs
+    ) -> Tensor:
+        """The states that `mine` says, after the layer."""
+        if level is None:
+            return self.replay.run(index, states[mine], inputs)
+        parents = level.parent[mine]
+        first = int(parents[0])
+        together = parents.equal(torch.arange(first, first + len(parents)))
+        hidden = states[first : first + len(parents)] if together else states.index_select(0, parents.to(states.device))
+        with self._candidates(index, level, mine, inputs):
+            return self.replay.run(index, hidden, inputs)
+
+    @contextmanager
+    def _held(self, index: int, merge: Merge) -> Iterator[None]:
+        """Inside, a layer's merged experts are there."""
+        stream = getattr(self.replay.model, "moeprune_stream", None)
+        if stream is not None:
+            stream.make_resident(index)
+        with self._merging(index)[1].held(merge):
+            yield
 
     def _buffer(self, name: int, size: int, like: Tensor) -> Tensor:
         held = self._buffers.get(name)
@@ -158,8 +205,9 @@ class Sweep:
         return held[:size]
 
     @contextmanager
-    def _candidates(self, index: int, level: Level, mine: slice, inputs: LayerInputs) -> Iterator[None]:
-        """Inside, one call of the decoder layer computes a block of states, each under its own mask."""
+    def _candidates(self, index: int, level: Level, mine: slice | Tensor, inputs: LayerInputs) -> Iterator[None]:
+        """Inside, one call of the decoder layer computes a block of states, each under its own mask, or all under one
+        merge."""
         routed = self.routed[index]
         parents = level.parent[mine]
         nodes, node_of = torch.unique_consecutive(parents, return_inverse=True)
@@ -171,9 +219,9 @@ class Sweep:
                 constants = {id(t) for t in tensors_in(inputs.arguments[index])}
                 for module in _once_per_node(self.replay.layers[index], routed.layer):
                     stack.enter_context(replaced_forward(module, _for_nodes(first_of, node_of, constants)))
-            if any(isinstance(mask, Merge) for mask in masks):
+            if isinstance(masks[0], Merge):
                 mapped, merged = self._merging(index)
-                stack.enter_context(many_treatments(mapped, masks, of_state, merged))
+                stack.enter_context(treated(mapped, masks[0], merged))
             else:
                 kept = [mask for mask in masks if not isinstance(mask, Merge)]
                 if routed.places is not None:

@@ -2,55 +2,50 @@
 
 The budget is divided once, at the start, by what a layer is measured to need: logits in flight, the teacher's rows if
 they stay on the device, what a layer call needs (which sets how many states one call takes), and the candidates' hidden
-states (which sets how many candidates go together, and how many sequences where the layers are streamed). None of it
-depends on the candidates or on the number of processes.
+states (which sets how many candidates go together, and how many sequences where they wait for each other: where layers
+are streamed, or experts are merged for one layer at a time). None of it depends on the candidates or on the number of
+processes; while plans merge experts, those of one layer take their part of what states have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeprune_ext import distributed
 from moeprune_ext.data import TokenBatch
+from moeprune_ext.head import Division, Head
 from moeprune_ext.masking import half_kept, masks
 from moeprune_ext.memory import peak_bytes
 from moeprune_ext.merged_plan import MergedPlan
-from moeprune_ext.merging import Treatment, order_of
+from moeprune_ext.merging import Treatment, bytes_while_merged, order_of
 from moeprune_ext.moe import MoeLayer
-from moeprune_ext.ops import log_sum_exp_from_hidden, overlap, overlap_from_hidden
-from moeprune_ext.ops_overlap import bytes_in_flight, label_top1
+from moeprune_ext.ops import log_sum_exp_from_hidden, overlap
+from moeprune_ext.ops_overlap import bytes_in_flight
 from moeprune_ext.plan import PruningPlan
 from moeprune_ext.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay, alike
 from moeprune_ext.routers import routed_layer
-from moeprune_ext.sweep import Level, Sweep, Tree, grow
+from moeprune_ext.sweep import Level, Sweep, grow
 from moeprune_ext.teacher import TeacherCache, TeacherRows, choose_place
 
 CPU_TOKENS_AT_ONCE, CUDA_TOKENS_AT_ONCE = 8_192, 65_536  # beyond these a layer call gains nothing
 CPU_HEAD_BYTES, CUDA_HEAD_BYTES = 2**28, 2**31
 
 
-@dataclass(frozen=True)
-class Division:
-    """What a memory budget allows. head: bytes for logits in flight. tokens: in one call of a layer. state_tokens: of
-    hidden states that the sweep holds. teacher_place: see teacher.py."""
-
-    head: int
-    tokens: int
-    state_tokens: int
-    teacher_place: str
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Sequences of one length that go through a layer together; their first hidden states, [1, S, H] each."""
-
-    numbers: list[int]
-    hidden: list[Tensor]
-    inputs: LayerInputs
+def padded_lengths(sequences: Sequence[TokenBatch], unit: int) -> list[int]:
+    """The lengths that sequences, [1, S] each, are run at: a unit's longest for all of it, so that they can go through
+    a layer together, where that adds less than a tenth and where no position is masked."""
+    lengths = [sequence.input_ids.shape[1] for sequence in sequences]
+    for start in range(0, len(lengths), unit):
+        mine = slice(start, start + unit)
+        longest, count = max(lengths[mine]), len(lengths[mine])
+        whole = all(bool(sequence.attention_mask.all()) for sequence in sequences[mine])
+        if whole and 10 * longest * count < 11 * sum(lengths[mine]):
+            lengths[mine] = [longest] * count
+    return lengths
 
 
 class SweptModel:
@@ -76,6 +71,7 @@ class SweptModel:
         self._device = next(model.parameters()).device
         self._streamed = getattr(model, "moeprune_stream", None) is not None
         self._first = min(self._layers)
+        self._lengths = [sequence.input_ids.shape[1] for sequence in sequences]
         longest = max(sequences, key=lambda sequence: sequence.input_ids.shape[1])
         few = TokenBatch(*(part[:, :TRIED_TOKENS] for part in vars(sequences[0]).values()))
         problem: NotReplayable | None = None
@@ -90,10 +86,15 @@ class SweptModel:
         # All processes or none.
         if bool(distributed.maximum_(torch.tensor([problem is not None], dtype=torch.float64))):
             raise problem or NotReplayable("another process cannot replay it")
+        padded = padded_lengths(sequences, unit)
+        if padded != self._lengths and distributed.from_first(lambda: self._ignores_what_follows(few)):
+            self._lengths = padded
         self.division = distributed.from_first(lambda: self._divide(longest, memory_budget, teacher_cache))
         self._sweep.release()
         self._sweep.tokens_at_once = self.division.tokens
+        self._kinds: dict[int, int] = {}  # sequences of one kind are neighbours whose layers are called alike
         self._teacher = TeacherCache(self.division.teacher_place, self._device)
+        self._head = Head(self._replay, sequences, self._teacher, self.division, seed, backend)
         ways = " and ".join(sorted({r.way for r in routed.values()}))
         self.about = (
             f"layer sweep, routers {ways}, units of {unit}, {self.division.tokens} tokens at once, "
@@ -108,14 +109,19 @@ class SweptModel:
         """Fills the teacher cache for these sequences; the sums of their log-sum-exps."""
         alone = grow([self._kept(None)], list(self._layers))
         sums = {}
-        for wave in self._waves(numbers, 3):  # as much memory as three states: captured, begun and run
-            captured = [(torch.cat(batch.hidden), batch.inputs) for batch in wave]
+        self._tell_kinds(numbers)
+        # As much memory as three states: captured, begun and run.
+        for wave in self._waves(numbers, 3, self.division.state_tokens):
+            captured = []
+            for batch in wave:
+                inputs = [self._inputs(number) for number in batch]
+                captured.append((torch.cat([one.hidden for one in inputs]), inputs[0]))
             starts = self._sweep.run(alone, captured, 0, self._first)
             # The next run writes where these lie.
             begun = [(start.clone(), inputs) for start, (_, inputs) in zip(starts, captured, strict=True)]
             for batch, (start, _), last in zip(wave, begun, self._sweep.run(alone, begun, self._first), strict=True):
-                for i, n in enumerate(batch.numbers):
-                    head_inputs = self._head_inputs(n, last[i : i + 1])[0]
+                for i, n in enumerate(batch):
+                    head_inputs = self._head.inputs([n], last[None, i : i + 1])[0]
                     lse = log_sum_exp_from_hidden(
                         head_inputs, self._replay.head, chunk_bytes=self.division.head, backend=self._backend
                     )
@@ -131,94 +137,86 @@ class SweptModel:
         layers = list(self._layers)
         # Neighbours in this order share most; groups of them fit the memory for states.
         order = sorted(range(len(plans)), key=lambda i: [order_of(candidates[i][layer]) for layer in layers])
-        longest = max(sequence.input_ids.shape[1] for sequence in self._sequences)
-        group = max(1, self.division.state_tokens // longest)
+        merging = any(isinstance(plan, MergedPlan) for plan in plans)
+        room = self._room(plans)
+        group = max(1, room // max(self._lengths))
         for start in range(0, len(order), group):
             chosen = order[start : start + group]
             tree = grow([candidates[i] for i in chosen], layers)
-            for wave in self._waves(numbers, tree.states + 1):
-                begun = [(torch.cat([self._teacher[n].start for n in b.numbers]), b.inputs) for b in wave]
+            for wave in self._waves(numbers, tree.states + 1, room, merging):
+                begun = [(torch.cat([self._teacher[n].start for n in batch]), self._inputs(batch[0])) for batch in wave]
                 for batch, last in zip(wave, self._sweep.run(tree, begun, self._first), strict=True):
-                    states = last.view(len(batch.numbers), -1, *last.shape[1:])
-                    for n, mine in zip(batch.numbers, states, strict=True):
-                        yield n, chosen, self._compare(n, self._teacher[n], mine, tree, metrics)
-            if self._streamed:
+                    states = last.view(len(batch), -1, *last.shape[1:])
+                    for n, values in self._head.compared(batch, states, metrics):
+                        yield n, chosen, {name: value[tree.leaf.to(value.device)] for name, value in values.items()}
+            if self._streamed or merging:
                 self._sweep.release()  # the next wave may be cut otherwise
 
-    def _inputs(self, number: int) -> LayerInputs:
-        return self._replay.inputs(self._sequences[number].model_inputs(self._device))
-
-    def _compare(
-        self, number: int, teacher: TeacherRows, last: Tensor, tree: Tree, metrics: tuple[str, ...]
-    ) -> dict[str, Tensor]:
-        sequence = self._sequences[number]
-        labels = sequence.next_token_labels[sequence.wanted].to(self._device)
-        head_inputs = self._head_inputs(number, last)
-        values = {}
-        if compared := tuple(name for name in metrics if name != "label_top1"):
-            values = overlap_from_hidden(
-                teacher.head_inputs,
-                head_inputs,
-                self._replay.head,
-                chunk_bytes=self.division.head,
-                p_lse=teacher.lse,
-                labels=labels,
-                metrics=compared,
-                seed=self._seed + number,
-                backend=self._backend,
+    def _room(self, plans: Sequence[PruningPlan | MergedPlan]) -> int:
+        """Tokens of states that fit beside the merged experts of one layer. Raises ValueError where none do."""
+        merged = {(i, len(m.experts)) for plan in plans if isinstance(plan, MergedPlan) for i, m in plan.merges.items()}
+        size = max((bytes_while_merged(self._layers[index], count) for index, count in merged), default=0)
+        longest, held = max(self._lengths), self.division.state_tokens
+        room = (held - -(-size // self.division.token_bytes)) // longest * longest
+        if room < longest:
+            sizes = (held * self.division.token_bytes, size, (longest - held) * self.division.token_bytes + size)
+            mib = [f"{n / 2**20:,.2f} MiB" for n in sizes]
+            raise ValueError(
+                f"memory_budget leaves {mib[0]} for hidden states, of which the merged experts of one layer would take "
+                f"{mib[1]}; allow at least {mib[2]} more"
             )
-        if "label_top1" in metrics:
-            values["label_top1"] = self._label_top1(head_inputs, labels)
-        leaf = tree.leaf.to(self._device)
-        return {name: value[leaf] for name, value in values.items()}
+        return room
 
-    def _label_top1(self, head_inputs: Tensor, labels: Tensor) -> Tensor:
-        """[M, T, H], labels [T] -> float32 [M, T]: whether the largest logit is the label's; 0 where there is none."""
-        hits = torch.zeros(head_inputs.shape[:2], dtype=torch.float32, device=head_inputs.device)
-        rows = (labels >= 0).nonzero()[:, 0]
-        for state, hidden in enumerate(head_inputs[:, rows]):
-            if len(rows):
-                hits[state, rows] = label_top1(self._replay.project(hidden), labels[rows])
-        return hits
+    def _inputs(self, number: int) -> LayerInputs:
+        inputs = self._sequences[number].model_inputs(self._device)
+        if more := self._lengths[number] - inputs["input_ids"].shape[1]:
+            inputs["input_ids"] = F.pad(inputs["input_ids"], (0, more))
+        return self._replay.inputs(inputs)
 
-    def _head_inputs(self, number: int, last: Tensor) -> Tensor:
-        """[M, S, H] -> [M, T, H]: the last layer's output as the head takes it, at the wanted positions, in place."""
-        wanted = self._sequences[number].wanted[0].nonzero()[:, 0].to(last.device)
-        together = max(1, self.division.tokens // last.shape[1])
-        for block in last.split(together):
-            rows = self._replay.head_inputs(block[:, wanted].flatten(0, 1))
-            block[:, : len(wanted)] = rows.view(len(block), len(wanted), -1)
-        return last[:, : len(wanted)]
-
-    def _waves(self, numbers: Sequence[int], states: int) -> Iterator[list[_Batch]]:
-        """Sequences that advance together: a batch, or where layers are streamed as many as the states' memory holds.
-
-        A batch is neighbours of one unit whose layers are called alike, up to a full layer call.
-        """
-        room, unit = self.division.state_tokens, self._unit
-        wave: list[_Batch] = []
-        held = most = 0
+    def _tell_kinds(self, numbers: Sequence[int]) -> None:
+        """Once, so that later a batch's first sequence stands for it."""
+        before: tuple[int, LayerInputs] | None = None
         for number in numbers:
             inputs = self._inputs(number)
+            same = (
+                before is not None
+                and before[1].hidden.shape == inputs.hidden.shape
+                and alike(before[1].arguments, inputs.arguments)
+            )
+            self._kinds[number] = self._kinds[before[0]] if same and before is not None else number
+            before = number, inputs
+
+    def _waves(
+        self, numbers: Sequence[int], states: int, room: int, merging: bool = False
+    ) -> Iterator[list[list[int]]]:
+        """Batches of sequences that advance together: one, or where layers are streamed or experts merged as many as
+        the states' memory holds.
+
+        A batch is neighbours of one unit and kind, up to a full layer call.
+        """
+        unit = self._unit
+        wave: list[list[int]] = []
+        held = most = 0
+        for number in numbers:
             last = wave[-1] if wave else None
             if (
                 last is not None
-                and len(last.numbers) < most
-                and last.numbers[-1] // unit == number // unit
-                and last.hidden[0].shape == inputs.hidden.shape
-                and alike(last.inputs.arguments, inputs.arguments)
+                and len(last) < most
+                and last[-1] // unit == number // unit
+                and self._kinds[last[-1]] == self._kinds[number]
             ):
-                last.numbers.append(number)
-                last.hidden.append(inputs.hidden)
+                last.append(number)
                 continue
-            # A unit that does not fit one call is cut into equal parts. Where a wave ends, which depends on what else
-            # this process has to do, never cuts a batch.
-            tokens = inputs.hidden.shape[1] * states
-            most = -(-unit // -(-unit * tokens // min(self.division.tokens, room)))
-            if wave and (not self._streamed or held + most * tokens > room):
+            # A unit that does not fit one call is cut into equal parts; merges take the states one by one. Where a wave
+            # ends, which depends on what else this process has to do, never cuts a batch.
+            length = self._lengths[number]
+            tokens = length * states
+            in_call = length if merging else tokens
+            most = -(-unit // max(-(-unit * in_call // self.division.tokens), -(-unit * tokens // room)))
+            if wave and (not (self._streamed or merging) or held + most * tokens > room):
                 yield wave
                 wave, held = [], 0
-            wave.append(_Batch([number], [inputs.hidden], inputs))
+            wave.append([number])
             held += most * tokens
         if wave:
             yield wave
@@ -255,6 +253,22 @@ class SweptModel:
                 expected = self._model(**sequence.model_inputs(self._device), use_cache=False).logits[0]
             self._replay.compare(logits, expected)
 
+    def _ignores_what_follows(self, sequence: TokenBatch) -> bool:
+        """Whether the logits of a sequence's first half are the same with the rest behind it."""
+        ids = sequence.input_ids.to(self._device)
+        half = max(1, ids.shape[1] // 2)
+        tree = grow([self._kept(None)], list(self._layers))
+        logits = []
+        for tokens in (ids[:, :half], ids):
+            inputs = self._replay.inputs({"input_ids": tokens})
+            last = self._sweep.run(tree, [(inputs.hidden, inputs)])[0][0, :half]
+            logits.append(self._replay.project(self._replay.head_inputs(last)))
+        try:
+            self._replay.compare(logits[1], logits[0])
+        except NotReplayable:
+            return False
+        return True
+
     def _fused_difference(self, sequence: TokenBatch) -> float:
         """1 - ESAP between half-pruned models whose tied half-precision logits the kernel and slicing resolve."""
         inputs = self._replay.inputs(sequence.model_inputs(self._device))
@@ -276,7 +290,7 @@ class SweptModel:
         arguments = 2 * self._replay.argument_bytes(inputs)  # of this sequence and of the one before
 
         wanted = [int(sequence.wanted.sum()) for sequence in self._sequences]
-        rows = [(s.input_ids.shape[1] + w) * width * item + 8 * w for s, w in zip(self._sequences, wanted, strict=True)]
+        rows = [(size + w) * width * item + 8 * w for size, w in zip(self._lengths, wanted, strict=True)]
         place = choose_place(teacher_cache, sum(rows), self._device, budget)
         on_device = place == "device" or (place == "host" and self._device.type == "cpu")
         teacher = sum(rows) if on_device else max(rows)
@@ -298,7 +312,7 @@ class SweptModel:
         # In whole sequences, so that a byte more or less on another day groups alike.
         tokens = max(1, min(most, rest // 2 // per_token) // length) * length
         state_tokens = max(1, (rest - tokens * per_token) // (2 * width * item) // length) * length
-        return Division(head, tokens, state_tokens, place)
+        return Division(head, head_least // 16, tokens, state_tokens, 2 * width * item, place)
 
     def _layer_bytes(self, inputs: LayerInputs) -> int:
         """Most bytes beside the states that a layer's call for one state needs, with what the sweep keeps from call to

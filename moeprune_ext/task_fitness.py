@@ -22,13 +22,16 @@ from moeprune_ext.evaluator import CandidateEvaluator
 from moeprune_ext.merged_plan import Merge, MergedPlan
 from moeprune_ext.plan import Plan, PruningPlan
 
+LEAST_UNITS = 4  # of work; answers are short, and few of them in a unit would leave a layer little to do
+
 
 class TaskFitness:
     """Scores EEP's candidates, and pruning plans, by a task; to be called with a list of them.
 
     score: the share of examples answered right. tie: the mean log-likelihood of the right answers, per answer (both as
     `evaluate.correct` defines them). length_normalized: choices compare by log-likelihood per token. options: see
-    CandidateEvaluator. active: experts per token, fewer than the model's; None: as many.
+    CandidateEvaluator. active: experts per token, fewer than the model's; None: as many. places: of every example's
+    every option, one after the other, the number of its sequence in `evaluator`.
 
     Raises ValueError as CandidateEvaluator does, when it is made and when it is called.
     """
@@ -44,20 +47,24 @@ class TaskFitness:
     ) -> None:
         self._task, self._length_normalized, self._active = task, length_normalized, active
         rows = [(example.prompt, option) for example in task.examples for option in example.options]
+        # By length, so that neighbours, the evaluator's units of work, go through a layer as one batch.
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
+        self.places = sorted(range(len(rows)), key=order.__getitem__)
         batches = []
-        for prompt, continuation in rows:
+        for prompt, continuation in (rows[row] for row in order):
             labels = torch.zeros(1, len(prompt) + len(continuation), dtype=torch.bool)
             labels[0, len(prompt) :] = True
             batches.append({"input_ids": torch.tensor([prompt + continuation]), "labels_mask": labels})
-        self.evaluator = CandidateEvaluator(model, batches, **options)
+        self.evaluator = CandidateEvaluator(model, batches, **{"least_units": LEAST_UNITS, **options})
 
     def __call__(self, candidates: Sequence[Candidate | Plan]) -> list[Fitness]:
         plans = [candidate_plan(candidate, self.evaluator, self._active) for candidate in candidates]
         sums = self.evaluator.sequence_sums(plans, ("nll", "label_top1")).sums
-        lengths = self.evaluator.weights("nll")
+        weights = self.evaluator.weights("nll")
+        lengths = [weights[place] for place in self.places]
         return [
             self._fitness((-nll).tolist(), hits.tolist(), lengths)
-            for nll, hits in zip(sums["nll"], sums["label_top1"], strict=True)
+            for nll, hits in zip(sums["nll"][:, self.places], sums["label_top1"][:, self.places], strict=True)
         ]
 
     def _fitness(self, likelihoods: list[float], hits: list[float], lengths: list[int]) -> Fitness:
@@ -78,26 +85,25 @@ class TaskFitness:
 
 
 class AnswerFitness:
-    """Scores EEP's candidates, and plans, by how they treat the tokens of the right answers; to be called as TaskFitness
-    is, with whose arguments it is made.
+    """Scores EEP's candidates, and plans, by how they treat the tokens of the right answers; made and called as
+    TaskFitness is.
 
     metric: "esap", the acceptance against the full model at the positions that predict these tokens (our choice:
     unshifted, as ESAP is elsewhere, it would leave out the first of them); the score is the metric's value. Or "nll",
     per token; the score is exp(-nll), a share of 1 in the same order (our choice). tie: None.
     """
 
-    def __init__(
-        self, model: nn.Module, task: Task, metric: str, *, active: int | None = None, **options: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, task: Task, metric: str, *, active: int | None = None, **options: Any) -> None:
         self._metric, self._active = metric, active
         ahead = 1 if metric == "esap" else 0
         batches = []
-        for example in right_answers(task).examples:
+        # By length, as above.
+        for example in sorted(right_answers(task).examples, key=lambda e: len(e.prompt) + len(e.options[0])):
             tokens = example.prompt + example.options[0]
             labels = torch.zeros(1, len(tokens), dtype=torch.bool)
             labels[0, len(example.prompt) - ahead : len(tokens) - ahead] = True
             batches.append({"input_ids": torch.tensor([tokens]), "labels_mask": labels})
-        self.evaluator = CandidateEvaluator(model, batches, **options)
+        self.evaluator = CandidateEvaluator(model, batches, **{"least_units": LEAST_UNITS, **options})
 
     def __call__(self, candidates: Sequence[Candidate | Plan]) -> list[Fitness]:
         plans = [candidate_plan(candidate, self.evaluator, self._active) for candidate in candidates]

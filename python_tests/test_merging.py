@@ -1,6 +1,5 @@
 """Candidates that merge experts and map routers: in a sweep, in whole forwards, and by the definition."""
 
-
 import pytest
 import torch
 from tiny_models import random_tokens, tiny_model

@@ -1,18 +1,19 @@
 """Tasks in the sweep: the right answers that `correct` finds, for every candidate; EEP's search on the demo model."""
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
 
 import moeprune_ext as mp
 from moeprune_ext.demo.run import arithmetic_task, load_demo
-from moeprune_ext.eep_candidates import Candidate, Layout, criterion_mask
+from moeprune_ext.eep_candidates import Candidate, Layout, criterion_mask, given_mask, merge_child
 from moeprune_ext.eep_search import search
-from moeprune_ext.evaluate import Example, Task, correct
+from moeprune_ext.evaluate import Example, Task, correct, generated_matches
 from moeprune_ext.merged_plan import Merge, MergedPlan
 from moeprune_ext.merging import mapped_layer, merged_model
 from moeprune_ext.moe import find_moe_layers
-from moeprune_ext.task_fitness import TaskFitness
+from moeprune_ext.task_fitness import TaskFitness, candidate_plan
 
 
 def greedy(model, prompt, count):
@@ -73,6 +74,25 @@ def test_right_answers_are_those_of_the_candidate_run_alone(model, task, length_
             expected = correct(model, task, length_normalized=length_normalized)
         assert got.score == pytest.approx(sum(expected) / len(expected))
     assert [f.tie for f in found] == pytest.approx([fitness([c])[0].tie for c in candidates], abs=1e-4)
+
+
+def test_exact_match_in_the_sweep_is_greedy_generation_with_merged_experts():
+    """On the demo model: masks and merges, scored without generating, against what they generate."""
+    model, tokenizer = load_demo()
+    task = arithmetic_task(tokenizer, 60, seed=7)
+    fitness = TaskFitness(model, task)
+    layout = Layout.of(dict.fromkeys(fitness.evaluator.layers, 16), 10)
+    stats = mp.calibrate(model, [s.input_ids for s in fitness.evaluator.sequences])
+    mask = given_mask(layout, criterion_mask(layout, mp.score_experts(stats, "weighted_ean")))
+    rng = np.random.default_rng(0)
+    candidates = [mask, *(merge_child(mask, None, rng, scale=0.25) for _ in range(3))]
+    scores = [one.score for one in fitness(candidates)]
+    for candidate, score in zip(candidates, scores, strict=True):
+        with mp.applied(model, candidate_plan(candidate, fitness.evaluator, None)):
+            forced, generated = correct(model, task), generated_matches(model, task)
+        assert forced == generated
+        assert score == pytest.approx(sum(generated) / 60)
+    assert min(scores) < 0.95 and max(scores) > 0.3, "both outcomes must occur, or this shows nothing"
 
 
 def test_the_unpruned_model_scores_its_accuracy(model, task):
