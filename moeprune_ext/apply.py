@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
-from moeprune_ext.differences import mapped_parameters, router_rule
+from moeprune_ext.checkpoint import skeleton
+from moeprune_ext.differences import differences, mapped_parameters, router_rule
 from moeprune_ext.masking import Replaced, check_plan, masks, merge_sums_, resize_, restored
 from moeprune_ext.merged_plan import MergedPlan
 from moeprune_ext.merging import check_merges, combined, mapped_layer, merged_model
-from moeprune_ext.modeling import map_router_
+from moeprune_ext.modeling import CONFIG_KEY, map_router_
 from moeprune_ext.moe import (
     EXPERT_COUNT_NAMES,
     TOP_K_CONFIG_NAMES,
     MoeLayer,
     expert_tensors,
     find_moe_layers,
+    lowered,
     model_fingerprint,
     set_active_,
 )
@@ -51,8 +54,9 @@ def prune_(model: nn.Module, plan: Plan | HasPlan) -> None:
     """Carries out a plan, or the result of a search, in place: router and expert tensors are sliced, counts are set;
     merged experts get their weights, and mapped routers map.
 
-    The configuration's numbers follow where they can describe the result. Raises ValueError as `applied`, and for a
-    model whose layers are streamed.
+    The configuration follows: its numbers where they can describe the result, else with a record of the differences, so
+    that `load` reads what save_pretrained writes. Raises ValueError as `applied`, and for a model whose layers are
+    streamed.
     """
     plan = plan_of(plan)
     if getattr(model, "moeprune_stream", None) is not None:
@@ -71,6 +75,7 @@ def prune_(model: nn.Module, plan: Plan | HasPlan) -> None:
         _prune_(model, layers, plan)
     if plan.active is not None:
         _set_active_(model, layers, plan.active)
+    _record_(model)
 
 
 def _checked(plan: MergedPlan, model: nn.Module, layers: Mapping[int, MoeLayer]) -> dict[int, RoutedLayer]:
@@ -100,9 +105,23 @@ def _replace_experts_(layer: MoeLayer, shares: Tensor) -> None:
 
 def _set_active_(model: nn.Module, layers: Mapping[int, MoeLayer], active: int) -> None:
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    before = {layer.shape.top_k for layer in layers.values()}
     for layer in layers.values():
         set_active_(layer, active)
     for name in TOP_K_CONFIG_NAMES:
-        if getattr(config, name, None) in before:
-            setattr(config, name, active)
+        if (value := lowered(getattr(config, name, None), active)) is not None:
+            setattr(config, name, value)
+
+
+def _record_(model: nn.Module) -> None:
+    """Makes the configuration say how the model differs from it, as an export does; `load` reads a saved one."""
+    config: Any = model.config
+    for name in (CONFIG_KEY, "auto_map"):
+        if hasattr(config, name):
+            delattr(config, name)
+    layers = find_moe_layers(model)
+    counts = {index: layer.shape.num_experts for index, layer in layers.items()}
+    rules = {index: getattr(layer.router, "moeprune_rule", None) for index, layer in layers.items()}
+    mapped = {index: rule for index, rule in rules.items() if rule is not None}
+    original = find_moe_layers(skeleton(config, {}))
+    if mapped or counts != {index: layer.shape.num_experts for index, layer in original.items()}:
+        setattr(config, CONFIG_KEY, differences(original, counts, mapped))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moeprune_ext.files import read_json
 from moeprune_ext.merging import mapped_layer
-from moeprune_ext.modeling import CONFIG_KEY, auto_class, reshape_
+from moeprune_ext.modeling import CONFIG_KEY, MAPPED, auto_class, reshape_
 from moeprune_ext.moe import (
     MoeLayer,
     decoder_layers,
@@ -117,7 +117,7 @@ def read_hf_config(folder: Path) -> Any:
     from transformers import AutoConfig  # here, because it doubles the time to import this package
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each configuration class validates in its own way
         message = " ".join(str(error).split())
         raise ValueError(f"{folder}: transformers does not accept config.json: {message[:300]}") from error
@@ -268,12 +268,13 @@ def _fingerprint(
     digest = hashlib.sha256()
     for index, layer in layers.items():
         for tensor in router_tensors(layer):
-            update_fingerprint(digest, index, tensors[index, tensor.path])
+            update_fingerprint(digest, index, tensors[index, tensor.path], exact=tensor.name in MAPPED)
     return fingerprint_text(model.config.get_text_config().model_type, digest)  # type: ignore[union-attr, operator]
 
 
 def from_pretrained(loader: Any, folder: Path, **kwargs: Any) -> tuple[Any, list[str]]:
-    """`loader.from_pretrained` without downloads, and which weights are missing or do not fit.
+    """`loader.from_pretrained` without downloads, and which weights are missing or do not fit, or are of routers that
+    the model does not map.
 
     ValueError, naming the directory, for whatever keeps it from loading.
     """
@@ -284,7 +285,9 @@ def from_pretrained(loader: Any, folder: Path, **kwargs: Any) -> tuple[Any, list
         raise
     except (OSError, SafetensorError, RuntimeError, KeyError, ImportError) as error:
         raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    return model, sorted(report["missing_keys"]) + sorted(str(item) for item in report["mismatched_keys"])
+    unexpected = [name for name in report["unexpected_keys"] if name.rpartition(".")[2] in MAPPED]
+    problems = [*report["missing_keys"], *map(str, report["mismatched_keys"]), *unexpected]
+    return model, sorted(problems)
 
 
 def refuse(folder: Path, problems: Sequence[str]) -> None:

@@ -5,8 +5,8 @@ per token where they are fewer, differ in its configuration (and multi-token-pre
 nothing of, are left out). A non-uniform plan, and merged experts behind mapped routers, keep the original configuration
 and add the key `moeprune`, which says how layers differ, and modeling.py, which `load` uses, and transformers too under
 trust_remote_code: it builds the original model and reshapes each layer's router and experts before the weights arrive.
-The result is an ordinary model that can be calibrated, scored and searched again. Memory: one shard at a time, and of
-merged experts that are stored one by one the new ones of one projection of one layer.
+The result is an ordinary model that can be calibrated, scored and searched again. Memory: one shard at a time, and
+where merged experts are stored one by one those of one projection of one layer, old and new.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 from moeprune_ext import modeling
 from moeprune_ext.checkpoint import (
     INDEX,
+    SINGLE,
     Checkpoint,
     from_pretrained,
     read_checkpoint,
@@ -42,8 +43,8 @@ from moeprune_ext.export_weights import Siblings, merged_tensors, pruned_tensors
 from moeprune_ext.masking import check_plan
 from moeprune_ext.merged_plan import MergedPlan
 from moeprune_ext.merging import check_merges
-from moeprune_ext.modeling import CONFIG_KEY, auto_class, base_class, model_class
-from moeprune_ext.moe import EXPERT_COUNT_NAMES, TOP_K_CONFIG_NAMES, find_moe_layers
+from moeprune_ext.modeling import CONFIG_KEY, auto_class, base_class, freeze_maps_, model_class
+from moeprune_ext.moe import EXPERT_COUNT_NAMES, TOP_K_CONFIG_NAMES, find_moe_layers, lowered
 from moeprune_ext.plan import HasPlan, Plan, plan_of
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 REPLACED = {"config.json", INDEX, "README.md", "pruning_plan.json"}  # written anew, not copied
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
-REMOTE_CODE = "modeling.MoepruneModel"
 Folder = str | os.PathLike[str]
 
 
@@ -73,6 +73,8 @@ def export(source: Folder, plan: Plan | HasPlan, out: Folder) -> Path:
             f"{source} holds merged experts behind mapped routers: make a plan for the model it was made of"
         )
     result = _result(checkpoint, plan)
+    if not result.is_stock and CONFIG_KEY not in checkpoint.config and (source / "modeling.py").exists():
+        raise ValueError(f"{source} has a modeling.py of its own, where the result needs ours; rename it there")
     config = _new_config(checkpoint, plan, result)
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -119,12 +121,30 @@ class _Result:
         return not self.mapped and len(set(self.counts.values())) == 1
 
 
+def _check_counts(folder: Path, model: PreTrainedModel, raw: Mapping[str, Any]) -> None:
+    """Refuses a record that leaves layers other experts than it says."""
+    try:
+        found = {str(index): layer.shape.num_experts for index, layer in find_moe_layers(model).items()}
+    except ValueError:
+        found = {}
+    if found != recorded(raw).get("kept_per_layer"):
+        raise ValueError(
+            f"{folder}: config.json has a damaged {CONFIG_KEY!r} entry: it makes layers of {found} experts, and says "
+            f"{recorded(raw).get('kept_per_layer')}"
+        )
+
+
 def _result(checkpoint: Checkpoint, plan: Plan) -> _Result:
     kept = {index: list(range(layer.shape.num_experts)) for index, layer in checkpoint.layers.items()}
     if isinstance(plan, MergedPlan):
         routed = stored_routers(checkpoint)
         check_merges(plan, routed, checkpoint.fingerprint)
         kept |= {index: list(range(len(merge.experts))) for index, merge in plan.merges.items()}
+        if all(len(kept[index]) == layer.shape.num_experts for index, layer in checkpoint.layers.items()):
+            raise ValueError(
+                "these merges leave every layer all of its experts, so other loaders would take the result for the "
+                "original model and ignore its maps; merge to fewer experts"
+            )
         mapped = {index: router_rule(routed[index], len(kept[index])) for index in plan.merges}
         parameters = {index: mapped_parameters(routed[index], merge) for index, merge in plan.merges.items()}
         return _Result(kept, mapped, parameters, Siblings(checkpoint, list(plan.merges)))
@@ -148,7 +168,7 @@ def _write_weights(folder: Path, checkpoint: Checkpoint, plan: Plan, result: _Re
             save_file(tensors, folder / file.name, metadata=shard.metadata() or {"format": "pt"})
         total += sum(tensor.nbytes for tensor in tensors.values())
         weight_map |= dict.fromkeys(tensors, file.name)
-    if len(checkpoint.shards) > 1:
+    if [file.name for file in checkpoint.shards] != [SINGLE]:
         index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
         (folder / INDEX).write_text(index_text + "\n")
     return total
@@ -187,38 +207,48 @@ def load(
     if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
         kwargs.setdefault("quantization_config", Mxfp4Config(dequantize=True))
     loader: Any = AutoModelForCausalLM
-    if CONFIG_KEY in raw or not kwargs.get("trust_remote_code"):  # else of a class that the folder brings
+    try:
         config = kwargs["config"] if "config" in kwargs else read_hf_config(folder)
         loader = auto_class(config)
+    except ValueError:
+        if CONFIG_KEY in raw or not kwargs.get("trust_remote_code"):  # else of a class that the folder brings
+            raise
     if CONFIG_KEY in raw:
         base, kwargs["config"] = base_class(loader, config)
         loader = model_class(base, recorded(raw))
     model, problems = from_pretrained(loader, folder, **kwargs)
     refuse(folder, problems)
     if CONFIG_KEY in raw:
-        model.__class__ = loader.__base__
+        freeze_maps_(model)
+        _check_counts(folder, model, raw)
     return model if device is None else model.to(device)
 
 
 def _new_config(checkpoint: Checkpoint, plan: Plan, result: _Result) -> dict[str, Any]:
     config = json.loads(json.dumps(checkpoint.config))
     config.pop(CONFIG_KEY, None)
-    auto_map = {name: code for name, code in (config.pop("auto_map", None) or {}).items() if code != REMOTE_CODE}
+    auto_map = {name: code for name, code in (config.pop("auto_map", None) or {}).items() if not _is_ours(code)}
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     for part in parts:
         if part.get("num_nextn_predict_layers"):
             part["num_nextn_predict_layers"] = 0  # its layers are not written
-        for name in TOP_K_CONFIG_NAMES if plan.active is not None else ():
-            if isinstance(part.get(name), int):
-                part[name] = plan.active
+        for name in TOP_K_CONFIG_NAMES:
+            if plan.active is not None and (value := lowered(part.get(name), plan.active)) is not None:
+                part[name] = value
         for name in EXPERT_COUNT_NAMES if result.is_stock else ():
             if isinstance(part.get(name), int):
                 part[name] = next(iter(result.counts.values()))
     if not result.is_stock:
-        original = find_moe_layers(skeleton(read_hf_config(checkpoint.folder), {}))
-        config[CONFIG_KEY] = differences(original, result.counts, result.mapped)
-        auto_map[checkpoint.loader] = REMOTE_CODE
+        known = read_hf_config(checkpoint.folder)
+        config[CONFIG_KEY] = differences(find_moe_layers(skeleton(known, {})), result.counts, result.mapped)
+        auto_map |= modeling.auto_map(known)
     return config | ({"auto_map": auto_map} if auto_map else {})
+
+
+def _is_ours(code: object) -> bool:
+    """Whether an entry of auto_map, perhaps with a repository before it, names a class of modeling.py."""
+    names = {f"modeling.{one.__name__}" for one in modeling.CLASSES.values()}
+    return isinstance(code, str) and code.rpartition("--")[2] in names
 
 
 def _write_config(folder: Path, checkpoint: Checkpoint, config: dict[str, Any], plan: Plan, result: _Result) -> None:
@@ -238,7 +268,8 @@ def _write_config(folder: Path, checkpoint: Checkpoint, config: dict[str, Any], 
     for names, number in told:
         if not any(name in part for part in (config, text or {}) for name in names):
             part = config["text_config"] if isinstance(text, dict) else config
-            part |= {name: number for name in names if isinstance(known.get(name), int)}
+            told_here = {name: lowered(known.get(name), number) for name in names}
+            part |= {name: value for name, value in told_here.items() if value is not None}
     path.write_text(json.dumps(config, indent=2) + "\n")
     _check_config(folder, config, checkpoint, plan, result)
 

@@ -40,11 +40,21 @@ class Siblings:
             if place.expert is not None:
                 self._names.setdefault((place.layer, _without_number(name)), {})[place.expert] = name
 
-    def of(self, name: str, place: Place, experts: Sequence[int] | None = None) -> dict[int, Tensor]:
-        """{expert: its tensor} for a tensor stored one by one; experts: which, None: all."""
+    def of(self, name: str, place: Place, experts: Sequence[int]) -> dict[int, Tensor]:
+        """{expert: its tensor} for a tensor stored one by one."""
         names = self._names[place.layer, _without_number(name)]
-        wanted = sorted(names) if experts is None else experts
-        return {e: self._open(self._file_of[names[e]]).get_tensor(names[e]) for e in wanted}
+        return {e: self._open(self._file_of[names[e]]).get_tensor(names[e]) for e in experts}
+
+    def stacked(self, name: str, place: Place) -> Tensor:
+        """[E, ...]: a tensor stored one by one, of all experts."""
+        names = self._names[place.layer, _without_number(name)]
+        whole: Tensor | None = None
+        for row, expert in enumerate(sorted(names)):
+            one = self._open(self._file_of[names[expert]]).get_tensor(names[expert])
+            whole = one.new_empty(len(names), *one.shape) if whole is None else whole
+            whole[row] = one
+        assert whole is not None
+        return whole
 
 
 def _without_number(name: str) -> str:
@@ -99,10 +109,10 @@ def merged_tensors(
     """The tensors of one shard with every layer's experts merged as a plan says; new expert i stands where expert i
     stood. mapped: {layer: {name: value}}, the mapped routers' own parameters, which go beside the router.
 
-    Memory: the shard, and where experts are stored one by one the K' sums of one projection of one layer.
+    Memory: the shard, and where experts are stored one by one all of one projection of one layer, and their K' sums.
     """
     sums: dict[tuple[int, str], Tensor] = {}  # of the projection that was added up last
-    for name in names:
+    for name in sorted(names, key=_without_number):  # so that a projection's experts follow each other
         place = checkpoint.places.get(name)
         merge = plan.merges.get(place.layer) if place is not None else None
         if place is None or merge is None:
@@ -111,14 +121,16 @@ def merged_tensors(
             yield name, shard.get_tensor(name)
             layer = checkpoint.layers[place.layer]
             if place.path == first_router_path(checkpoint, place.layer):
+                # Beside the router as it is stored, which may be under another name than in the model.
+                stored = name.removesuffix(place.path) if name.endswith(place.path) else f"{layer.name}."
                 for own, value in mapped[place.layer].items():
-                    yield f"{layer.name}.{layer.router_name}.{own}", value
+                    yield f"{stored}{layer.router_name}.{own}", value
         elif place.expert is None:
             yield name, combined(shard.get_tensor(name), merge.experts)
         elif place.expert < len(merge.experts):
             key = place.layer, _without_number(name)
             if key not in sums:
-                sums = {key: combined(torch.stack(list(siblings.of(name, place).values())), merge.experts)}
+                sums = {key: combined(siblings.stacked(name, place), merge.experts)}
             yield name, sums[key][place.expert].clone()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeprune_ext.modeling import MAPPED
+from moeprune_ext.modeling import MAPPED, router_weight
 from moeprune_ext.moe import (
     EXPERT_COUNT_NAMES,
     OWN_SOFTMAX,
@@ -179,9 +179,10 @@ def resize_(model: nn.Module, kept: Mapping[int, Sequence[int]]) -> None:
     if len(counts) == 1:
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
         before = {layer.shape.num_experts for layer in layers.values()}
-        for name in EXPERT_COUNT_NAMES:
-            if getattr(config, name, None) in before:
-                setattr(config, name, *counts)
+        for owner in (config, model):  # some models hold the number themselves, for the load-balancing loss
+            for name in EXPERT_COUNT_NAMES:
+                if getattr(owner, name, None) in before:
+                    setattr(owner, name, *counts)
 
 
 def check_plan(plan: PruningPlan, layers: Mapping[int, MoeLayer], fingerprint: str | None) -> None:
@@ -329,7 +330,7 @@ def _is_masked(layer: MoeLayer, kept: Sequence[int], full: Sequence[Tensor], sli
 
 def probe(layer: MoeLayer, rows: int) -> Tensor:
     """Random hidden states [rows, H] on which a router can be tried."""
-    weight = next(p for p in layer.router.parameters() if p.ndim == 2)
+    weight = router_weight(layer.router)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(rows, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
 

@@ -36,6 +36,8 @@ class Merge:
         for name, matrix in (("experts", self.experts), ("router", self.router)):
             if matrix.ndim != 2 or matrix.shape != self.experts.shape or matrix.dtype != torch.float32:
                 raise ValueError(f"{name} must be float32 [K', E], got {matrix.dtype} {tuple(matrix.shape)}")
+            if not bool(torch.isfinite(matrix).all()):
+                raise ValueError(f"{name} holds values that are not finite")
 
     @cached_property
     def digest(self) -> str:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONFIG_KEY = "moeprune"
-MAPPED = ("router_map", "mapped_bias")  # a mapped router's own parameters, float32 in a model of any dtype
+MAPPED = ("router_map", "mapped_bias")  # a mapped router's own parameters, loaded as float32 whatever the model's dtype
 SCORES = {
     "softmax": lambda logits: logits.softmax(-1),
     "softmax_over_chosen": lambda logits: logits.softmax(-1),
@@ -43,18 +43,19 @@ def reshape_(model: nn.Module, differences: Mapping[str, Any]) -> None:
         for path, shape in differences.get("tensors", {}).items():
             owner, name = _owner(model, path)
             old = getattr(owner, name)
-            if len(shape) != old.dim() or any(new > size for new, size in zip(shape, old.shape, strict=True)):
+            if len(shape) != old.dim() or not all(0 < new <= size for new, size in zip(shape, old.shape, strict=True)):
                 raise ValueError(f"{path} is {list(old.shape)} and cannot become {shape}")
             new = old.new_empty(shape)
             setattr(owner, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
         for path, value in differences.get("integers", {}).items():
             owner, name = _owner(model, path, own_config=True)
-            if not isinstance(getattr(owner, name), int):
-                raise ValueError(f"{path} is not a count")
+            if not isinstance(getattr(owner, name), int) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{path} is no count that can become {value!r}")
             setattr(owner, name, value)
         for path, rule in differences.get("routers", {}).items():
-            map_router_(model.get_submodule(path), rule)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+            owner, name = _owner(model, path)
+            map_router_(getattr(owner, name), rule)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"the {CONFIG_KEY!r} entry of config.json does not fit {type(model).__name__}: {error}"
         ) from None
@@ -65,13 +66,26 @@ def reshape_(model: nn.Module, differences: Mapping[str, Any]) -> None:
 
 def _owner(model: nn.Module, path: str, own_config: bool = False) -> tuple[Any, str]:
     """The object that holds what a path names, and its name there. own_config: the router's configuration, where the
-    path leads into one, becomes its own first."""
+    path leads into one, becomes its own first.
+
+    Paths are those of the language model alone; where a model has it inside, the one module whose path ends so is
+    meant.
+    """
     *parts, name = path.split(".")
-    owner: Any = model
-    for part in parts:
-        if own_config and part == "config":
+    inside = parts.pop() if parts and parts[-1] == "config" else None
+    names = dict(model.named_modules())
+    if ".".join(parts) in names:
+        owner: Any = names[".".join(parts)]
+    else:
+        ends = (f".{'.'.join(parts[cut:])}" for cut in range(1, len(parts)))
+        found = next((m for end in ends if (m := [n for n in names if f".{n}".endswith(end)])), [])
+        if len(found) != 1:
+            raise ValueError(f"there is no {path}")
+        owner = names[found[0]]
+    if inside is not None:
+        if own_config:
             owner.config = copy.copy(owner.config)
-        owner = getattr(owner, part)
+        owner = owner.config
     return owner, name
 
 
@@ -82,10 +96,11 @@ def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
     "scale", of the chosen weights; "bias", whether a correction bias is added to what is chosen by; "places", where the
     router's answer, a tuple, holds logits [T, E], weights [T, K] and ids [T, K]; pi [T, K'] takes the logits' place.
     """
-    score, rows, experts = SCORES[rule["score"]], int(rule["rows"]), int(rule["experts"])
-    places = [int(place) for place in rule["places"]]
+    score, rows, experts, places = SCORES[rule["score"]], rule["rows"], rule["experts"], rule["places"]
+    if not all(isinstance(count, int) and count > 0 for count in (rows, experts)) or sorted(places) != [0, 1, 2]:
+        raise ValueError(f"a router cannot be mapped by {dict(rule)}")
     scale, eps, renormalize = float(rule["scale"]), float(rule["eps"]), bool(rule["renormalize"])
-    weight = next(parameter for parameter in router.parameters() if parameter.dim() == 2)
+    weight = router_weight(router)
     for name, shape in zip(MAPPED, ((rows, experts), (rows,)), strict=True):
         if name == "router_map" or rule["bias"]:
             empty = torch.empty(shape, dtype=torch.float32, device=weight.device)
@@ -110,34 +125,62 @@ def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
         answer[places[0]], answer[places[1]], answer[places[2]] = pi, (weights * scale).to(before.dtype), ids
         return tuple(answer)
 
+    router.moeprune_rule = dict(rule)  # type: ignore[assignment]
     router.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
+
+
+def router_weight(router: nn.Module) -> Tensor:
+    """The matrix that makes a router's logits, [E, H]; ValueError where there is none."""
+    for name, parameter in router.named_parameters():
+        if parameter.dim() == 2 and name not in MAPPED:
+            return parameter
+    raise ValueError(f"{type(router).__name__} has no matrix of weights")
+
+
+def freeze_maps_(model: nn.Module) -> None:
+    """Maps are found by a search, not by gradients; loading makes every parameter trainable."""
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in MAPPED:
+            parameter.requires_grad_(False)
 
 
 def model_class(base: Any, differences: Mapping[str, Any], **methods: Any) -> Any:
     """A subclass of a transformers model class whose models differ as recorded before their weights arrive.
 
-    It carries the base's name and module because transformers looks weight conversions up by them.
+    It carries the base's name and module because transformers looks weight conversions up by them. Its save_pretrained
+    leaves this file beside the weights.
     """
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         reshape_(self, differences)
 
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__, **methods})
+    def save_pretrained(self: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        result = base.save_pretrained(self, folder, *args, **kwargs)
+        if differences:
+            shutil.copyfile(__file__, Path(folder) / "modeling.py")
+        return result
+
+    own = {"__init__": __init__, "save_pretrained": save_pretrained, "__module__": base.__module__}
+    return type(base.__name__, (base,), {**own, **methods})
 
 
 class MoepruneModel:
     """What `auto_map` names: loads such a checkpoint as a model of its original class."""
+
+    auto = "AutoModelForCausalLM"
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
         """Nothing to register: a model's class is its original one."""
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """As transformers' method of that name."""
-        loader, config = cls._class_and_config(config)
-        return loader.from_pretrained(folder, *args, config=config, **kwargs)
+        loader, config = cls._class_and_config(_read_config(folder) if config is None else config)
+        loaded = loader.from_pretrained(folder, *args, config=config, **kwargs)
+        freeze_maps_(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
@@ -146,8 +189,41 @@ class MoepruneModel:
 
     @classmethod
     def _class_and_config(cls, config: Any) -> tuple[Any, Any]:
-        base, own = base_class(auto_class(config), config)
-        return model_class(base, getattr(config, CONFIG_KEY), save_pretrained=_saving(base)), own
+        import transformers
+
+        base, own = base_class(getattr(transformers, cls.auto), config)
+        return model_class(base, getattr(config, CONFIG_KEY)), own
+
+
+class MoepruneForImageTextToText(MoepruneModel):
+    """The same for the auto class of models that read images."""
+
+    auto = "AutoModelForImageTextToText"
+
+
+class MoepruneForMultimodalLM(MoepruneModel):
+    """The same for the auto class of models that read more than text."""
+
+    auto = "AutoModelForMultimodalLM"
+
+
+CLASSES: dict[str, type[MoepruneModel]] = {
+    one.auto: one for one in (MoepruneModel, MoepruneForImageTextToText, MoepruneForMultimodalLM)
+}
+
+
+def _read_config(folder: Any) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def auto_map(config: Any) -> dict[str, str]:
+    """config.json's entry for a configuration: each of transformers' auto classes that loads it, and our class then."""
+    import transformers
+
+    known = {auto: one for auto, one in CLASSES.items() if type(config) in getattr(transformers, auto)._model_mapping}
+    return {auto: f"modeling.{one.__name__}" for auto, one in known.items()}
 
 
 def auto_class(config: Any) -> Any:
@@ -164,17 +240,12 @@ def auto_class(config: Any) -> Any:
 
 def base_class(auto: Any, config: Any) -> tuple[Any, Any]:
     """The class that an auto class loads a configuration with, and its configuration: of a model of text and more that
-    is loaded as a language model alone, the language model's."""
+    is loaded as a language model alone, the language model's, with the whole one's record."""
     base = auto._model_mapping[type(config)]
-    return base, config if base.config_class is type(config) else config.get_text_config()
-
-
-def _saving(base: Any) -> Any:
-    """The base's save_pretrained, which leaves this file beside the weights."""
-
-    def save_pretrained(self: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
-        result = base.save_pretrained(self, folder, *args, **kwargs)
-        shutil.copyfile(__file__, Path(folder) / "modeling.py")
-        return result
-
-    return save_pretrained
+    if base.config_class is type(config):
+        return base, config
+    own = copy.deepcopy(config.get_text_config())
+    if hasattr(config, CONFIG_KEY):
+        setattr(own, CONFIG_KEY, getattr(config, CONFIG_KEY))
+        own.auto_map = auto_map(own)
+    return base, own

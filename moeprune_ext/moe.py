@@ -269,6 +269,14 @@ def set_active_(layer: MoeLayer, active: int) -> None:
         setattr(owner, name, active)
 
 
+def lowered(value: Any, active: int) -> Any:
+    """What stands in a configuration for experts per token, a number or one for each layer, with fewer of them; None
+    for anything else."""
+    if isinstance(value, list) and value and all(isinstance(one, int) for one in value):
+        return [active] * len(value)
+    return active if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 @contextmanager
 def fewer_active(layers: Mapping[int, MoeLayer], active: int | None) -> Iterator[None]:
     """Inside, routers select `active` experts per token; None: as many as they do."""
@@ -387,22 +395,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def model_fingerprint(model: nn.Module, layers: Mapping[int, MoeLayer] | None = None) -> str:
     """Identifies a model by its type and its routers' weights, whatever dtype or device they are loaded in.
 
-    The sign bits of all router weights are hashed: a conversion between float32, bfloat16 and float16 keeps them. Two
-    checkpoints that differ only outside their routers look the same.
+    The sign bits of all router weights are hashed: a conversion between float32, bfloat16 and float16 keeps them; of a
+    mapped router (modeling.py) its maps, which stay float32, in full. Two checkpoints that differ only outside their
+    routers look the same.
     """
     layers = find_moe_layers(model) if layers is None else layers
     digest = hashlib.sha256()
     for index, layer in layers.items():
         for place in router_tensors(layer):
-            update_fingerprint(digest, index, getattr(place.owner, place.name))
+            update_fingerprint(digest, index, getattr(place.owner, place.name), exact=place.name in MAPPED)
     return fingerprint_text(model.config.get_text_config().model_type, digest)  # type: ignore[union-attr, operator]
 
 
-def update_fingerprint(digest: Any, index: int, tensor: Tensor) -> None:
+def update_fingerprint(digest: Any, index: int, tensor: Tensor, exact: bool = False) -> None:
     if tensor.is_meta:
         raise ValueError("the model's weights are not loaded (meta device)")
-    signs = torch.signbit(tensor.detach()).to("cpu", torch.uint8)
-    digest.update(f"{index}:{tuple(tensor.shape)}".encode() + signs.numpy().tobytes())
+    tensor = tensor.detach()
+    values = tensor.to("cpu", torch.float32) if exact else torch.signbit(tensor).to("cpu", torch.uint8)
+    digest.update(f"{index}:{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
 
 
 def fingerprint_text(model_type: str, digest: Any) -> str:

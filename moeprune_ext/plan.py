@@ -172,7 +172,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Reads a file of either kind of plan; raises ValueError for one that is neither."""
     try:
         with open(path, "rb") as file:
-            is_json = file.read(1) == b"{"
+            is_json = file.read(64).lstrip()[:1] == b"{"
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     return PruningPlan.load(path) if is_json else MergedPlan.load(path)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeprune_ext.masking import half_kept, masked, probe, router_answer
+from moeprune_ext.modeling import router_weight
 from moeprune_ext.moe import MoeLayer, replaced_forward, router_tensors
 from moeprune_ext.ops import RouterSpec, masked_router
 from moeprune_ext.reference import SCORES
@@ -64,18 +65,23 @@ def routed_layer(layer: MoeLayer, router: str = "auto") -> RoutedLayer:
     # The kernel answers three parts; a router's further ones may be looked at.
     if len(answer) == 3 and (router == "fused" or (router == "auto" and logits.dtype == torch.float32)):
         spec = fit_spec(layer, places, hidden, answer)
+        if spec is not None and (dtype := _weights_dtype(layer, places, hidden)) != torch.float32:
+            spec = replace(spec, weights_dtype=dtype)
     if spec is None and not _takes_hidden_alone(layer.router):
         return by_itself
     return RoutedLayer(layer, places, spec, logits.dtype)
 
 
+def _weights_dtype(layer: MoeLayer, places: tuple[int, int, int], hidden: Tensor) -> torch.dtype:
+    """That of the weights which the router gives the experts; it may be float32 itself in a model that is not."""
+    dtype = next((p.dtype for p in layer.experts.parameters() if p.is_floating_point()), hidden.dtype)
+    answer = router_answer(layer, hidden.to(dtype))
+    return torch.float32 if answer is None else answer[places[1]].dtype
+
+
 def _takes_hidden_alone(router: nn.Module) -> bool:
     """Whether hidden states are all that a router is given: what else a block passes on may count experts, too."""
     return len(inspect.signature(type(router).forward).parameters) == 2  # self and the hidden states
-
-
-def _weight(router: nn.Module) -> Tensor:
-    return next(p for p in router.parameters() if p.ndim == 2)
 
 
 def _places(answer: tuple[Tensor, ...], layer: MoeLayer) -> tuple[int, int, int] | None:
@@ -97,7 +103,7 @@ def router_logits(layer: MoeLayer, hidden: Tensor, dtype: torch.dtype) -> Tensor
     """The router's matrix product, [T, H] -> [T, E]."""
     bias = getattr(layer.router, "bias", None)
     bias = bias.to(dtype) if isinstance(bias, Tensor) else None
-    return F.linear(hidden.to(dtype), _weight(layer.router).to(dtype), bias)
+    return F.linear(hidden.to(dtype), router_weight(layer.router).to(dtype), bias)
 
 
 def fit_spec(
@@ -105,7 +111,7 @@ def fit_spec(
 ) -> RouterSpec | None:
     """The RouterSpec that gives this router's answers on `hidden` [T, H], with all experts and with half of them."""
     logits, weights, ids = (answer[place] for place in places)
-    if _weight(layer.router).shape[0] != layer.shape.num_experts:
+    if router_weight(layer.router).shape[0] != layer.shape.num_experts:
         return None
     if not torch.allclose(router_logits(layer, hidden, logits.dtype), logits, rtol=1e-5, atol=1e-6):
         return None

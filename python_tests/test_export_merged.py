@@ -1,17 +1,21 @@
 """Merged experts, mapped routers and fewer active experts as checkpoints: loaded by us and by transformers alone."""
 
 import copy
+import importlib
 import json
 import subprocess
 import sys
 
+import every_model
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import random_tokens, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import moeprune_ext as mp
+from moeprune_ext import merging
+from moeprune_ext.checkpoint import read_checkpoint
 from moeprune_ext.merged_plan import Merge, MergedPlan
 from moeprune_ext.moe import find_moe_layers, model_fingerprint
 from moeprune_ext.plan import load_plan
@@ -87,7 +91,7 @@ import sys
 sys.modules["moeprune_ext"] = None
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 tokens = load_file({str(tmp_path / "tokens.safetensors")!r})["tokens"]
 model = AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)
 with torch.no_grad():
@@ -197,6 +201,136 @@ def test_a_merged_model_can_be_streamed_calibrated_and_pruned_in_memory(tmp_path
         mp.export(out, plan, tmp_path / "twice")
 
 
+def save_and_load_again(model, folder, monkeypatch, tmp_path):
+    """What save_pretrained writes, as we load it and as transformers does."""
+    model.save_pretrained(folder)
+    return mp.load(folder), from_transformers(folder, monkeypatch, tmp_path)
+
+
+def test_loaded_exports_can_be_saved_again(tmp_path, monkeypatch):
+    """By us or by transformers, and of a language model that was loaded out of a model of text and images."""
+    tokens = every_model.tokens()
+    for model_type in ("olmoe", "qwen3_5_moe"):
+        model = every_model.tiny(model_type)
+        model.save_pretrained(tmp_path / model_type / "full")
+        out = mp.export(
+            tmp_path / model_type / "full",
+            merged_plan(mp.load(tmp_path / model_type / "full")),
+            tmp_path / model_type / "out",
+        )
+        loaded = mp.load(out)
+        expected = logits_of(loaded, tokens)
+        assert not any(p.requires_grad for name, p in loaded.named_parameters() if "router_map" in name)
+        for again in save_and_load_again(loaded, tmp_path / model_type / "again", monkeypatch, tmp_path):
+            torch.testing.assert_close(logits_of(again, tokens), expected, rtol=0, atol=1e-6)
+
+
+def test_a_model_of_text_and_images_keeps_both(tmp_path, monkeypatch):
+    """An export that its own multimodal class loads under trust_remote_code, with the language model's logits."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    tokens = every_model.tokens()
+    for model_type in ("qwen3_5_moe", "qwen3_vl_moe"):
+        model = every_model.tiny(model_type)
+        source = tmp_path / model_type
+        model.save_pretrained(source / "full")
+        alone = mp.load(source / "full")
+        uneven = mp.PruningPlan({0: [0, 1, 5], 1: [2, 3, 4, 6]}, {0: E, 1: E})
+        for name, plan in (("merged", merged_plan(alone)), ("uneven", uneven)):
+            out = mp.export(source / "full", plan, source / name)
+            whole = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+            assert type(whole).__name__.endswith("ForConditionalGeneration")
+            torch.testing.assert_close(logits_of(whole, tokens), logits_of(mp.load(out), tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["uneven", "merged", "uniform"])
+def test_a_model_pruned_in_place_can_be_saved_and_loaded(kind, tmp_path):
+    model, tokens = tiny_model("mixtral"), random_tokens()
+    uneven = mp.PruningPlan({0: [0, 3, 4], 2: [1, 7]}, {0: E, 2: E})
+    mp.prune_(model, merged_plan(model) if kind == "merged" else uneven)
+    if kind == "uniform":  # in two steps: what the first recorded no longer holds
+        counts = {index: layer.shape.num_experts for index, layer in find_moe_layers(model).items()}
+        mp.prune_(model, mp.PruningPlan({index: [0, 1] for index in counts}, counts))
+        assert not hasattr(model.config, "moeprune") and model.config.num_local_experts == 2
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(mp.load(tmp_path / "saved"), tokens), logits_of(model, tokens))
+
+
+def test_each_stored_expert_is_read_once_for_each_shard(tmp_path, monkeypatch):
+    model = tiny_model("olmoe")
+    model.save_pretrained(tmp_path / "full")
+    module = importlib.import_module("moeprune_ext.export_weights")
+    calls = []
+    monkeypatch.setattr(module, "combined", lambda *args: calls.append(args) or merging.combined(*args))
+    mp.export(tmp_path / "full", merged_plan(model), tmp_path / "out")
+    assert len(calls) == 4 * 3  # layers, projections
+
+
+def test_maps_tell_merged_models_apart(tmp_path):
+    """Two merges of one model are two models: a plan for one is refused by the other."""
+    model, tokens = tiny_model("olmoe"), random_tokens()
+    model.save_pretrained(tmp_path / "full")
+    outs = [mp.export(tmp_path / "full", merged_plan(model, seed=seed), tmp_path / f"{seed}") for seed in (0, 1)]
+    first, second = map(mp.load, outs)
+    assert read_checkpoint(outs[0]).fingerprint == model_fingerprint(first) != model_fingerprint(second)
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(first, [tokens]), "reap"), 0.5)
+    with pytest.raises(ValueError, match="another model"), mp.applied(second, plan):
+        pass
+
+
+def test_ernies_router_gives_half_precision_weights(tmp_path):
+    """It computes in float32 in a model that does not: what is scored rounds as the export does."""
+    tiny_model("ernie4_5_moe").bfloat16().save_pretrained(tmp_path / "full")
+    model, tokens = mp.load(tmp_path / "full"), random_tokens()
+    plan = merged_plan(model)
+    with mp.applied(model, plan):
+        applied = logits_of(model, tokens)
+    out = mp.load(mp.export(tmp_path / "full", plan, tmp_path / "out"))
+    assert torch.equal(applied, logits_of(out, tokens))
+
+
+def test_a_single_numbered_shard_keeps_its_index(tmp_path):
+    model, tokens = tiny_model("olmoe"), random_tokens()
+    model.save_pretrained(tmp_path / "full")
+    weights = tmp_path / "full" / "model.safetensors"
+    names = list(load_file(weights))
+    weights.rename(tmp_path / "full" / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (tmp_path / "full" / "model.safetensors.index.json").write_text(json.dumps(index))
+    plan = merged_plan(model)
+    with mp.applied(model, plan):
+        expected = logits_of(model, tokens)
+    loaded = mp.load(mp.export(tmp_path / "full", plan, tmp_path / "out"))
+    torch.testing.assert_close(logits_of(loaded, tokens), expected, rtol=0, atol=5e-5)
+
+
+def test_experts_per_token_may_be_listed_by_layer(tmp_path):
+    config = every_model.tiny("hunyuan_v1_moe").config
+    config.moe_topk = [2] * config.num_hidden_layers
+    model, tokens = AutoModelForCausalLM.from_config(config).eval(), every_model.tokens()
+    model.save_pretrained(tmp_path / "full")
+    plan = mp.PruningPlan({0: list(range(E))}, {0: E}, active=1)
+    with mp.applied(model, plan):
+        expected = logits_of(model, tokens)
+    out = mp.export(tmp_path / "full", plan, tmp_path / "out")
+    torch.testing.assert_close(logits_of(mp.load(out), tokens), expected, rtol=0, atol=1e-5)
+    mp.prune_(model, plan)
+    assert model.config.moe_topk == [1] * config.num_hidden_layers
+
+
+def test_a_merged_router_whose_matrix_lies_deeper_can_be_searched_again(tmp_path):
+    model, tokens = every_model.tiny("hunyuan_v1_moe"), every_model.tokens()
+    model.save_pretrained(tmp_path / "full")
+    loaded = mp.load(mp.export(tmp_path / "full", merged_plan(model), tmp_path / "out"))
+    scores = mp.score_experts(mp.calibrate(loaded, [tokens]), "reap")
+    plan = mp.uniform_plan(scores, 0.5)
+    with mp.applied(loaded, plan):
+        masked = logits_of(loaded, tokens)
+    score = mp.CandidateEvaluator(loaded, [tokens]).evaluate([plan])[0].esap
+    overlap = mp.reference.overlap(logits_of(loaded, tokens).flatten(0, 1).double(), masked.flatten(0, 1).double())
+    assert float(overlap["esap"].mean()) == pytest.approx(score, abs=1e-5)
+
+
 def test_plans_of_merges_are_read_back(tmp_path):
     plan = merged_plan(tiny_model("olmoe"), active=1)
     plan.save(tmp_path / "merged.safetensors")
@@ -222,6 +356,9 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path)
     cases = [
         ("full", MergedPlan(good.merges, "other:0"), "another model"),
         ("full", few, "selects 2"),
+        ("full", MergedPlan({i: Merge(torch.eye(E), torch.eye(E)) for i in range(4)}), "fewer experts"),
+        ("full", MergedPlan({0: Merge(good.merges[0].experts, torch.zeros(KEPT, E))}), "must refer to some"),
+        ("full", MergedPlan({0: Merge(torch.ones(9, E), torch.ones(9, E))}), "not be more than before"),
         ("full", mp.PruningPlan({0: [0]}, {0: E}), "needs at least 2"),
         ("full", mp.PruningPlan(everyone, dict.fromkeys(everyone, E), active=3), "3 experts active"),
         ("grouped", MergedPlan({1: good.merges[1]}), "groups"),
@@ -232,6 +369,11 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path)
         assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
     with pytest.raises(ValueError, match="5 experts active"):
         mp.PruningPlan({0: [0, 1]}, {0: E}, active=5)
+    with pytest.raises(ValueError, match="not finite"):
+        Merge(torch.full((KEPT, E), torch.nan), torch.ones(KEPT, E))
+    (tmp_path / "full" / "modeling.py").write_text("their own")
+    with pytest.raises(ValueError, match="modeling.py of its own"):
+        mp.export(tmp_path / "full", good, tmp_path / "out")
 
 
 def test_damaged_records_are_refused(tmp_path):
@@ -240,7 +382,16 @@ def test_damaged_records_are_refused(tmp_path):
     out = mp.export(tmp_path / "full", merged_plan(model), tmp_path / "merged")
     good = json.loads((out / "config.json").read_text())
     path = "model.layers.0.mlp.experts.down_proj"
+    record = good["moeprune"]
+    rule = record["routers"]["model.layers.0.mlp.gate"]
     for damage in (
+        record | {"routers": {}},
+        record | {"integers": {}},
+        record | {"integers": {"model.layers.0.mlp.experts.num_experts": "4"}},
+        record | {"routers": {"model.layers.0.mlp.gate": rule | {"places": [0, 1, 9]}}},
+        record | {"routers": {"model.layers.0.mlp.gate": rule | {"rows": -1}}},
+        record | {"routers": {"model.norm": rule}},
+        {"tensors": {path: [-1, 32, 24]}},
         {"tensors": {path: [99, 32, 24]}},
         {"tensors": {"model.layers.9.mlp.experts.down_proj": [4, 32, 24]}},
         {"tensors": {}, "integers": {"model.layers.0.mlp.gate.weight": 3}},
@@ -249,5 +400,5 @@ def test_damaged_records_are_refused(tmp_path):
         [],
     ):
         (out / "config.json").write_text(json.dumps(good | {"moeprune": damage}))
-        with pytest.raises(ValueError, match="moeprune"):
+        with pytest.raises(ValueError, match="moeprune|router_map"):
             mp.load(out)

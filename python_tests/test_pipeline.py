@@ -153,7 +153,7 @@ def test_reloaded_uneven_model_can_be_calibrated_scored_searched_and_exported_ag
     model.save_pretrained(tmp_path / "full")
     mp.export(tmp_path / "full", plans["uneven"], tmp_path / "once")
     reloaded = mp.load(tmp_path / "once")
-    assert type(reloaded) is type(model)
+    assert isinstance(reloaded, type(model))
     stats = mp.calibrate(reloaded, [random_tokens()])
     assert {layer: len(t) for layer, t in stats.moments.items()} == {i: len(k) for i, k in plans["uneven"].kept.items()}
     scores = mp.score_experts(stats, "man")
