@@ -260,6 +260,7 @@ def _task_verbs(add: AddVerb) -> None:
     example = "moeprune eep MODEL --task task.jsonl --keep 4 -o RUN_DIR"
     about = "EEP: which experts a task needs, and how the others merge into them; resumes RUN_DIR if it exists"
     made = add("eep", plan_verbs.eep, about, example)
+    searching = plan_verbs.SEARCHING
     made.add_argument("model", type=Path, help="model directory")
     made.add_argument(
         "--task", type=Path, required=True, help="JSONL of prompt, choices, answer; or prompt, answer: to search on"
@@ -271,12 +272,21 @@ def _task_verbs(add: AddVerb) -> None:
         "--active", type=_count, help="experts per token; without --keep nothing is searched, this is measured"
     )
     made.add_argument(
-        "--fitness", default="accuracy", help="accuracy, or esap or nll of the right answers: what the search improves"
+        "--fitness",
+        default=searching["fitness"],
+        help="accuracy, or esap or nll of the right answers: what the search improves",
     )
     made.add_argument("--layer-groups", type=_count, help="so many neighbouring layers share what is searched")
     made.add_argument("--paper", action="store_true", help="the published search: random starts, no order of equals")
-    made.add_argument("--prune-iters", type=_count, default=40, help="candidates that prune, starts included")
-    made.add_argument("--merge-iters", type=_count_or_zero, default=160, help="candidates that merge; 0: prune only")
+    made.add_argument(
+        "--prune-iters", type=_count, default=searching["prune_iters"], help="candidates that prune, starts included"
+    )
+    made.add_argument(
+        "--merge-iters",
+        type=_count_or_zero,
+        default=searching["merge_iters"],
+        help="candidates that merge; 0: prune only",
+    )
     made.add_argument("--length-normalized", action="store_true", help="compare choices by log-likelihood per token")
     made.add_argument(
         "--table", action="store_true", help="EEP, also the paper's, beside the full model and all baselines"

@@ -32,10 +32,11 @@ class Costs:
 def costs(model: nn.Module, plan: Plan | None = None) -> Costs:
     """Costs of the model under a plan, or as it is.
 
-    FLOPs per token: 2 x the weights of every matrix (two axes or more) outside of experts, without embeddings, which
-    are looked up, and with the head, be it the embedding's or its own; of each layer's router the rows that are left,
-    or all of them and its map; and `top_k`, or the plan's `active`, experts of it. Left out: attention's products of
-    tokens with tokens, which grow with the text's length, and what is not a matrix product.
+    FLOPs per token: 2 x the weights of every matrix (two axes or more, no bias) outside of experts, without embeddings,
+    which are looked up, and with the head, be it the embedding's or its own; of each layer's router the rows that are
+    left, or all of them and its map; and `top_k`, or the plan's `active`, experts of it. Of a multimodal model all
+    matrices count, those of its towers too. Left out: attention's products of tokens with tokens, which grow with the
+    text's length, and what is not a matrix product.
     Raises ValueError for a model without MoE layers and for a plan of layers that it does not have.
     """
     layers = find_moe_layers(model)
@@ -44,10 +45,13 @@ def costs(model: nn.Module, plan: Plan | None = None) -> Costs:
     own = {id(t) for layer in layers.values() for router in (True, False) for t, _ in _places(layer, router)}
     stored = {id(tensor): tensor for tensor in _stored(model)}.values()
     active = plan.active if plan is not None else None
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    dense = sum(t.numel() for t in stored if t.ndim > 1 and t.is_floating_point() and id(t) not in own | looked_up)
+    no_matrix = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():  # a bias may have an axis of one in front
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        no_matrix |= {id(tensor) for name, tensor in tensors if name.endswith("bias")}
+    dense = sum(t.numel() for t in stored if t.ndim > 1 and t.is_floating_point() and id(t) not in own | no_matrix)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is not None and id(head.weight) in looked_up:
+    if head is not None and id(head.weight) in no_matrix:
         dense += head.weight.numel()
     return Costs(
         sum(kept.values()),

@@ -21,24 +21,28 @@ import torch
 from torch import Tensor, nn
 
 from moeprune_ext import distributed
+from moeprune_ext.data import fingerprint_of
 from moeprune_ext.eep_candidates import Layout, given_mask
-from moeprune_ext.eep_search import Fitness, SearchOutcome, check_settings, search
+from moeprune_ext.eep_search import Fitness, SearchOutcome, check_settings, layout_settings, search
 from moeprune_ext.eep_starts import starting_masks
 from moeprune_ext.evaluate import Task
 from moeprune_ext.evaluator import CandidateEvaluator
 from moeprune_ext.files import write_text
+from moeprune_ext.journal import check_known
 from moeprune_ext.masking import check_active
 from moeprune_ext.merged_plan import Merge, MergedPlan
 from moeprune_ext.merging import check_merges, mapped_layer
-from moeprune_ext.moe import MoeLayer, find_moe_layers
+from moeprune_ext.moe import MoeLayer, find_moe_layers, model_fingerprint
 from moeprune_ext.plan import Plan, PruningPlan
-from moeprune_ext.task_fitness import AnswerFitness, TaskFitness, candidate_plan
+from moeprune_ext.routers import RoutedLayer
+from moeprune_ext.task_fitness import AnswerFitness, TaskFitness, candidate_plan, sequences
 
 FITNESSES = ("accuracy", "esap", "nll")
 SPLITS = ("train", "valid", "test")
 PLAN, MERGED, RESULT = "plan.json", "merged.safetensors", "result.json"
 
-# The published search, as far as `eep` leaves it by default: eep(model, task, keep=4, **PAPER).
+# How `eep` searches by default, and the published search as far as it differs: eep(model, task, keep=4, **PAPER).
+OURS: dict[str, Any] = {"starts": "criteria", "tie_break": "log_likelihood", "per_call": 4, "cross_at_least": 2}
 PAPER: dict[str, Any] = {"starts": "random", "tie_break": None, "per_call": 1, "cross_at_least": 6}
 
 
@@ -156,32 +160,49 @@ def eep(
     (what each is worth), and eep_search's files; a directory with a history is resumed. Under torchrun the sequences
     are dealt out over the processes.
 
-    Raises ValueError, before any work, for settings that cannot be, for a task too small to cut, and for a router that
-    cannot be merged; and for a directory of another search. Source: arXiv 2407.00945.
+    Raises ValueError, before any candidate is scored, for settings that cannot be, for a task too small to cut, for a
+    router that cannot be merged, for merges that memory_budget cannot hold, and for a directory of another search.
+    Source: arXiv 2407.00945.
     """
     layers = find_moe_layers(model)
     layout, active = check_request(layers, keep, active=active, layer_groups=layer_groups, fitness=fitness)
-    settings: dict[str, Any] = {
-        "prune_iters": prune_iters,
-        "merge_iters": merge_iters,
-        "per_call": per_call,
-        "cross_at_least": cross_at_least,
-    }
-    check_settings(starts if isinstance(starts, str) else "criteria", tie_break, **settings)
-    for name, mask in starts.items() if isinstance(starts, Mapping) else ():
+    settings: dict[str, Any] = {"prune_iters": prune_iters, "per_call": per_call, "cross_at_least": cross_at_least}
+    kind = starts if isinstance(starts, str) else "criteria"
+    masks: Mapping[str, Mapping[int, Sequence[int]]] = starts if isinstance(starts, Mapping) else {}
+    check_settings(kind, tie_break, merge_iters=merge_iters, **settings)
+    for name, mask in masks.items():
         given_mask(layout, mask, f"starts[{name!r}]")
-    check_folder(out)
     if merge_iters:
-        check_mergeable(layers, layout)
+        check_mergeable({index: mapped_layer(layer) for index, layer in layers.items()}, layout)
     parts = dict(zip(SPLITS, split_task(task, valid, test, seed), strict=True))
+    known = known_settings(
+        model,
+        layout,
+        parts["train"],
+        fitness,
+        active=active,
+        length_normalized=length_normalized,
+        starts=kind,
+        tie_break=tie_break,
+        seed=seed,
+        **settings,
+    )
+    check_folder(out, known)
 
     def scorer(split: str, by: str) -> TaskFitness | AnswerFitness:
+        made: TaskFitness | AnswerFitness
         if by == "accuracy":
-            return TaskFitness(model, parts[split], length_normalized=length_normalized, active=active, **options)
-        return AnswerFitness(model, parts[split], by, active=active, **options)
+            made = TaskFitness(model, parts[split], length_normalized=length_normalized, active=active, **options)
+        else:
+            made = AnswerFitness(model, parts[split], by, active=active, **options)
+        if merge_iters:
+            made.evaluator.check_merged(layout.by_layer(layout.keep))
+        return made
 
+    if fitness != "accuracy":  # by which plans are measured at the end: what it cannot have is refused now
+        for split in SPLITS:
+            scorer(split, "accuracy")
     scorers = {split: scorer(split, fitness) for split in SPLITS}
-    masks: Mapping[str, Mapping[int, Sequence[int]]] = starts if isinstance(starts, Mapping) else {}
     if starts == "criteria":
         masks = starting_masks(model, parts["train"], layout, seed=seed, out=out, progress=progress)
     outcome = search(
@@ -189,17 +210,13 @@ def eep(
         layout.by_layer(layout.num_experts),
         layout.by_layer(layout.keep),
         validate=scorers["valid"],
-        starts=starts if isinstance(starts, str) else "criteria",
+        starts=kind,
         masks=list(masks.values()),
         tie_break=tie_break,
         layer_groups=layout.groups,
         n_group=layout.by_layer(layout.router_groups),
-        identity={
-            **scorers["train"].evaluator.identity,
-            "fitness": fitness,
-            "length_normalized": length_normalized,
-            "active": active,
-        },
+        identity={**known, **scorers["train"].evaluator.identity},
+        merge_iters=merge_iters,
         seed=seed,
         out=out,
         progress=progress,
@@ -272,19 +289,34 @@ def check_request(
     return layout, active
 
 
-def check_mergeable(layers: Mapping[int, MoeLayer], layout: Layout) -> None:
-    """Refuses (ValueError), with the reason, a model whose routers cannot be mapped."""
+def check_mergeable(routed: Mapping[int, RoutedLayer], layout: Layout) -> None:
+    """Refuses (ValueError), with the reason, a model whose routers cannot be mapped; routed: as merging.mapped_layer or
+    checkpoint.stored_routers find."""
     eye = {layer: torch.eye(count) for layer, count in layout.by_layer(layout.num_experts).items()}
     plan = MergedPlan({layer: Merge(matrix, matrix) for layer, matrix in eye.items()})
     try:
-        check_merges(plan, {index: mapped_layer(layer) for index, layer in layers.items()}, None)
+        check_merges(plan, routed, None)
     except ValueError as reason:
         raise ValueError(f"{reason}; merge_iters=0 prunes only") from None
 
 
-def check_folder(out: str | os.PathLike[str] | None) -> None:
-    if out is not None and Path(out).exists() and not Path(out).is_dir():
+def check_folder(out: str | os.PathLike[str] | None, known: Mapping[str, Any] | None = None) -> None:
+    """Refuses (ValueError) what is no directory, and that of a search that differs in what is known of this one."""
+    if out is None:
+        return
+    if Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"{out} is not a directory")
+    check_known(Path(out), known or {})
+
+
+def known_settings(
+    model: nn.Module, layout: Layout, train: Task, fitness: str, *, active: int | None = None, **asked: Any
+) -> dict[str, Any]:
+    """What search.json says of a search as far as it is known before any work; asked: its length_normalized, starts,
+    tie_break, per_call, cross_at_least, prune_iters and seed."""
+    data = fingerprint_of(sequences(train, fitness))
+    scored = {"model": model_fingerprint(model), "data": data, "fitness": fitness, "active": active}
+    return {**scored, **layout_settings(layout), **asked}
 
 
 def split_task(task: Task, valid: Task | None, test: Task | None, seed: int) -> tuple[Task, Task, Task]:

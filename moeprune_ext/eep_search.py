@@ -143,6 +143,8 @@ def search(
     identity: JSON values that the scores depend on (model, data), recorded. out: a directory for `search.json`
     (settings), `history.jsonl` (scores, a line per call), `pruned.safetensors` and `best.safetensors`; a directory with
     a history is resumed, with more merge_iters if asked. Same seed and scores: same outcome, whenever it was killed.
+    Where merge_iters cut a call short, more of them score its rest in a call of its own: scores that depend on their
+    company in the last bits, as our evaluator's, then equal those of one longer search only up to rounding.
 
     Raises ValueError, before any evaluation, for settings that cannot be, and for a directory of another search; and at
     the end when no candidate had a finite score. Source: arXiv 2407.00945.
@@ -174,14 +176,10 @@ def search(
         raise ValueError("thresholds are at least 0 and scale above 0")
     given = [given_mask(layout, mask, f"masks[{i}]") for i, mask in enumerate(masks if starts == "criteria" else ())]
     settings = {
-        "method": "eep",
         **(identity or {}),
         **rates,
         **{name: value for name, value in sizes.items() if name != "rerank"},
-        "groups": [list(group) for group in layout.groups],
-        "num_experts": list(layout.num_experts),
-        "keep": list(layout.keep),
-        "n_group": list(layout.n_group) or None,
+        **layout_settings(layout),
         "starts": starts,
         "masks": [mask.fingerprint for mask in given],
         "tie_break": tie_break,
@@ -278,6 +276,17 @@ class _Population:
             eligible.remove(parent)
             drawn.append(parent)
         return [self.candidates[i] for i in drawn]
+
+
+def layout_settings(layout: Layout) -> dict[str, Any]:
+    """What search.json says of a layout."""
+    return {
+        "search": "eep",
+        "groups": [list(group) for group in layout.groups],
+        "num_experts": list(layout.num_experts),
+        "keep": list(layout.keep),
+        "n_group": list(layout.n_group) or None,
+    }
 
 
 def check_settings(starts: str, tie_break: str | None, *, merge_iters: int, cross_at_least: int, **sizes: int) -> None:

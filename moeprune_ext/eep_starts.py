@@ -22,6 +22,7 @@ from moeprune_ext.data import TokenBatch, data_fingerprint
 from moeprune_ext.eep_candidates import Layout, criterion_mask
 from moeprune_ext.evaluate import Task
 from moeprune_ext.files import read_json, write_text
+from moeprune_ext.journal import SETTINGS
 from moeprune_ext.moe import find_moe_layers, model_fingerprint
 from moeprune_ext.naee import naee_subsets
 from moeprune_ext.task_fitness import right_answers
@@ -44,7 +45,8 @@ def starting_masks(
     """{criterion: {decoder layer: experts to keep}} on a task's prompts and right answers: naee's, where it can be told
     for this layout and model, and those of criteria.CRITERIA.
 
-    out: a directory that keeps them, so that a search that goes on does not calibrate again.
+    out: a directory that keeps them, so that a search that goes on does not calibrate again; into that of a search
+    that has begun, which may be another, nothing is written.
     """
     batches = answer_batches(task)
     about = {
@@ -61,7 +63,7 @@ def starting_masks(
     masks = {name: criterion_mask(layout, score_experts(stats, name)) for name in CRITERIA}
     naee = _naee_mask(model, batches, layout, seed, progress)
     masks = masks if naee is None else {"naee": naee, **masks}
-    if file is not None and distributed.is_first() and not file.exists():
+    if file is not None and distributed.is_first() and not (file.parent / SETTINGS).exists():
         write_text(file, json.dumps({"about": about, "masks": masks}) + "\n")
     return distributed.from_first(lambda: masks)
 
@@ -89,7 +91,7 @@ def _read_starts(file: Path | None, about: dict[str, Any]) -> dict[str, Mask] | 
     content = read_json(file)
     try:
         if content["about"] != json.loads(json.dumps(about)):
-            return None  # of another search, whose directory will be refused
+            return None  # of another search: it left them before it began, or its directory will be refused
         return {name: {int(i): list(ids) for i, ids in mask.items()} for name, mask in content["masks"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}); remove it") from None

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -21,11 +21,25 @@ from torch import nn
 
 from moeprune_ext import distributed
 from moeprune_ext.costs import costs
-from moeprune_ext.eep import PAPER, PLAN, SPLITS, EepResult, check_folder, check_request, eep, split_task
+from moeprune_ext.eep import (
+    OURS,
+    PAPER,
+    PLAN,
+    SPLITS,
+    EepResult,
+    check_folder,
+    check_mergeable,
+    check_request,
+    eep,
+    known_settings,
+    split_task,
+)
 from moeprune_ext.eep_candidates import given_mask, random_mask
+from moeprune_ext.eep_search import check_settings
 from moeprune_ext.eep_starts import starting_masks
 from moeprune_ext.evaluate import Task
 from moeprune_ext.files import write_text
+from moeprune_ext.merging import mapped_layer
 from moeprune_ext.moe import find_moe_layers, model_fingerprint
 from moeprune_ext.options import markdown_table
 from moeprune_ext.plan import Plan, PruningPlan
@@ -40,8 +54,8 @@ class TableRow:
     """model: what was done. keep: experts kept per layer, None: all. active: experts per token.
 
     accuracy: {"train", "valid", "test": share of examples answered right}, of several masks the mean. spread: standard
-    deviation on the test split over these, else None. plan: the file to export, below the table's directory; None where
-    there is none. experts, bytes, flops_per_token: see costs.Costs.
+    deviation on the test split over these (NaN where one has no accuracy), else None. plan: the file to export, below
+    the table's directory; None where there is none. experts, bytes, flops_per_token: see costs.Costs.
     """
 
     model: str
@@ -55,9 +69,10 @@ class TableRow:
     flops_per_token: int = field(kw_only=True)
 
     def as_json(self) -> dict[str, Any]:
-        """None for an accuracy that is not a number."""
+        """None for an accuracy or a spread that is not a number."""
         accuracy = {split: None if isnan(value) else value for split, value in self.accuracy.items()}
-        return {**asdict(self), "accuracy": accuracy}
+        spread = None if self.spread is None or isnan(self.spread) else self.spread
+        return {**asdict(self), "accuracy": accuracy, "spread": spread}
 
 
 def eep_table(
@@ -82,34 +97,46 @@ def eep_table(
 
     keep: budgets, experts kept per layer. For each: random masks (RANDOM_MASKS seeds), the BASELINES, EEP as `eep` does
     it, and with the paper's settings (eep.PAPER). active: experts per token, for further rows: the full model, naee,
-    and EEP searched with so few. The other arguments are `eep`'s, as are the errors.
+    and EEP searched with so few. The other arguments are `eep`'s, as are the errors, all before anything is scored.
     """
     layers = find_moe_layers(model)
     budgets = list(dict.fromkeys(keep))
+    if not budgets:
+        raise ValueError("keep names no budget; give numbers of experts to keep")
     asked: dict[str, Any] = {"layer_groups": layer_groups, "fitness": fitness}
     layouts = {k: check_request(layers, k, **asked)[0] for k in budgets}
     fewer = {check_request(layers, k, active=active, **asked)[1] for k in budgets} - {None}
+    check_settings("criteria", None, merge_iters=merge_iters, cross_at_least=2, prune_iters=prune_iters)
     check_folder(out)
+    if merge_iters:
+        routed = {index: mapped_layer(layer) for index, layer in layers.items()}
+        for layout in layouts.values():
+            check_mergeable(routed, layout)
     out = Path(out)
     train, valid, test = split_task(task, valid, test, seed)
+    measured: dict[str, Any] = {"seed": seed, "length_normalized": length_normalized, "prune_iters": prune_iters}
+    for k, layout in layouts.items():
+        for folder, settings in _searches(k, fewer).items():
+            check_folder(out / folder, known_settings(model, layout, train, fitness, **measured, **settings))
     judges = judges_of(model, (train, valid, test), length_normalized=length_normalized, **options)
     evaluator = judges["test"].evaluator
+    for layout in layouts.values() if merge_iters else ():
+        for judge in judges.values():
+            judge.evaluator.check_merged(layout.by_layer(layout.keep))
 
-    def searched(name: str, k: int, folder: str, **settings: Any) -> list[TableRow]:
+    def searched(name: str, k: int, folder: str, **changes: Any) -> list[TableRow]:
         result = eep(
             model,
             train,
             k,
             valid=valid,
             test=test,
-            prune_iters=prune_iters,
             merge_iters=merge_iters,
-            length_normalized=length_normalized,
-            seed=seed,
             out=out / folder,
             progress=progress,
             **asked,
-            **settings,
+            **measured,
+            **{**_searches(k, fewer)[folder], **changes},
             **options,
         )
         return searched_rows(model, result, k, f"{name}: ", f"{folder}/")
@@ -124,15 +151,21 @@ def eep_table(
         for name, of in candidates.items():
             rows.append(measured_row(model, judges, name, k, [candidate_plan(one, evaluator, None) for one in of]))
         rows += searched("EEP", k, folder, starts=masks)
-        rows += searched("EEP, paper's settings", k, f"{folder}-paper", **PAPER)
+        rows += searched("EEP, paper's settings", k, f"{folder}-paper")
         for few in fewer:
             for mask in candidates.get("naee", ()):
                 rows.append(measured_row(model, judges, "naee", k, [candidate_plan(mask, evaluator, few)]))
-            rows += searched("EEP", k, f"{folder}-active-{few}", active=few, starts=masks)
+            rows += searched("EEP", k, f"{folder}-active-{few}", starts=masks)
     if distributed.is_first():
         write_text(out / "table.json", json.dumps([row.as_json() for row in rows], indent=1) + "\n")
         write_text(out / "table.md", format_table(rows) + "\n")
     return rows
+
+
+def _searches(keep: int, fewer: Collection[int | None]) -> dict[str, dict[str, Any]]:
+    """{directory: settings} of a budget's searches."""
+    found = {f"keep-{keep}": OURS, f"keep-{keep}-paper": PAPER}
+    return found | {f"keep-{keep}-active-{few}": {**OURS, "active": few} for few in fewer}
 
 
 def full_plan(model: nn.Module, active: int | None = None) -> PruningPlan:
@@ -152,12 +185,15 @@ def measured_row(
 ) -> TableRow:
     """The row of one plan, or of several that cost the same."""
     right = {split: [one.score for one in judge(plans)] for split, judge in judges.items()}
+    spread = None
+    if len(plans) > 1:
+        spread = nan if any(map(isnan, right["test"])) else stdev(right["test"])
     return TableRow(
         name,
         keep,
         _active(model, plans[0]),
         {split: fmean(scores) for split, scores in right.items()},
-        stdev(right["test"]) if len(plans) > 1 else None,
+        spread,
         **vars(costs(model, plans[0])),
     )
 

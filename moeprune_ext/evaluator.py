@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,6 +96,9 @@ class Engine(Protocol):
         self, plans: Sequence[PruningPlan | MergedPlan], numbers: Sequence[int], metrics: tuple[str, ...]
     ) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
         """Yields (sequence, numbers of some plans, {metric: [those plans, T]}) until every pair of the two was met."""
+
+    def check_merged(self, kept: Mapping[int, int]) -> None:
+        """Refuses (ValueError) merges into so many experts, {decoder layer: K'}, that there is no room for."""
 
 
 class CandidateEvaluator:
@@ -207,6 +210,11 @@ class CandidateEvaluator:
         """Positions that each sequence contributes to a metric's mean."""
         return self.predicted_positions if metric in NEXT_TOKEN else self.scored_positions
 
+    def check_merged(self, kept: Mapping[int, int]) -> None:
+        """Refuses (ValueError, with the numbers), before any work, merges into so many experts of each layer, {decoder
+        layer: K'}, that memory_budget has no room for."""
+        self._engine.check_merged(kept)
+
     def evaluate(
         self, plans: Sequence[PruningPlan | MergedPlan], metrics: Sequence[str] = ("esap",)
     ) -> list[CandidateScore]:
@@ -313,6 +321,9 @@ class WholeForwards:
     def mapped(self) -> dict[int, RoutedLayer]:
         """How each layer's router can be mapped, found out when a plan first asks."""
         return {index: mapped_layer(layer) for index, layer in self._layers.items()}
+
+    def check_merged(self, kept: Mapping[int, int]) -> None:
+        """Nothing is refused: a merged model is made whatever the budget, which is for logits."""
 
     def _applied(self, plan: PruningPlan | MergedPlan) -> AbstractContextManager[None]:
         if isinstance(plan, MergedPlan):

@@ -10,14 +10,53 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moeprune_ext import distributed
 from moeprune_ext.files import read_json, write_text
 
+SETTINGS = "search.json"
+
 # A sum that another number of threads rounds differently.
 NEARLY = ("teacher_log_sum_exp",)
+
+
+def recorded_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of the search whose directory this is; None where it is no search's."""
+    if not (folder / SETTINGS).exists():
+        return None
+    found = read_json(folder / SETTINGS)
+    return found if isinstance(found, dict) else {}
+
+
+def check_known(folder: Path, known: Mapping[str, Any]) -> None:
+    """Refuses (ValueError) the directory of a search that differs in these of its settings, before the others are
+    known; writes nothing."""
+
+    def check() -> None:
+        if (before := recorded_settings(folder)) is not None:
+            _refuse_other(folder, before, known)
+
+    distributed.from_first(check)
+
+
+def _refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differing = [
+        name
+        for name, value in now.items()
+        if (there := before.get(name)) != value
+        and not (
+            name in NEARLY
+            and isinstance(there, float)
+            and isinstance(value, float)
+            and math.isclose(there, value, rel_tol=1e-5)
+        )
+    ]
+    if differing:
+        changes = "; ".join(f"{n}: {before.get(n)!r} there, {now[n]!r} now" for n in differing)
+        raise ValueError(f"{folder} belongs to another search ({changes}); use another directory or the same settings")
 
 
 class Journal:
@@ -39,27 +78,11 @@ class Journal:
                 os.fsync(file.fileno())
 
     def _open(self, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        recorded = self.folder / "search.json"
-        if not recorded.exists():
-            write_text(recorded, json.dumps(settings, indent=1) + "\n")
+        before = recorded_settings(self.folder)
+        if before is None:
+            write_text(self.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
             return {}
-        before = read_json(recorded)
-        before = before if isinstance(before, dict) else {}
-        differing = [
-            name
-            for name in dict.fromkeys([*settings, *before])
-            if before.get(name) != settings.get(name)
-            and not (
-                name in NEARLY
-                and isinstance(before.get(name), float)
-                and math.isclose(before[name], settings[name], rel_tol=1e-5)
-            )
-        ]
-        if differing:
-            changes = "; ".join(f"{n}: {before.get(n)!r} there, {settings.get(n)!r} now" for n in differing)
-            raise ValueError(
-                f"{self.folder} belongs to another search ({changes}); use another directory or the same settings"
-            )
+        _refuse_other(self.folder, before, settings | {name: None for name in before if name not in settings})
         return self._read()
 
     def _read(self) -> dict[int, dict[str, Any]]:

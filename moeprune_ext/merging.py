@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moeprune_ext.dispatch import row_chunks
 from moeprune_ext.experts import PairOutputs, distinct_pairs, weighted_sum
-from moeprune_ext.masking import check_active
+from moeprune_ext.masking import check_active, half_kept
 from moeprune_ext.merged_plan import Merge, MergedPlan
 from moeprune_ext.moe import (
     EXPERT_COUNT_NAMES,
@@ -47,6 +47,11 @@ def check_merges(plan: MergedPlan, routed: Mapping[int, RoutedLayer], fingerprin
         shape = layer.shape_with(plan.active)
         if merge.experts.shape[1] != shape.num_experts:
             raise ValueError(f"layer {index}: merges of {merge.experts.shape[1]} experts, it has {shape.num_experts}")
+        if len(merge.experts) > shape.num_experts or not bool((merge.router != 0).any(1).all()):
+            raise ValueError(
+                f"layer {index}: {len(merge.experts)} merged experts of {shape.num_experts}: there must not be more "
+                "than before, and each row of the router's map must refer to some"
+            )
         if len(merge.experts) < shape.top_k:
             raise ValueError(
                 f"layer {index}: {len(merge.experts)} merged experts, but its router selects {shape.top_k} per token"
@@ -60,8 +65,19 @@ def check_merges(plan: MergedPlan, routed: Mapping[int, RoutedLayer], fingerprin
 
 
 def mapped_layer(layer: MoeLayer) -> RoutedLayer:
-    """How a layer's router can be mapped: by its formula, whatever the dtype of its logits."""
-    return routed_layer(layer, "fused")
+    """How a layer's router can be mapped: by its formula, whatever the dtype of its logits.
+
+    The formula is that of the model as it is, however few experts are active now; and with two of them at least, where
+    the router can select two: of a single expert's weight, divided by itself, nothing is left to tell.
+    """
+    own = layer.shape.top_k
+    telling = max(own, min(2, len(half_kept(layer))))
+    for active in dict.fromkeys((telling, own)):
+        with fewer_active({layer.index: layer}, active):
+            found = routed_layer(layer, "fused")
+        if found.places is not None:
+            break
+    return found
 
 
 def order_of(treatment: Treatment) -> tuple[int, Any]:

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from moeprune_ext.plan import PruningPlan
 
 
+# Options of `eep` that say how to search, as they are by default.
+SEARCHING: dict[str, Any] = {
+    "fitness": "accuracy",
+    "layer_groups": None,
+    "paper": False,
+    "prune_iters": 40,
+    "merge_iters": 160,
+}
+
+
 def search(options: argparse.Namespace) -> tuple[Any, str]:
     from moeprune_ext.evaluator import CandidateEvaluator
     from moeprune_ext.evolve import check_init_plans, check_settings, evolve
@@ -183,8 +193,8 @@ def _written(plan: PruningPlan, options: argparse.Namespace, about: dict[str, An
 
 
 def eep(options: argparse.Namespace) -> tuple[Any, str]:
-    from moeprune_ext.checkpoint import read_checkpoint
-    from moeprune_ext.eep import PAPER, check_folder, check_request, eep, split_task
+    from moeprune_ext.checkpoint import read_checkpoint, stored_routers
+    from moeprune_ext.eep import PAPER, check_folder, check_mergeable, check_request, eep, split_task
     from moeprune_ext.eep_table import eep_table, result_rows
     from moeprune_ext.evaluate import load_task
 
@@ -197,13 +207,22 @@ def eep(options: argparse.Namespace) -> tuple[Any, str]:
     if not budgets and options.active is None:
         raise ValueError("give --keep, the experts that stay, or --active, the experts per token, or both")
     check_folder(options.out)
-    layers = read_checkpoint(options.model).layers
+    checkpoint = read_checkpoint(options.model)
+    layers = checkpoint.layers
     asked: dict[str, Any] = {"layer_groups": options.layer_groups, "fitness": options.fitness}
     everything = {index: layer.shape.num_experts for index, layer in layers.items() if layer.shape.prunable}
+    layouts = []
     for keep in budgets or [everything]:
-        check_request(layers, keep, active=options.active, **asked)
+        layout, active = check_request(layers, keep, active=options.active, **asked)
+        layouts.append(layout)
         if options.table:
             check_request(layers, keep, **asked)
+    if not budgets:
+        _check_measurement(options, active)
+    elif options.merge_iters:
+        routed = stored_routers(checkpoint)
+        for layout in layouts:
+            check_mergeable(routed, layout)
     tokenizer = load_tokenizer(options)
     valid, test = (None if path is None else load_task(path, tokenizer) for path in (options.valid, options.test))
     splits = split_task(load_task(options.task, tokenizer), valid, test, options.seed)
@@ -232,6 +251,21 @@ def eep(options: argparse.Namespace) -> tuple[Any, str]:
     found = eep(model, splits[0], budgets[0], **settings, **(PAPER if options.paper else {}))
     rows = result_rows(model, found, budgets[0])
     return _rows_of(rows, splits, {**found.as_json(), "plan": str(options.out / found.file)})
+
+
+def _check_measurement(options: argparse.Namespace, active: int | None) -> None:
+    """Refuses what a measurement without a search could not do, or would not look at. active: None where the routers
+    select as many as asked for."""
+    from moeprune_ext.eep import PLAN
+    from moeprune_ext.journal import SETTINGS
+
+    if given := [name for name, default in SEARCHING.items() if getattr(options, name) != default]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"without --keep nothing is searched, so that {names} would do nothing; give --keep N")
+    if active is None:
+        raise ValueError(f"--active {options.active}: the routers select as many already; name fewer")
+    if held := [name for name in (PLAN, SETTINGS) if (options.out / name).exists()]:
+        raise ValueError(f"{options.out} holds {' and '.join(held)}; name another directory for {PLAN}")
 
 
 def _fewer_active(

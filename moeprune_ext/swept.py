@@ -9,7 +9,7 @@ processes; while plans merge experts, those of one layer take their part of what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -86,9 +86,9 @@ class SweptModel:
         # All processes or none.
         if bool(distributed.maximum_(torch.tensor([problem is not None], dtype=torch.float64))):
             raise problem or NotReplayable("another process cannot replay it")
-        padded = padded_lengths(sequences, unit)
+        padded, common = padded_lengths(sequences, unit), ""
         if padded != self._lengths and distributed.from_first(lambda: self._ignores_what_follows(few)):
-            self._lengths = padded
+            self._lengths, common = padded, ", common lengths"
         self.division = distributed.from_first(lambda: self._divide(longest, memory_budget, teacher_cache))
         self._sweep.release()
         self._sweep.tokens_at_once = self.division.tokens
@@ -97,7 +97,7 @@ class SweptModel:
         self._head = Head(self._replay, sequences, self._teacher, self.division, seed, backend)
         ways = " and ".join(sorted({r.way for r in routed.values()}))
         self.about = (
-            f"layer sweep, routers {ways}, units of {unit}, {self.division.tokens} tokens at once, "
+            f"layer sweep, routers {ways}, units of {unit}{common}, {self.division.tokens} tokens at once, "
             f"{self.division.state_tokens} held, {self.division.head >> 20} MiB of logits"
         )
         self.note = ""
@@ -138,7 +138,8 @@ class SweptModel:
         # Neighbours in this order share most; groups of them fit the memory for states.
         order = sorted(range(len(plans)), key=lambda i: [order_of(candidates[i][layer]) for layer in layers])
         merging = any(isinstance(plan, MergedPlan) for plan in plans)
-        room = self._room(plans)
+        merged = {(i, len(m.experts)) for plan in plans if isinstance(plan, MergedPlan) for i, m in plan.merges.items()}
+        room = self._room(merged)
         group = max(1, room // max(self._lengths))
         for start in range(0, len(order), group):
             chosen = order[start : start + group]
@@ -152,18 +153,22 @@ class SweptModel:
             if self._streamed or merging:
                 self._sweep.release()  # the next wave may be cut otherwise
 
-    def _room(self, plans: Sequence[PruningPlan | MergedPlan]) -> int:
-        """Tokens of states that fit beside the merged experts of one layer. Raises ValueError where none do."""
-        merged = {(i, len(m.experts)) for plan in plans if isinstance(plan, MergedPlan) for i, m in plan.merges.items()}
+    def check_merged(self, kept: Mapping[int, int]) -> None:
+        """See evaluator.Engine."""
+        self._room(kept.items())
+
+    def _room(self, merged: Iterable[tuple[int, int]]) -> int:
+        """Tokens of states that fit beside the merged experts, (decoder layer, K'), of one layer. Raises ValueError
+        where not even one sequence's do."""
         size = max((bytes_while_merged(self._layers[index], count) for index, count in merged), default=0)
         longest, held = max(self._lengths), self.division.state_tokens
         room = (held - -(-size // self.division.token_bytes)) // longest * longest
         if room < longest:
-            sizes = (held * self.division.token_bytes, size, (longest - held) * self.division.token_bytes + size)
-            mib = [f"{n / 2**20:,.2f} MiB" for n in sizes]
+            own, there = longest * self.division.token_bytes, held * self.division.token_bytes
+            mib = [f"{n / 2**20:,.2f} MiB" for n in (there, size, own, size + own - there)]
             raise ValueError(
-                f"memory_budget leaves {mib[0]} for hidden states, of which the merged experts of one layer would take "
-                f"{mib[1]}; allow at least {mib[2]} more"
+                f"memory_budget leaves {mib[0]} for hidden states; the merged experts of one layer would take {mib[1]} "
+                f"of it, and a candidate's states need {mib[2]}: {mib[3]} are missing"
             )
         return room
 

@@ -46,16 +46,11 @@ class TaskFitness:
         **options: Any,
     ) -> None:
         self._task, self._length_normalized, self._active = task, length_normalized, active
-        rows = [(example.prompt, option) for example in task.examples for option in example.options]
-        # By length, so that neighbours, the evaluator's units of work, go through a layer as one batch.
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
-        self.places = sorted(range(len(rows)), key=order.__getitem__)
-        batches = []
-        for prompt, continuation in (rows[row] for row in order):
-            labels = torch.zeros(1, len(prompt) + len(continuation), dtype=torch.bool)
-            labels[0, len(prompt) :] = True
-            batches.append({"input_ids": torch.tensor([prompt + continuation]), "labels_mask": labels})
-        self.evaluator = CandidateEvaluator(model, batches, **{"least_units": LEAST_UNITS, **options})
+        lengths = [len(prompt) + len(option) for prompt, option in _rows(task)]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        self.places = sorted(range(len(lengths)), key=order.__getitem__)
+        options = {"least_units": LEAST_UNITS, **options}
+        self.evaluator = CandidateEvaluator(model, sequences(task, "accuracy"), **options)
 
     def __call__(self, candidates: Sequence[Candidate | Plan]) -> list[Fitness]:
         plans = [candidate_plan(candidate, self.evaluator, self._active) for candidate in candidates]
@@ -95,20 +90,31 @@ class AnswerFitness:
 
     def __init__(self, model: nn.Module, task: Task, metric: str, *, active: int | None = None, **options: Any) -> None:
         self._metric, self._active = metric, active
-        ahead = 1 if metric == "esap" else 0
-        batches = []
-        # By length, as above.
-        for example in sorted(right_answers(task).examples, key=lambda e: len(e.prompt) + len(e.options[0])):
-            tokens = example.prompt + example.options[0]
-            labels = torch.zeros(1, len(tokens), dtype=torch.bool)
-            labels[0, len(example.prompt) - ahead : len(tokens) - ahead] = True
-            batches.append({"input_ids": torch.tensor([tokens]), "labels_mask": labels})
-        self.evaluator = CandidateEvaluator(model, batches, **{"least_units": LEAST_UNITS, **options})
+        self.evaluator = CandidateEvaluator(model, sequences(task, metric), **{"least_units": LEAST_UNITS, **options})
 
     def __call__(self, candidates: Sequence[Candidate | Plan]) -> list[Fitness]:
         plans = [candidate_plan(candidate, self.evaluator, self._active) for candidate in candidates]
         values = [getattr(score, self._metric) for score in self.evaluator.evaluate(plans, (self._metric,))]
         return [Fitness(math.exp(-value) if self._metric == "nll" else value) for value in values]
+
+
+def sequences(task: Task, fitness: str) -> list[dict[str, torch.Tensor]]:
+    """What the evaluator of a fitness ("accuracy", or a metric of AnswerFitness) runs: examples' options behind their
+    prompts, or right answers alone, labelled where they are scored. Shorter ones come first, so that neighbours, the
+    evaluator's units of work, go through a layer as one batch."""
+    ahead = 1 if fitness == "esap" else 0
+    batches = []
+    rows = _rows(task if fitness == "accuracy" else right_answers(task))
+    for prompt, continuation in sorted(rows, key=lambda row: len(row[0]) + len(row[1])):
+        tokens = prompt + continuation
+        labels = torch.zeros(1, len(tokens), dtype=torch.bool)
+        labels[0, len(prompt) - ahead : len(tokens) - ahead] = True
+        batches.append({"input_ids": torch.tensor([tokens]), "labels_mask": labels})
+    return batches
+
+
+def _rows(task: Task) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [(example.prompt, option) for example in task.examples for option in example.options]
 
 
 def right_answers(task: Task) -> Task:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 from transformers import AutoTokenizer
 
 import moeprune_ext as mp
@@ -350,6 +351,19 @@ def bad_requests(work):
         ),
         "no such task": (["eep", model, "--task", work / "no.jsonl", "--keep", 8, *out], "no file"),
         "eep run is a file": ([*eep, "--keep", 8, "-o", text], "is not a directory"),
+        "no search by a fitness": ([*eep, "--active", 1, "--fitness", "esap", *out], "--fitness would do nothing"),
+        "no search of groups": ([*eep, "--active", 1, "--layer-groups", 2, *out], "--layer-groups would do nothing"),
+        "no search in so many steps": (
+            [*eep, "--active", 1, "--paper", "--prune-iters", 3, "--merge-iters", 0, *out],
+            "--paper, --prune-iters, --merge-iters would do nothing",
+        ),
+        "as many active as selected": ([*eep, "--active", 4, *out], "the routers select as many already"),
+        "a plan is there": ([*eep, "--active", 1, "-o", work / "run"], "holds plan.json and search.json"),
+        "a router of groups": (["eep", work / "grouped", *eep[2:], "--keep", 4, *out], "a router of groups"),
+        "a router of groups, table": (
+            ["eep", work / "grouped", *eep[2:], "--table", "--keep", 4, 6, *out],
+            "a router of groups",
+        ),
         "output exists": (["export", model, "--plan", plan, "-o", work / "model"], "already exists"),
     }
 
@@ -368,6 +382,11 @@ def wrong_models(work):
         tensors = load_file(work / name / "model.safetensors")
         key = "model.layers.2.mlp.gate.weight" if name == "other" else "model.layers.1.input_layernorm.weight"
         save_file(tensors | {key: change(tensors[key])}, work / name / "model.safetensors", metadata={"format": "pt"})
+    grouped = tiny_model("deepseek_v3")
+    grouped.resize_token_embeddings(len(AutoTokenizer.from_pretrained(work / "model")))
+    grouped.save_pretrained(work / "grouped")
+    for file in (work / "model").glob("tokenizer*"):
+        shutil.copy(file, work / "grouped")
     shutil.copy(work / "stats.safetensors", work / "broken.safetensors")
     for name in ("mute", "partial", "truncated", "wide"):
         shutil.copytree(work / "model", work / name)

@@ -8,9 +8,12 @@ import torch
 from tiny_models import tiny_model
 
 import moeprune_ext as mp
-from moeprune_ext import eep_starts
+from moeprune_ext import eep_starts, swept
 from moeprune_ext import task_fitness as tf
 from moeprune_ext.eep import PAPER, SPLITS, split_task
+from moeprune_ext.eep_candidates import Layout
+from moeprune_ext.eep_search import Fitness
+from moeprune_ext.eep_table import eep_table, format_table, full_plan, measured_row
 from moeprune_ext.evaluate import Example, Task
 from moeprune_ext.merged_plan import MergedPlan
 
@@ -191,7 +194,7 @@ def test_routers_with_groups_are_pruned_group_by_group():
     model = tiny_model("deepseek_v3")  # two groups of four experts
     task = make_task(model, 8)
     result = mp.eep(model, task, 4, prune_iters=14, merge_iters=0)
-    assert result.best_plan is not None and list(result.plan.kept) == [1, 2, 3]
+    assert result.best_plan == result.plan and list(result.plan.kept) == [1, 2, 3]
     for ids in result.plan.kept.values():
         assert sum(expert < 4 for expert in ids) == sum(expert >= 4 for expert in ids) == 2
     with mp.applied(model, result):
@@ -321,14 +324,80 @@ def test_a_killed_search_goes_on_and_a_finished_one_can_be_extended(model, task,
         ({"length_normalized": True}, "length_normalized"),
         ({"seed": 1}, "seed"),
         ({"keep": 5}, "keep"),
+        ({"task": "another"}, "data"),
+        ({"starts": "random"}, "starts"),
     ],
 )
-def test_another_searchs_directory_is_refused_and_left_as_it_is(model, task, found, change, named):
+def test_another_searchs_directory_is_refused_and_left_as_it_is(model, task, found, monkeypatch, change, named):
     _, out = found["accuracy"]
+    monkeypatch.setattr(tf, "CandidateEvaluator", lambda *_, **__: pytest.fail("an evaluator was made"))
+    change = {name: make_task(model, seed=8) if name == "task" else value for name, value in change.items()}
     before = {file: file.read_bytes() for file in out.iterdir()}
     with pytest.raises(ValueError, match=f"belongs to another search .*{named}"):
-        mp.eep(model, task, **{"keep": 4, "out": out, **SHORT, **change})
+        mp.eep(model, **{"task": task, "keep": 4, "out": out, **SHORT, **change})
     assert {file: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_starts_of_a_search_that_never_began_are_replaced(model, task, tmp_path, monkeypatch):
+    layout = Layout.of(dict.fromkeys(range(4), 8), 5)
+    eep_starts.starting_masks(model, task, layout, out=tmp_path)
+    mp.eep(model, task, 4, out=tmp_path, prune_iters=2, merge_iters=0)
+    assert json.loads((tmp_path / "starts.json").read_text())["about"]["layout"][1] == [4] * 4
+    monkeypatch.setattr(eep_starts, "calibrate", lambda *_, **__: pytest.fail("the starts are known"))
+    mp.eep(model, task, 4, out=tmp_path, prune_iters=2, merge_iters=0)
+
+
+def test_no_starts_are_written_beside_another_search(model, task, tmp_path):
+    mp.eep(model, task, 4, out=tmp_path, prune_iters=2, merge_iters=0, **PAPER)
+    eep_starts.starting_masks(model, task, Layout.of(dict.fromkeys(range(4), 8), 4), out=tmp_path)
+    assert not (tmp_path / "starts.json").exists()
+
+
+# ---- the table
+
+
+def test_a_table_goes_on_where_its_searches_are(model, task, tmp_path, monkeypatch):
+    ask = dict(active=1, out=tmp_path, prune_iters=2, merge_iters=1)
+    rows = eep_table(model, task, [4], **ask)
+    monkeypatch.setattr(eep_starts, "calibrate", lambda *_, **__: pytest.fail("the starts are known"))
+    assert eep_table(model, task, [4], **ask) == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep": []}, "keep names no budget"),
+        ({"keep": [4, 1]}, "layer 0 cannot keep 1 experts"),
+        ({"prune_iters": 0}, "prune_iters must be at least 1"),
+        ({"merge_iters": -1}, "merge_iters is at least 0"),
+        ({"model": "deepseek_v3", "keep": [4, 6]}, "a router of groups.*merge_iters=0 prunes only"),
+        ({"prune_iters": 3}, "keep-5-paper belongs to another search .*prune_iters"),
+        ({"task": "another"}, "keep-5-paper belongs to another search .*data"),
+    ],
+)
+def test_a_table_that_cannot_be_finished_is_refused_before_any_work(
+    model, task, tmp_path, monkeypatch, change, message
+):
+    mp.eep(model, task, 5, out=tmp_path / "keep-5-paper", prune_iters=2, merge_iters=0, **PAPER)
+    monkeypatch.setattr(tf, "CandidateEvaluator", lambda *_, **__: pytest.fail("an evaluator was made"))
+    monkeypatch.setattr(eep_starts, "calibrate", lambda *_, **__: pytest.fail("the model was calibrated"))
+    meant = {"another": make_task(model, seed=8), "deepseek_v3": tiny_model("deepseek_v3")}
+    change = {name: meant.get(value, value) if isinstance(value, str) else value for name, value in change.items()}
+    ask = {"model": model, "task": task, "keep": [4, 5], "prune_iters": 2, "merge_iters": 1, **change}
+    with pytest.raises(ValueError, match=message):
+        eep_table(**ask, out=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["keep-5-paper"]
+
+
+def test_masks_one_of_which_gives_no_number_have_no_spread(model):
+    def judge(plans):
+        return [Fitness(math.nan if place == 1 else place / 8) for place in range(len(plans))]
+
+    row = measured_row(model, dict.fromkeys(SPLITS, judge), "random", 4, [full_plan(model)] * 3)
+    assert math.isnan(row.spread) and math.isnan(row.accuracy["test"])
+    assert row.as_json()["spread"] is None and "nan%" in format_table([row])
+    judges = dict.fromkeys(SPLITS, lambda plans: [Fitness(0.25), Fitness(0.75)])
+    assert measured_row(model, judges, "random", 4, [full_plan(model)] * 2).spread == pytest.approx(0.5 / 2**0.5)
 
 
 # ---- refusals
@@ -365,6 +434,21 @@ def test_impossible_requests_are_refused_before_any_work(model, task, tmp_path, 
     with pytest.raises(ValueError, match=message):
         mp.eep(model, **{"task": task, "keep": 4, "out": tmp_path / "run", **change})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fitness", ["accuracy", "esap"])
+@pytest.mark.parametrize("lacking", [4, 10])  # sequences: right answers, by which nll and ESAP are told, are fewer
+def test_merges_without_room_are_refused_before_a_candidate_is_scored(model, task, monkeypatch, fitness, lacking):
+    def room(self, merged, real=swept.SweptModel._room):
+        if len(self._lengths) >= lacking and merged:
+            raise ValueError("are missing")
+        return real(self, merged)
+
+    monkeypatch.setattr(swept.SweptModel, "_room", room)
+    for scorer in (tf.TaskFitness, tf.AnswerFitness):
+        monkeypatch.setattr(scorer, "__call__", lambda *_: pytest.fail("candidates were scored"))
+    with pytest.raises(ValueError, match="are missing"):
+        mp.eep(model, task, 4, fitness, prune_iters=2, merge_iters=1)
 
 
 def test_merging_behind_a_router_that_cannot_be_mapped_is_refused(monkeypatch):

@@ -344,6 +344,12 @@ def test_another_searchs_directory_is_refused(tmp_path, change, named):
     assert (tmp_path / "history.jsonl").read_text() == before
 
 
+def test_the_settings_say_that_it_is_eeps_beside_how_candidates_are_scored(tmp_path):
+    search_usefulness(identity={"method": "layer sweep"}, out=tmp_path)
+    settings = json.loads((tmp_path / "search.json").read_text())
+    assert settings["search"] == "eep" and settings["method"] == "layer sweep"
+
+
 def test_a_history_of_other_candidates_is_refused(tmp_path):
     search_usefulness(out=tmp_path)
     history = tmp_path / "history.jsonl"

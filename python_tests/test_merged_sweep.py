@@ -154,6 +154,13 @@ def test_lengths_are_common_where_that_adds_little_and_nothing_is_masked():
     assert lengths([10, 13], 2) == [10, 13]
 
 
+def test_a_search_begun_at_lengths_of_their_own_is_not_resumed_at_common_ones():
+    def method(lengths):
+        return mp.CandidateEvaluator(tiny_model("olmoe"), short_sequences(lengths), least_units=1).identity["method"]
+
+    assert ", common lengths" in method((20, 21)) and ", common lengths" not in method((21, 21))
+
+
 def test_a_model_whose_positions_see_what_follows_keeps_every_length(monkeypatch):
     model, batches = tiny_model("olmoe"), short_sequences()
     first = model.model.layers[0]
@@ -185,9 +192,13 @@ def test_merges_stay_within_the_budget_or_are_refused_with_the_numbers():
     evaluator, least = smallest_budget(model, batches)
     everyone = {index: Merge(torch.full((8, 8), 1 / 8), torch.eye(8)) for index in find_moe_layers(model)}
     with pytest.raises(
-        ValueError, match=r"leaves 0.0\d MiB .* one layer would take 0.07 MiB; allow at least 0.0\d MiB more"
-    ):
+        ValueError, match=r"leaves 0.0\d MiB .* one layer would take 0.07 MiB .*: 0.0\d MiB are missing"
+    ) as refusal:
         evaluator.evaluate([MergedPlan(everyone)])
+    with pytest.raises(ValueError) as known_before:
+        evaluator.check_merged(dict.fromkeys(everyone, 8))
+    assert str(known_before.value) == str(refusal.value)
+    mp.CandidateEvaluator(model, batches, memory_budget=least, method="whole").check_merged(dict.fromkeys(everyone, 8))
     plans, results = merges(model, 8), []
     for budget in (2 * least, 5 * least):
 

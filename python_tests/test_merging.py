@@ -1,5 +1,8 @@
 """Candidates that merge experts and map routers: in a sweep, in whole forwards, and by the definition."""
 
+import math
+
+import every_model
 import pytest
 import torch
 from tiny_models import random_tokens, tiny_model
@@ -7,7 +10,7 @@ from tiny_models import random_tokens, tiny_model
 import moeprune_ext as mp
 from moeprune_ext.merged_plan import Merge, MergedPlan
 from moeprune_ext.merging import MergedExperts, mapped_layer, merged_model
-from moeprune_ext.moe import find_moe_layers
+from moeprune_ext.moe import fewer_active, find_moe_layers
 
 RENORMALISED = ["mixtral", "qwen3_moe", "gpt_oss"]
 FAMILIES = [*RENORMALISED, "olmoe", "qwen2_moe"]  # mapped as section 4 of the method says, equal to masks if one-hot
@@ -123,6 +126,32 @@ def test_fewer_active_experts_are_a_smaller_top_k(family):
     routed = {index: mapped_layer(layer) for index, layer in find_moe_layers(model).items()}
     with merged_model(routed, plan):
         torch.testing.assert_close(logits_of(model, tokens), logits_of(smaller, tokens), rtol=0, atol=1e-5)
+
+
+def test_a_router_is_mapped_by_its_own_formula_however_few_experts_are_active(tmp_path):
+    """Flint's: a sigmoid, renormalised, of which one active expert tells nothing."""
+    model, data = every_model.tiny("flint"), [every_model.tokens(4, 24)]
+    layers = find_moe_layers(model)
+    plan = MergedPlan({index: random_merge(index) for index in layers}, active=1)
+    expected = mp.CandidateEvaluator(model, data, method="whole").evaluate([plan], ("nll",))[0].nll
+    swept = mp.CandidateEvaluator(model, data)
+    assert swept.method.startswith("layer sweep")
+    assert swept.evaluate([plan], ("nll",))[0].nll == pytest.approx(expected, abs=1e-5)
+    model.save_pretrained(tmp_path / "model")
+    with mp.applied(model, plan):
+        assert math.log(mp.perplexity(model, data)) == pytest.approx(expected, abs=1e-5)
+    exported = mp.load(mp.export(tmp_path / "model", plan, tmp_path / "out"), dtype=torch.float32)
+    assert math.log(mp.perplexity(exported, data)) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "score"), [("flint", "sigmoid"), ("mixtral", "softmax")])
+def test_a_router_of_one_expert_a_token_is_told_by_the_formula_of_its_kind(kind, score):
+    model = every_model.tiny(kind)
+    with fewer_active(find_moe_layers(model), 1):
+        layers = find_moe_layers(model)  # as of a model whose router selects one
+        for layer in layers.values():
+            spec = mapped_layer(layer).spec
+            assert spec.score == score and spec.renormalize and layer.shape.top_k == layer.active == 1
 
 
 def test_bfloat16_sums_are_rounded_once(plans, family):
