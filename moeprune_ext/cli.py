@@ -304,7 +304,7 @@ def _checkpoint_verbs(add: AddVerb) -> None:
         "moeprune export MODEL --plan RUN_DIR/plan.json -o OUT_DIR",
     )
     made.add_argument("model", type=Path, help="model directory")
-    made.add_argument("--plan", type=Path, required=True, help="plan file")
+    made.add_argument("--plan", type=Path, required=True, help="plan file of any verb: .json, or merges of eep")
     made.add_argument("-o", "--out", type=Path, required=True, help="new directory for the checkpoint")
 
     made = add(
