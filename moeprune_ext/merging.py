@@ -158,8 +158,8 @@ def combined(stored: Tensor, shares: Tensor, out: Tensor | None = None) -> Tenso
     better, in the dtype of the weights; rows that take one expert as it is are copies."""
     new = stored.new_empty(len(shares), *stored.shape[1:]) if out is None else out
     rows, flat, shares = stored.flatten(1), new.view(len(shares), -1), shares.to(stored.device)
-    if bool(((shares == 1).sum(1) == 1).all() & ((shares != 0).sum(1) == 1).all()):
-        torch.index_select(rows, 0, shares.argmax(1), out=flat)
+    if (taken := _taken_as_they_are(shares)) is not None:
+        torch.index_select(rows, 0, taken, out=flat)
     elif stored.dtype in (torch.float32, torch.float64):
         torch.mm(shares.to(stored.dtype), rows, out=flat)
     else:

@@ -6,43 +6,18 @@ import math
 import pytest
 import torch
 from tiny_models import tiny_model
+from tiny_tasks import make_task
 
 import moeprune_ext as mp
 from moeprune_ext import eep_starts, swept
 from moeprune_ext import task_fitness as tf
 from moeprune_ext.eep import PAPER, SPLITS, split_task
 from moeprune_ext.eep_candidates import Layout
-from moeprune_ext.eep_search import Fitness
-from moeprune_ext.eep_table import eep_table, format_table, full_plan, measured_row
 from moeprune_ext.evaluate import Example, Task
 from moeprune_ext.merged_plan import MergedPlan
 
 SHORT = dict(prune_iters=12, merge_iters=10)
 TINY = dict(prune_iters=4, merge_iters=3)
-
-
-def greedy(model, prompt, count):
-    tokens = torch.tensor([prompt])
-    for _ in range(count):
-        with torch.no_grad():
-            tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    return tuple(tokens[0, len(prompt) :].tolist())
-
-
-def make_task(model, count=16, seed=5):
-    """Answers of the full model's to reproduce, and choices among which its own is one."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(length):
-        return tuple(torch.randint(2, 90, (length,), generator=generator).tolist())
-
-    examples = []
-    for number in range(count):
-        prompt = ids(4 + number % 3)
-        right = greedy(model, prompt, 1 + number % 2)
-        options = (ids(2), right, ids(3))
-        examples.append(Example(prompt, options, 1) if number % 2 else Example(prompt, (right,), None))
-    return Task("own answers", tuple(examples))
 
 
 @pytest.fixture(scope="module")
@@ -351,53 +326,6 @@ def test_no_starts_are_written_beside_another_search(model, task, tmp_path):
     mp.eep(model, task, 4, out=tmp_path, prune_iters=2, merge_iters=0, **PAPER)
     eep_starts.starting_masks(model, task, Layout.of(dict.fromkeys(range(4), 8), 4), out=tmp_path)
     assert not (tmp_path / "starts.json").exists()
-
-
-# ---- the table
-
-
-def test_a_table_goes_on_where_its_searches_are(model, task, tmp_path, monkeypatch):
-    ask = dict(active=1, out=tmp_path, prune_iters=2, merge_iters=1)
-    rows = eep_table(model, task, [4], **ask)
-    monkeypatch.setattr(eep_starts, "calibrate", lambda *_, **__: pytest.fail("the starts are known"))
-    assert eep_table(model, task, [4], **ask) == rows
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"keep": []}, "keep names no budget"),
-        ({"keep": [4, 1]}, "layer 0 cannot keep 1 experts"),
-        ({"prune_iters": 0}, "prune_iters must be at least 1"),
-        ({"merge_iters": -1}, "merge_iters is at least 0"),
-        ({"model": "deepseek_v3", "keep": [4, 6]}, "a router of groups.*merge_iters=0 prunes only"),
-        ({"prune_iters": 3}, "keep-5-paper belongs to another search .*prune_iters"),
-        ({"task": "another"}, "keep-5-paper belongs to another search .*data"),
-    ],
-)
-def test_a_table_that_cannot_be_finished_is_refused_before_any_work(
-    model, task, tmp_path, monkeypatch, change, message
-):
-    mp.eep(model, task, 5, out=tmp_path / "keep-5-paper", prune_iters=2, merge_iters=0, **PAPER)
-    monkeypatch.setattr(tf, "CandidateEvaluator", lambda *_, **__: pytest.fail("an evaluator was made"))
-    monkeypatch.setattr(eep_starts, "calibrate", lambda *_, **__: pytest.fail("the model was calibrated"))
-    meant = {"another": make_task(model, seed=8), "deepseek_v3": tiny_model("deepseek_v3")}
-    change = {name: meant.get(value, value) if isinstance(value, str) else value for name, value in change.items()}
-    ask = {"model": model, "task": task, "keep": [4, 5], "prune_iters": 2, "merge_iters": 1, **change}
-    with pytest.raises(ValueError, match=message):
-        eep_table(**ask, out=tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["keep-5-paper"]
-
-
-def test_masks_one_of_which_gives_no_number_have_no_spread(model):
-    def judge(plans):
-        return [Fitness(math.nan if place == 1 else place / 8) for place in range(len(plans))]
-
-    row = measured_row(model, dict.fromkeys(SPLITS, judge), "random", 4, [full_plan(model)] * 3)
-    assert math.isnan(row.spread) and math.isnan(row.accuracy["test"])
-    assert row.as_json()["spread"] is None and "nan%" in format_table([row])
-    judges = dict.fromkeys(SPLITS, lambda plans: [Fitness(0.25), Fitness(0.75)])
-    assert measured_row(model, judges, "random", 4, [full_plan(model)] * 2).spread == pytest.approx(0.5 / 2**0.5)
 
 
 # ---- refusals

@@ -177,19 +177,24 @@ def test_shards_and_experts_in_any_order(tmp_path):
     assert len(list(outs[1].glob("*.safetensors"))) == len(list((tmp_path / "many").glob("*.safetensors")))
 
 
+def pruned_again(loaded, tokens):
+    """A plan for a loaded export, calibrated, applied and scored, and its logits."""
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(loaded, [tokens]), "reap"), 0.5)
+    with mp.applied(loaded, plan):
+        masked = logits_of(loaded, tokens)
+    score = mp.CandidateEvaluator(loaded, [tokens]).evaluate([plan])[0].esap
+    overlap = mp.reference.overlap(logits_of(loaded, tokens).flatten(0, 1).double(), masked.flatten(0, 1).double())
+    assert float(overlap["esap"].mean()) == pytest.approx(score, abs=1e-5)
+    return plan, masked
+
+
 def test_a_merged_model_can_be_streamed_calibrated_and_pruned_in_memory(tmp_path):
     model, tokens = tiny_model("ernie4_5_moe"), random_tokens()
     model.save_pretrained(tmp_path / "full")
     out = mp.export(tmp_path / "full", merged_plan(model), tmp_path / "merged")
     loaded, streamed = mp.load(out), mp.load(out, stream="disk")
     torch.testing.assert_close(logits_of(streamed, tokens), logits_of(loaded, tokens), rtol=0, atol=1e-6)
-    scores = mp.score_experts(mp.calibrate(loaded, [tokens]), "reap")
-    plan = mp.uniform_plan(scores, 0.5)
-    with mp.applied(loaded, plan):
-        masked = logits_of(loaded, tokens)
-    score = mp.CandidateEvaluator(loaded, [tokens]).evaluate([plan])[0].esap
-    overlap = mp.reference.overlap(logits_of(loaded, tokens).flatten(0, 1).double(), masked.flatten(0, 1).double())
-    assert float(overlap["esap"].mean()) == pytest.approx(score, abs=1e-5)
+    plan, masked = pruned_again(loaded, tokens)
     # Fewer rows of the same maps: the merges without those experts.
     rows = {
         index: Merge(m.experts[plan.kept[index]], m.router[plan.kept[index]])
@@ -322,13 +327,7 @@ def test_a_merged_router_whose_matrix_lies_deeper_can_be_searched_again(tmp_path
     model, tokens = every_model.tiny("hunyuan_v1_moe"), every_model.tokens()
     model.save_pretrained(tmp_path / "full")
     loaded = mp.load(mp.export(tmp_path / "full", merged_plan(model), tmp_path / "out"))
-    scores = mp.score_experts(mp.calibrate(loaded, [tokens]), "reap")
-    plan = mp.uniform_plan(scores, 0.5)
-    with mp.applied(loaded, plan):
-        masked = logits_of(loaded, tokens)
-    score = mp.CandidateEvaluator(loaded, [tokens]).evaluate([plan])[0].esap
-    overlap = mp.reference.overlap(logits_of(loaded, tokens).flatten(0, 1).double(), masked.flatten(0, 1).double())
-    assert float(overlap["esap"].mean()) == pytest.approx(score, abs=1e-5)
+    pruned_again(loaded, tokens)
 
 
 def test_plans_of_merges_are_read_back(tmp_path):

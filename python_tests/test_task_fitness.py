@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
+from tiny_tasks import greedy
 
 import moeprune_ext as mp
 from moeprune_ext.demo.run import arithmetic_task, load_demo
@@ -14,14 +15,6 @@ from moeprune_ext.merged_plan import Merge, MergedPlan
 from moeprune_ext.merging import mapped_layer, merged_model
 from moeprune_ext.moe import find_moe_layers
 from moeprune_ext.task_fitness import TaskFitness, candidate_plan
-
-
-def greedy(model, prompt, count):
-    tokens = torch.tensor([prompt])
-    for _ in range(count):
-        with torch.no_grad():
-            tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    return tuple(tokens[0, len(prompt) :].tolist())
 
 
 @pytest.fixture(scope="module")
