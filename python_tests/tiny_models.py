@@ -110,3 +110,7 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 def random_tokens(rows: int = 3, length: int = 24, seed: int = 1) -> torch.Tensor:
     return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def rotation(size, seed=0):
+    return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)))[0]
