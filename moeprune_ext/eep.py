@@ -356,6 +356,14 @@ def split_task(task: Task, valid: Task | None, test: Task | None, seed: int) -> 
 # ---- what came out
 
 
+def full_plan(model: nn.Module, active: int | None = None) -> PruningPlan:
+    """The plan that keeps everything."""
+    layers = find_moe_layers(model)
+    experts = {index: layer.shape.num_experts for index, layer in layers.items()}
+    kept = {index: list(range(count)) for index, count in experts.items()}
+    return PruningPlan(kept, experts, model_fingerprint(model, layers), active=active)
+
+
 def _plans(
     outcome: SearchOutcome, evaluator: CandidateEvaluator, active: int | None
 ) -> tuple[dict[str, Plan], dict[str, dict[str, Fitness]]]:
@@ -364,9 +372,8 @@ def _plans(
     if outcome.best.is_pruning:  # a merge may turn out to be a mask, too
         pruned, train, valid = outcome.best, outcome.train, outcome.valid
     assert valid is not None and outcome.valid is not None
-    experts = {index: shape.num_experts for index, shape in evaluator.shapes.items()}
     plans: dict[str, Plan] = {
-        "full": PruningPlan({i: list(range(count)) for i, count in experts.items()}, experts, evaluator.fingerprint),
+        "full": full_plan(evaluator.model),
         "pruned": candidate_plan(pruned, evaluator, active),
         "best": candidate_plan(outcome.best, evaluator, active),
     }

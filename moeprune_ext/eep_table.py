@@ -31,6 +31,7 @@ from moeprune_ext.eep import (
     check_mergeable,
     check_request,
     eep,
+    full_plan,
     known_settings,
     split_task,
 )
@@ -40,9 +41,9 @@ from moeprune_ext.eep_starts import starting_masks
 from moeprune_ext.evaluate import Task
 from moeprune_ext.files import write_text
 from moeprune_ext.merging import mapped_layer
-from moeprune_ext.moe import find_moe_layers, model_fingerprint
+from moeprune_ext.moe import find_moe_layers
 from moeprune_ext.options import markdown_table
-from moeprune_ext.plan import Plan, PruningPlan
+from moeprune_ext.plan import Plan
 from moeprune_ext.task_fitness import TaskFitness, candidate_plan
 
 RANDOM_MASKS = 5
@@ -166,14 +167,6 @@ def _searches(keep: int, fewer: Collection[int | None]) -> dict[str, dict[str, A
     """{directory: settings} of a budget's searches."""
     found = {f"keep-{keep}": OURS, f"keep-{keep}-paper": PAPER}
     return found | {f"keep-{keep}-active-{few}": {**OURS, "active": few} for few in fewer}
-
-
-def full_plan(model: nn.Module, active: int | None = None) -> PruningPlan:
-    """The plan that keeps everything."""
-    layers = find_moe_layers(model)
-    experts = {index: layer.shape.num_experts for index, layer in layers.items()}
-    kept = {index: list(range(count)) for index, count in experts.items()}
-    return PruningPlan(kept, experts, model_fingerprint(model, layers), active=active)
 
 
 def judges_of(model: nn.Module, splits: Sequence[Task], **options: Any) -> dict[str, TaskFitness]:

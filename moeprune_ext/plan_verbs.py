@@ -272,8 +272,8 @@ def _fewer_active(
     model: Any, splits: Sequence[Task], options: argparse.Namespace, measuring: dict[str, Any]
 ) -> tuple[Any, str]:
     """Without a search: the full model, and the same with fewer experts active, as a plan."""
-    from moeprune_ext.eep import PLAN
-    from moeprune_ext.eep_table import full_plan, judges_of, measured_row
+    from moeprune_ext.eep import PLAN, full_plan
+    from moeprune_ext.eep_table import judges_of, measured_row
 
     judges = judges_of(model, splits, **measuring)
     plans = [full_plan(model), full_plan(model, options.active)]

@@ -9,9 +9,9 @@ from tiny_tasks import make_task
 import moeprune_ext as mp
 from moeprune_ext import eep_starts
 from moeprune_ext import task_fitness as tf
-from moeprune_ext.eep import PAPER, SPLITS
+from moeprune_ext.eep import PAPER, SPLITS, full_plan
 from moeprune_ext.eep_search import Fitness
-from moeprune_ext.eep_table import eep_table, format_table, full_plan, measured_row
+from moeprune_ext.eep_table import eep_table, format_table, measured_row
 
 
 @pytest.fixture(scope="module")

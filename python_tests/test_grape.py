@@ -1,6 +1,5 @@
 """GRAPE: the budget is spent where experts are alike."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -17,8 +16,6 @@ from moeprune_ext.grape import expert_similarity, grape, plan_from_similarity
 from moeprune_ext.masking import check_plan
 from moeprune_ext.moe import LayerShape, expert_tensors, find_moe_layers
 from moeprune_ext.plan import uniform_counts
-
-module = importlib.import_module("moeprune_ext.grape")  # `moeprune_ext.grape` may be the function
 
 FAMILIES = sorted(CONFIGS)
 EVERY = 10**6  # tokens: all there are
