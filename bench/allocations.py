@@ -28,12 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from assess import all_batches
 
 import moeprune_ext as mp
-from moeprune_ext.allocate import NORMALIZATIONS, damages, dp_plan, global_plan
-from moeprune_ext.data import TokenBatch
+from moeprune_ext.allocation.damages import damages, dp_plan
+from moeprune_ext.allocation.grape import expert_similarity, plan_from_similarity
+from moeprune_ext.allocation.naee import naee_scores
+from moeprune_ext.allocation.threshold import NORMALIZATIONS, global_plan
+from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.demo import corpus
-from moeprune_ext.demo.assess import all_batches
 from moeprune_ext.demo.run import (
     CALIBRATION_SEQUENCES,
     GENERATIONS,
@@ -43,9 +47,6 @@ from moeprune_ext.demo.run import (
     SPARSITIES,
     load_demo,
 )
-from moeprune_ext.grape import expert_similarity, plan_from_similarity
-from moeprune_ext.naee import naee_scores
-from moeprune_ext.plan import PruningPlan
 
 WATCHED = (1, 2, 4, 8, 16)  # generations after which a search's best plan is looked at
 

@@ -42,9 +42,10 @@ from torch import Tensor
 from transformers import OlmoeConfig
 
 import moeprune_ext as mp
+from moeprune_ext.candidates.memory import peak_bytes
 from moeprune_ext.demo.run import domain_batches, load_demo
-from moeprune_ext.memory import peak_bytes
-from moeprune_ext.moe import evaluating, find_moe_layers
+from moeprune_ext.models.moe import find_moe_layers
+from moeprune_ext.models.patches import evaluating
 
 TARGETS = {"demo": None, "olmoe": 3.0}  # the observer's time over ours
 SECONDS = 300.0  # of rounds, at most, for as long as three fit
@@ -126,7 +127,7 @@ def expert_output(experts: Any, expert: int, hidden: Tensor) -> Tensor:
 
 
 def ours_without_moments(model: Any, batches: list[Tensor]) -> None:
-    with mock.patch.object(import_module("moeprune_ext.calibrate"), "routing_moments_"):
+    with mock.patch.object(import_module("moeprune_ext.calibration.calibrate"), "routing_moments_"):
         mp.calibrate(model, batches)
 
 

@@ -14,8 +14,8 @@ from measure import Contenders, copy, reads
 from torch import Tensor
 
 import moeprune_ext as mp
-from moeprune_ext import ops
-from moeprune_ext.reference import METRICS, draw_uniforms
+from moeprune_ext.ops.overlap import log_sum_exp
+from moeprune_ext.ops.reference import METRICS, draw_uniforms
 
 DTYPES = (torch.float32, torch.bfloat16)
 CPU_BYTES = 512 * 2**20  # of logits in one call: well beyond the caches, small enough for any machine
@@ -126,7 +126,7 @@ def overlap_case(model: Model, candidates: int, dtype: torch.dtype, device: str,
 
     def build() -> Work:
         p, q = logits_pair(rows, candidates, model.vocabulary, dtype, device)
-        p_lse = ops.log_sum_exp(p)
+        p_lse = log_sum_exp(p)
         contenders: Contenders = {
             "native": lambda: mp.overlap(p, q, p_lse=p_lse, backend="native")["esap"],
             "eager: broadcast": lambda: overlap_eager(p, q),
@@ -151,7 +151,7 @@ def metrics_case(model: Model, dtype: torch.dtype, device: str, shrink: int) -> 
 
     def build() -> Work:
         p, q = logits_pair(rows, 1, model.vocabulary, dtype, device)
-        p_lse, labels = ops.log_sum_exp(p), torch.randint(model.vocabulary, (rows,), device=device)
+        p_lse, labels = log_sum_exp(p), torch.randint(model.vocabulary, (rows,), device=device)
         uniform = draw_uniforms(0, rows, device)
 
         def native() -> tuple[Tensor, ...]:

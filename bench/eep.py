@@ -31,8 +31,11 @@ from measure import measure
 from torch import Tensor, nn
 
 import moeprune_ext as mp
+from moeprune_ext.candidates.memory import peak_bytes
+from moeprune_ext.data.tasks import Task
 from moeprune_ext.demo.run import arithmetic_task, load_demo
-from moeprune_ext.eep_candidates import (
+from moeprune_ext.eep.fitness import TaskFitness, candidate_plan
+from moeprune_ext.eep.operators import (
     Candidate,
     Layout,
     criterion_mask,
@@ -41,10 +44,8 @@ from moeprune_ext.eep_candidates import (
     mutate_mask,
     random_mask,
 )
-from moeprune_ext.evaluate import Task, correct, generated_matches
-from moeprune_ext.memory import peak_bytes
-from moeprune_ext.moe import find_moe_layers
-from moeprune_ext.task_fitness import TaskFitness, candidate_plan
+from moeprune_ext.evaluate import correct, generated_matches
+from moeprune_ext.models.moe import find_moe_layers
 
 SEARCH = {"starts: 30 masks": 30, "4 masks": 10, "4 merges": 160}  # evaluations of each kind in a default search
 

@@ -29,11 +29,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import moeprune_ext as mp
-from moeprune_ext.criteria import ExpertScores
-from moeprune_ext.grape import expert_similarity, plan_from_similarity
-from moeprune_ext.memory import peak_bytes
-from moeprune_ext.moe import LayerShape
-from moeprune_ext.naee import naee_scores
+from moeprune_ext.allocation.grape import expert_similarity, plan_from_similarity
+from moeprune_ext.allocation.naee import naee_scores
+from moeprune_ext.artifacts.scores import ExpertScores
+from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.candidates.memory import peak_bytes
 
 LAYERS = 48
 

@@ -36,10 +36,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, OlmoeConfig, PretrainedConfig, Qwen3MoeConfig
 
 import moeprune_ext as mp
+from moeprune_ext.allocation.racing import race, rounds
+from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.candidates.memory import peak_bytes
 from moeprune_ext.demo.run import domain_batches, load_demo
-from moeprune_ext.memory import peak_bytes
-from moeprune_ext.plan import PruningPlan
-from moeprune_ext.racing import race, rounds
 
 GENERATIONS = (0, 1, 5, 20)
 SPARSITY = 0.5

@@ -9,7 +9,7 @@ import torch
 from cases import OLMOE, all_cases
 from measure import compiled, memory_of
 
-from moeprune_ext.reference import METRICS
+from moeprune_ext.ops.reference import METRICS
 
 
 def pytest_generate_tests(metafunc):

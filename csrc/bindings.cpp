@@ -26,7 +26,7 @@ using namespace moeprune;
 
 #if defined(MOEPRUNE_CUDA_EMULATED)
 namespace moeprune {
-void add_emulator(py::module_& m);  // emulator_module.cpp
+void add_emulator(py::module_& m);  // emulator/module.cpp
 }
 #endif
 

@@ -11,8 +11,8 @@
 // denominator divides the answers.
 #include "mapped_router.h"
 
-#include "parallel.h"
-#include "router_rows.h"
+#include "cpu/parallel.h"
+#include "cpu/router_rows.h"
 
 namespace moeprune::MOEPRUNE_ISA {
 namespace {

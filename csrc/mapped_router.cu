@@ -9,7 +9,7 @@
 // but experts far below, they are made anew, relative to the highest that it refers to: so that it does not matter what
 // others have, nor which maps are routed together.
 #include "mapped_router.h"
-#include "router_rows.cuh"
+#include "cuda/router_rows.cuh"
 
 namespace moeprune {
 namespace {

@@ -8,8 +8,8 @@
 // a nested walk a row's top-k rarely changes, so its answer is kept, ready to be copied, until it does.
 #include "masked_router.h"
 
-#include "parallel.h"
-#include "router_rows.h"
+#include "cpu/parallel.h"
+#include "cpu/router_rows.h"
 
 namespace moeprune::MOEPRUNE_ISA {
 namespace {

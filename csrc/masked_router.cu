@@ -8,7 +8,7 @@
 // walked before. Answers, which are most of the traffic, leave by way of shared memory, a warp's rows as one run of
 // consecutive words.
 #include "masked_router.h"
-#include "router_rows.cuh"
+#include "cuda/router_rows.cuh"
 
 namespace moeprune {
 namespace {

@@ -12,8 +12,8 @@
 // block of 1,024 elements (a vector of partial sums), in float64 across blocks.
 #include "overlap.h"
 
-#include "parallel.h"
-#include "simd.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
 
 namespace moeprune::MOEPRUNE_ISA {
 namespace {

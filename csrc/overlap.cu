@@ -10,7 +10,7 @@
 // Blocks and clusters exchange a maximum and a sum, then the metrics' sums. Which thread takes an element depends on
 // its index and on V only, never on addresses, so strided and unaligned rows give the bits of their copies. Sums run
 // in float32 over at most some dozens of terms a thread, in float64 across threads, in a fixed order.
-#include "cuda_rows.cuh"
+#include "cuda/long_rows.cuh"
 #include "overlap.h"
 
 namespace moeprune {

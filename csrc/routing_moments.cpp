@@ -11,8 +11,8 @@
 // read again in float64.
 #include "routing_moments.h"
 
-#include "parallel.h"
-#include "simd.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
 
 namespace moeprune::MOEPRUNE_ISA {
 namespace {

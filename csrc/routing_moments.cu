@@ -5,7 +5,7 @@
 // second kernel each expert's block goes through all the pairs' experts, eight to a load, so compact that all
 // blocks together read little beside the outputs, and adds up its own pairs: each thread every so-manieth, then a
 // fixed tree over the threads. Where the workspace does not hold all pairs they are taken in tiles.
-#include "cuda_utils.cuh"
+#include "cuda/primitives.cuh"
 #include "routing_moments.h"
 
 namespace moeprune {

@@ -5,27 +5,32 @@ grape | evolve--> PruningPlan --export--> checkpoint --load--> model. For a task
 PruningPlan, or merges. One step, one module; every product is a file.
 """
 
-from moeprune_ext import reference
-from moeprune_ext.allocate import damages, dp_plan, global_plan
-from moeprune_ext.apply import applied, prune_
-from moeprune_ext.calibrate import RoutingStats, calibrate
-from moeprune_ext.criteria import ExpertScores, score_experts, super_experts
-from moeprune_ext.eep import EepResult, eep
-from moeprune_ext.evaluate import accuracy, load_task, perplexity
-from moeprune_ext.evaluator import CandidateEvaluator, CandidateScore
-from moeprune_ext.evolve import SearchResult, evolve
-from moeprune_ext.export import export, load
-from moeprune_ext.grape import grape
-from moeprune_ext.naee import naee_plan
-from moeprune_ext.ops import (
-    RouterSpec,
-    build_info,
-    masked_router,
-    overlap,
-    overlap_from_hidden,
-    routing_moments_,
-)
-from moeprune_ext.plan import PruningPlan, uniform_plan
+from moeprune_ext.allocation.budget import uniform_plan
+from moeprune_ext.allocation.damages import damages, dp_plan
+from moeprune_ext.allocation.evolve import SearchResult, evolve
+from moeprune_ext.allocation.grape import grape
+from moeprune_ext.allocation.naee import naee_plan
+from moeprune_ext.allocation.threshold import global_plan
+from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.artifacts.scores import ExpertScores
+from moeprune_ext.artifacts.stats import RoutingStats
+from moeprune_ext.calibration.calibrate import calibrate
+from moeprune_ext.calibration.criteria import score_experts, super_experts
+from moeprune_ext.candidates.evaluator import CandidateEvaluator
+from moeprune_ext.candidates.metrics import CandidateScore
+from moeprune_ext.checkpoint.export import export
+from moeprune_ext.checkpoint.load import load
+from moeprune_ext.checkpoint.prune import prune_
+from moeprune_ext.data.tasks import load_task
+from moeprune_ext.eep.eep import EepResult, eep
+from moeprune_ext.evaluate import accuracy, perplexity
+from moeprune_ext.models.apply import applied
+from moeprune_ext.ops import reference
+from moeprune_ext.ops.backend import build_info
+from moeprune_ext.ops.masked_router import masked_router
+from moeprune_ext.ops.overlap import overlap, overlap_from_hidden
+from moeprune_ext.ops.reference import RouterSpec
+from moeprune_ext.ops.routing_moments import routing_moments_
 
 __version__: str = build_info()["version"]
 

@@ -8,95 +8,17 @@ without a tied argmax). `generated_matches` decodes for real and exists to check
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moeprune_ext.data import TokenBatch, as_batches
-from moeprune_ext.files import read_json_lines
+from moeprune_ext.data.batches import TokenBatch, as_batches
+from moeprune_ext.data.tasks import Task
 
 LOGITS_AT_ONCE = 1 << 26  # elements of [B, S, V] logits alive at a time: 256 MB in float32
-
-
-@dataclass(frozen=True)
-class Example:
-    """prompt: token ids. options: the choices' token ids, or the one reference answer with its terminator.
-
-    answer: index of the right choice, or None when `options` is one answer to reproduce exactly.
-    """
-
-    prompt: tuple[int, ...]
-    options: tuple[tuple[int, ...], ...]
-    answer: int | None
-
-
-@dataclass(frozen=True)
-class Task:
-    """A named list of examples, each multiple choice or exact match."""
-
-    name: str
-    examples: tuple[Example, ...]
-
-
-def load_task(path: str | os.PathLike[str], tokenizer: Any) -> Task:
-    """Reads a JSONL task.
-
-    Lines: {"prompt", "choices": [text, ...], "answer": index}, or {"prompt", "answer": text} with an optional "stop" (a
-    text of one token that ends the answer; the end-of-text token when absent). Tokens = tokenizer(prompt) +
-    tokenizer(answer without special tokens) + terminator; no space is inserted. Raises ValueError naming the line.
-    """
-    path = Path(path)
-    examples = [_example(record, place, tokenizer) for record, place in read_json_lines(path)]
-    if not examples:
-        raise ValueError(f"{path} holds no examples")
-    return Task(path.stem, tuple(examples))
-
-
-def make_task(name: str, records: Iterable[dict[str, Any]], tokenizer: Any) -> Task:
-    """A Task from records in the form of load_task's lines."""
-    examples = tuple(_example(record, f"{name}[{number}]", tokenizer) for number, record in enumerate(records))
-    if not examples:
-        raise ValueError(f"task {name} holds no examples")
-    return Task(name, examples)
-
-
-def _example(record: dict[str, Any], place: str, tokenizer: Any) -> Example:
-    if not isinstance(record.get("prompt"), str):
-        raise ValueError(f'{place}: expected a text "prompt"')
-    prompt = tuple(tokenizer(record["prompt"])["input_ids"])
-    if not prompt:
-        raise ValueError(f"{place}: the prompt has no tokens")
-    answer, choices = record.get("answer"), record.get("choices")
-
-    def tokens_of(text: Any) -> tuple[int, ...]:
-        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if isinstance(text, str) else ()
-        if not ids:
-            raise ValueError(f"{place}: every choice and answer must be a text of at least one token, got {text!r}")
-        return ids
-
-    if choices is not None:
-        if not isinstance(choices, list) or len(choices) < 2:
-            raise ValueError(f'{place}: "choices" must list at least two texts')
-        if not isinstance(answer, int) or not 0 <= answer < len(choices):
-            raise ValueError(
-                f'{place}: "answer" must be the index of a choice, 0 to {len(choices) - 1}; got {answer!r}'
-            )
-        return Example(prompt, tuple(tokens_of(choice) for choice in choices), answer)
-    if record.get("stop") is None:
-        stop: tuple[int, ...] = (tokenizer.eos_token_id,)
-        if stop[0] is None:
-            raise ValueError(f'{place}: the tokenizer has no end-of-text token; give a "stop"')
-    else:
-        stop = tokens_of(record["stop"])
-        if len(stop) != 1:
-            raise ValueError(f'{place}: "stop" must be one token, {record["stop"]!r} is {len(stop)}')
-    return Example(prompt, (tokens_of(answer) + stop,), None)
 
 
 def accuracy(model: nn.Module, task: Task, *, length_normalized: bool = False) -> float:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeprune_ext import dispatch, ops
-from moeprune_ext.reference import RouterSpec
+from moeprune_ext import ops
+from moeprune_ext.ops import backend as dispatch
+from moeprune_ext.ops.reference import RouterSpec
 
 ISAS = ops.build_info()["cpu_isas"]
 EMULATED = importlib.util.find_spec("moeprune_ext._C_emulated") is not None  # built with MOEPRUNE_EMULATOR=ON

@@ -6,13 +6,14 @@ import random
 
 import pytest
 import torch
+from assess import all_batches
 from tiny_models import random_tokens, tiny_model
 
 import moeprune_ext as mp
+from moeprune_ext.data.tasks import Example, Task, make_task
 from moeprune_ext.demo import corpus
-from moeprune_ext.demo.assess import all_batches
 from moeprune_ext.demo.run import arithmetic_task, load_demo, word_order_task
-from moeprune_ext.evaluate import Example, Task, correct, generated_matches, make_task
+from moeprune_ext.evaluate import correct, generated_matches
 
 
 @pytest.fixture(scope="module")

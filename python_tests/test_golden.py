@@ -61,7 +61,7 @@ def test_statistics_match_the_released_observer(golden):
 
 def test_pruned_counts_of_the_released_patterns(golden):
     folder, _, _, _ = golden
-    from moeprune_ext.evolve import allocate, pattern_weights
+    from moeprune_ext.allocation.patterns import allocate, pattern_weights
 
     for entry in json.loads((folder / "esap_golden.json").read_text())["results"]:
         if entry["pattern"] != "random":

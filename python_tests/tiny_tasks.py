@@ -2,7 +2,7 @@
 
 import torch
 
-from moeprune_ext.evaluate import Example, Task
+from moeprune_ext.data.tasks import Example, Task
 
 
 def greedy(model, prompt, count):

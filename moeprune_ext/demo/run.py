@@ -19,17 +19,20 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from moeprune_ext.calibrate import calibrate
-from moeprune_ext.criteria import score_experts
-from moeprune_ext.data import TokenBatch, pack
+from moeprune_ext.allocation.budget import uniform_plan
+from moeprune_ext.allocation.evolve import evolve
+from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.calibration.calibrate import calibrate
+from moeprune_ext.calibration.criteria import score_experts
+from moeprune_ext.candidates.evaluator import CandidateEvaluator
+from moeprune_ext.checkpoint.export import export
+from moeprune_ext.checkpoint.load import load
+from moeprune_ext.data.batches import TokenBatch, pack
+from moeprune_ext.data.tasks import Task, make_task
 from moeprune_ext.demo import corpus
 from moeprune_ext.demo.tasks import arithmetic_records, word_order_records, write_tasks
-from moeprune_ext.evaluate import Task, accuracy, make_task, perplexity
-from moeprune_ext.evaluator import CandidateEvaluator
-from moeprune_ext.evolve import evolve
-from moeprune_ext.export import export, load
-from moeprune_ext.options import markdown_table
-from moeprune_ext.plan import PruningPlan, uniform_plan
+from moeprune_ext.evaluate import accuracy, perplexity
+from moeprune_ext.tables import markdown_table
 
 SPARSITIES = (0.25, 0.5)
 SEQUENCE_LENGTH = 256

@@ -1,0 +1,1 @@
+"""Scores to a plan: methods side by side on one budget."""

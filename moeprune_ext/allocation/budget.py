@@ -1,0 +1,113 @@
+"""The budget that every allocation spends, and the plan that spends it evenly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from moeprune_ext.artifacts.plan import PruningPlan, pruning_order
+from moeprune_ext.artifacts.scores import ExpertScores
+from moeprune_ext.artifacts.stats import LayerShape
+
+
+def uniform_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:
+    """{layer: experts to prune} at one sparsity: round_half_up(sparsity * E / n_group) * n_group (our choice).
+
+    A layer whose experts are looked up by token can lose none and has no share (our choice). The sum is the budget that
+    every allocation method spends. Raises ValueError for a sparsity outside [0, 1) or a sum that no allocation can
+    spend; a single layer may still be asked for more than it can give.
+    """
+    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is the share of experts to remove, at least 0 and below 1; got {sparsity}")
+    counts = {
+        # The tiny addition keeps products such as 0.15 * 10 = 1.4999999999999998 on the side they were meant.
+        layer: math.floor(sparsity * shape.num_experts / shape.n_group + 0.5 + 1e-9) * shape.n_group
+        if shape.prunable
+        else 0
+        for layer, shape in scores.shapes.items()
+    }
+    prunable = [shape for shape in scores.shapes.values() if shape.prunable]
+    capacity, experts = (sum(getattr(shape, name) for shape in prunable) for name in ("capacity", "num_experts"))
+    if sum(counts.values()) > capacity:
+        raise ValueError(
+            f"sparsity {sparsity} asks for {sum(counts.values())} of {experts} experts, but at most {capacity} can go: "
+            f"the routers select {scores.top_k} per token and need as many left, or more were asked to stay; use a "
+            f"sparsity of at most "
+            f"{math.floor(capacity / experts * 1e4) / 1e4:g}"
+        )
+    return counts
+
+
+def uniform_plan(
+    scores: ExpertScores | Mapping[int, Tensor], sparsity: float, *, top_k: int = 1, n_group: int = 1
+) -> PruningPlan:
+    """The plan that removes the same share of every layer's experts, lowest scores first.
+
+    top_k and n_group describe the router when `scores` is a plain {layer: [E]} mapping; ExpertScores know their own.
+    """
+    scores = ExpertScores.wrap(scores, top_k=top_k, n_group=n_group)
+    return PruningPlan.from_pruned_counts(scores, uniform_counts(scores, sparsity))
+
+
+def in_units(scores: ExpertScores, sparsity: float) -> tuple[int, dict[int, int], int]:
+    """What an allocation can do: experts in a unit, {layer: units it can lose}, units that must go in all.
+
+    Raises ValueError for a sparsity that cannot be (plan.uniform_counts), or layers whose units differ.
+    """
+    if len(groups := {shape.n_group for shape in scores.shapes.values()}) != 1:
+        raise ValueError(f"layers with different numbers of router groups ({sorted(groups)}) cannot exchange experts")
+    unit = groups.pop()
+    budget = sum(uniform_counts(scores, sparsity).values())
+    return unit, {layer: scores.shapes[layer].capacity // unit for layer in scores}, budget // unit
+
+
+def counts_of(plan: PruningPlan, scores: ExpertScores, sparsity: float, name: str = "the plan") -> tuple[int, ...]:
+    """Units that each scored layer loses in a plan; ValueError, naming it, where it is no allocation of this budget."""
+    if plan.model is not None and scores.model is not None and plan.model != scores.model:
+        raise ValueError(f"{name} was made for another model: fingerprint {plan.model}, the scores' is {scores.model}")
+    experts = {layer: scores.shapes[layer].num_experts for layer in scores}
+    if plan.num_experts != experts:
+        raise ValueError(f"{name} is for layers with {plan.num_experts} experts, the scores for {experts}")
+    unit, capacities, budget = in_units(scores, sparsity)
+    pruned = plan.pruned_counts
+    if sum(pruned.values()) != budget * unit:
+        raise ValueError(
+            f"{name} prunes {sum(pruned.values())} experts; at sparsity {sparsity} {budget * unit} must go"
+        )
+    for layer, capacity in capacities.items():
+        if pruned[layer] > capacity * unit or pruned[layer] % unit:
+            raise ValueError(
+                f"{name} prunes {pruned[layer]} experts of layer {layer}, which can lose multiples of {unit} up to "
+                f"{capacity * unit}"
+            )
+    return tuple(pruned[layer] // unit for layer in capacities)
+
+
+def order_fingerprint(scores: ExpertScores) -> str:
+    """Identifies the pruning orders of all layers, protection included: what a vector of counts means."""
+    return hashlib.sha256(json.dumps([_order(scores, layer) for layer in scores]).encode()).hexdigest()[:16]
+
+
+def check_scores(scores: ExpertScores, shapes: Mapping[int, LayerShape], fingerprint: str) -> None:
+    """Refuses (ValueError) scores of another model than this one; they may ask for more experts to be kept."""
+    if scores.model is not None and scores.model != fingerprint:
+        raise ValueError(
+            f"the scores were made for another model: their fingerprint is {scores.model}, the model's is "
+            f"{fingerprint}; calibrate and score this model"
+        )
+    if set(scores) != set(shapes):
+        raise ValueError(f"the scores are of layers {sorted(scores)}, the model has {sorted(shapes)}")
+    for layer, needed in shapes.items():
+        shape = scores.shapes[layer]
+        if (shape.num_experts, shape.top_k, shape.n_group) != (needed.num_experts, needed.top_k, needed.n_group):
+            raise ValueError(f"layer {layer}: the scores are for {shape}, the model has {needed}")
+        if shape.min_kept < needed.min_kept:
+            raise ValueError(f"layer {layer}: the scores let {shape.min_kept} stay, the router needs {needed.min_kept}")
+
+
+def _order(scores: ExpertScores, layer: int) -> list[int]:
+    return pruning_order(scores[layer], scores.shapes[layer].n_group, scores.protected.get(layer, frozenset()))

@@ -1,0 +1,263 @@
+"""naee: the subset of a layer's experts whose routed output stays closest to the whole layer's; a strong baseline.
+
+Source: "Not All Experts are Equal", arXiv 2402.14800, which tries every subset of Mixtral's eight experts. A layer of
+128 has too many, so above EXHAUSTIVE subsets experts are eliminated one by one, each time the one that costs least (our
+choice).
+
+Every subset is judged on the same sampled tokens (samples.py), without running an expert again. With G_t the inner
+products [E, E] of all experts' outputs for token t, and d_t [E] what a mask changes in the token's gate weights, the
+squared Frobenius norm of the output's error is the sum over t of d_t^T G_t d_t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, combinations, product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moeprune_ext import distributed
+from moeprune_ext.allocation.budget import uniform_counts
+from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.artifacts.scores import ExpertScores
+from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.calibration.samples import LayerSample, expert_outputs, make_resident, sample_layers
+from moeprune_ext.data.batches import as_batches, without_padding
+from moeprune_ext.models.masking import masked
+from moeprune_ext.models.moe import find_moe_layers, model_fingerprint
+from moeprune_ext.models.patches import evaluating
+from moeprune_ext.models.probing import check_slicing
+from moeprune_ext.models.routers import RoutedLayer, routed_layer
+from moeprune_ext.ops.backend import row_chunks
+from moeprune_ext.ops.masked_router import masked_router
+
+EXHAUSTIVE = 20_000  # subsets of one layer up to which all are tried
+
+
+CHUNK_BYTES = 256 * 2**20  # of expert outputs, or of weights under many masks, alive at a time
+
+
+SubsetErrors = Callable[[Tensor], Tensor]  # masks, bool [C, E] -> squared errors, float64 [C]
+
+
+def naee_plan(
+    model: nn.Module,
+    batches: Iterable[Any],
+    sparsity: float,
+    *,
+    tokens: int = 1024,
+    seed: int = 0,
+    progress: bool = False,
+) -> PruningPlan:
+    """The plan of plan.uniform_counts at one sparsity that keeps, in each layer, the best subset of that size.
+
+    "Best" is the smallest Frobenius norm of the routed output's error on `tokens` attended positions (drawn from
+    `seed`; all where there are fewer), each layer on its own with the unpruned model's inputs, masked as the exported
+    checkpoint is (masking.py). All subsets are tried while there are at most EXHAUSTIVE, of equals the first in
+    lexicographic order stays; above that greedy backward elimination as in `naee_scores` (our choice). Where the router
+    chooses among groups of its own, subsets keep equally many in each.
+
+    batches: see data.as_batches. Memory per layer: n * E^2 * 4 B for the inner products (67 MB for 128 experts and
+    1,024 tokens), a chunk of CHUNK_BYTES, and the sample (samples.py). FLOPs per layer: 6 n H I E for the outputs, 2 n
+    E^2 H for their products, 2 n E^2 for every subset tried (eliminating m of E greedily: about m * (E - m / 2)).
+    Rows whose experts tie in half-precision logits may be routed to another of them than the model's choice, as in
+    routers.py's "fused". Under torchrun the layers are dealt out. The model is left as it was.
+    Raises ValueError, before any work, for a sparsity that cannot be or a router that cannot be run under many masks.
+    """
+    pruned = uniform_counts(_zeros(model), sparsity)
+    return naee_subsets(model, batches, pruned, tokens=tokens, seed=seed, progress=progress)
+
+
+def naee_subsets(
+    model: nn.Module,
+    batches: Iterable[Any],
+    pruned: Mapping[int, int],
+    *,
+    tokens: int = 1024,
+    seed: int = 0,
+    progress: bool = False,
+) -> PruningPlan:
+    """As `naee_plan`, where {decoder layer: experts that leave} is given; layers not named lose none."""
+    zeros = _zeros(model)
+    shapes, fingerprint = zeros.shapes, model_fingerprint(model)
+    PruningPlan.from_pruned_counts(zeros, pruned)  # refuses what a single layer cannot give
+
+    def choose(index: int, errors: SubsetErrors) -> Tensor:
+        gone = torch.zeros(shapes[index].num_experts, dtype=torch.float64)
+        gone[_least_missed(errors, shapes[index], pruned.get(index, 0))] = 1
+        return gone
+
+    found = _by_layer(model, batches, tokens, seed, progress, choose)
+    kept = {index: (gone == 0).nonzero()[:, 0].tolist() for index, gone in found.items()}
+    return PruningPlan(kept, {index: shape.num_experts for index, shape in shapes.items()}, fingerprint, "naee")
+
+
+def naee_scores(
+    model: nn.Module, batches: Iterable[Any], *, tokens: int = 1024, seed: int = 0, progress: bool = False
+) -> ExpertScores:
+    """Scores for any allocation: the place at which greedy backward elimination removes each expert, 0 first (our
+    choice).
+
+    The expert whose removal leaves the smallest error goes, of equals the higher id, until as many are left as the
+    router needs; these share the highest score. Where the router chooses among groups of its own, its groups lose one
+    expert in turn, so that pruning a multiple of n_group follows this order. Arguments, memory, FLOPs and errors as in
+    `naee_plan`.
+    """
+    shapes = {index: layer.shape for index, layer in find_moe_layers(model).items()}
+
+    def rank(index: int, errors: SubsetErrors) -> Tensor:
+        gone = _eliminate(errors, shapes[index], shapes[index].capacity)
+        ranks = torch.full((shapes[index].num_experts,), len(gone), dtype=torch.float64)
+        ranks[gone] = torch.arange(len(gone), dtype=torch.float64)
+        return ranks
+
+    found = _by_layer(model, batches, tokens, seed, progress, rank)
+    return ExpertScores(found, shapes, "naee", model_fingerprint(model))
+
+
+def _zeros(model: nn.Module) -> ExpertScores:
+    shapes = {index: layer.shape for index, layer in find_moe_layers(model).items()}
+    return ExpertScores({i: torch.zeros(s.num_experts, dtype=torch.float64) for i, s in shapes.items()}, shapes)
+
+
+def _by_layer(
+    model: nn.Module,
+    batches: Iterable[Any],
+    tokens: int,
+    seed: int,
+    progress: bool,
+    judge: Callable[[int, SubsetErrors], Tensor],
+) -> dict[int, Tensor]:
+    """{decoder layer: judge(layer, its subsets' errors)}, float64 [E] each; zeros for a layer that can lose none."""
+    if tokens < 1:
+        raise ValueError(f"tokens is the size of the sample, at least 1; got {tokens}")
+    every = find_moe_layers(model)
+    layers = {index: layer for index, layer in every.items() if layer.shape.capacity}
+    vocab_size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    checked = without_padding(as_batches(batches, vocab_size))
+    check_slicing(layers)
+    routed = {index: routed_layer(layer, "fused") for index, layer in layers.items()}
+    for index, layer in layers.items():
+        grouped = layer.shape.n_group > 1  # in turn, so that groups are unequal meanwhile: slicing cannot
+        if routed[index].places is None or layer.trailing or (grouped and routed[index].spec is None):
+            raise ValueError(
+                f"{type(layer.router).__name__} (layer {index}) cannot be run on its own under many masks, as naee "
+                "needs; score experts by another criterion"
+            )
+    samples = sample_layers(model, layers, checked, tokens, seed=seed, progress=progress)
+    indices = list(layers)
+    found = {i: torch.zeros(layer.shape.num_experts, dtype=torch.float64) for i, layer in every.items()}
+    problem: ValueError | None = None
+    with evaluating(model):
+        for number in tqdm(distributed.mine(len(layers)), desc="naee", unit="layer", disable=not progress):
+            index = indices[number]
+            make_resident(model, index)
+            try:
+                found[index] = judge(index, _errors(routed[index], samples[index]))
+            except ValueError as error:
+                problem = error
+                break
+    # Every process refuses where one does, so that whoever goes on without naee does so in all of them.
+    if bool(distributed.maximum_(torch.tensor(problem is not None, dtype=torch.int64))):
+        raise problem or ValueError("another process met a layer that naee does not support")
+    return {index: distributed.sum_(values) for index, values in found.items()}
+
+
+# ---- choosing
+
+
+def _least_missed(errors: SubsetErrors, shape: LayerShape, pruned: int) -> list[int]:
+    """The `pruned` experts whose joint absence leaves the smallest error."""
+    size, gone = shape.num_experts // shape.n_group, pruned // shape.n_group
+    if pruned == 0:
+        return []
+    if math.comb(size, gone) ** shape.n_group > EXHAUSTIVE:
+        return _eliminate(errors, shape, pruned)
+    groups = [range(start, start + size) for start in range(0, shape.num_experts, size)]
+    subsets = [list(chain(*parts)) for parts in product(*(combinations(group, size - gone) for group in groups))]
+    masks = torch.zeros(len(subsets), shape.num_experts, dtype=torch.bool)
+    masks.scatter_(1, torch.tensor(subsets), True)
+    return (~masks[int(errors(masks).argmin())]).nonzero()[:, 0].tolist()
+
+
+def _eliminate(errors: SubsetErrors, shape: LayerShape, count: int) -> list[int]:
+    """The first `count` experts that greedy backward elimination removes, in its order."""
+    size, gone = shape.num_experts // shape.n_group, []
+    keep = torch.ones(shape.num_experts, dtype=torch.bool)
+    for step in range(count):
+        group = torch.arange(size) + step % shape.n_group * size
+        candidates = group[keep[group]].flip(0)  # of equals, the first is the higher id
+        masks = keep.repeat(len(candidates), 1)
+        masks[torch.arange(len(candidates)), candidates] = False
+        gone.append(int(candidates[errors(masks).argmin()]))
+        keep[gone[-1]] = False
+    return gone
+
+
+# ---- errors of subsets
+
+
+def _errors(routed: RoutedLayer, sample: LayerSample) -> SubsetErrors:
+    """A resident layer's errors as a function of masks."""
+    layer, count = routed.layer, routed.layer.shape.num_experts
+    name = f"{type(layer.router).__name__} (layer {layer.index})"
+    if sample.router_input is None:
+        raise ValueError(f"{name} is called with more than hidden states, so naee cannot run it again")
+    router_input = sample.router_input.to(next(layer.router.parameters()).device)
+    grams = _token_grams(routed, sample)
+    weights = _gate_weights(routed, router_input)
+    full = weights(torch.ones(1, count, dtype=torch.bool))[0].to(grams.device)
+    seen = torch.zeros_like(full).scatter_(1, sample.expert_ids.to(full.device), sample.weights.to(full))
+    agree = ((full - seen).abs() <= 0.05 * seen.abs().amax(-1, keepdim=True)).all(-1)
+    if float(agree.float().mean()) < 0.8:  # near a tie a row may fall to another expert
+        raise ValueError(f"{name}: its answer is not what the experts are given; naee does not support this model")
+
+    def errors(masks: Tensor) -> Tensor:
+        found = torch.empty(len(masks), dtype=torch.float64)
+        for some in row_chunks(len(masks), 3 * full.nbytes, CHUNK_BYTES):
+            change = weights(masks[some]).to(grams.device).sub_(full).transpose(0, 1)  # [n, C, E]
+            found[some] = (torch.bmm(change, grams) * change).sum((0, 2), dtype=torch.float64).cpu()
+        return found
+
+    return errors
+
+
+def _token_grams(routed: RoutedLayer, sample: LayerSample) -> Tensor:
+    """Inner products of all experts' outputs for every token, float32 [n, E, E]."""
+    layer, count = routed.layer, routed.layer.shape.num_experts
+    hidden = sample.hidden.to(next(layer.experts.parameters()).device)
+    grams = torch.empty(len(hidden), count, count, dtype=torch.float32, device=hidden.device)
+    for rows in row_chunks(len(hidden), 4 * count * hidden.shape[1], CHUNK_BYTES):
+        outputs = torch.empty(count, *hidden[rows].shape, dtype=torch.float32, device=hidden.device)
+        for expert, output in enumerate(expert_outputs(layer, hidden[rows])):
+            outputs[expert] = output
+        by_token = outputs.transpose(0, 1)
+        torch.bmm(by_token, by_token.transpose(1, 2), out=grams[rows])
+    return grams
+
+
+def _gate_weights(routed: RoutedLayer, router_input: Tensor) -> Callable[[Tensor], Tensor]:
+    """What multiplies each expert's output: a function of masks, bool [C, E] -> float32 [C, n, E]."""
+    layer, spec = routed.layer, routed.spec
+    assert routed.places is not None
+    place_of_logits, place_of_weights, place_of_ids = routed.places
+    logits = layer.router(router_input)[place_of_logits]
+
+    def weights_under(masks: Tensor) -> Tensor:
+        masks = masks.to(logits.device)
+        result = torch.zeros(len(masks), *logits.shape, dtype=torch.float32, device=logits.device)
+        if spec is not None:
+            ids, weights = masked_router(logits, top_k=layer.shape.top_k, keep=masks, spec=spec)
+            return result.scatter_(2, ids, weights.float())
+        for mask, dense in zip(masks, result, strict=True):
+            kept = mask.nonzero()[:, 0]
+            with masked(layer, kept.tolist()):
+                answer = layer.router(router_input)
+            dense.scatter_(1, kept[answer[place_of_ids]], answer[place_of_weights].float())
+        return result
+
+    return weights_under

@@ -1,0 +1,151 @@
+"""A score per expert, higher = keep: the data class and its file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.files import read_json, write_text
+
+FORMAT = "moeprune.scores/1"
+
+
+@dataclass(frozen=True)
+class ExpertScores(Mapping[int, Tensor]):
+    """A mapping {decoder layer: float64 [E]}, higher = keep, that knows the routers it is for.
+
+    shapes: {decoder layer: LayerShape}, min_kept raised where the user wants more kept than the router needs.
+    criterion: its name. model: the model's fingerprint, None when unknown. protected: {decoder layer: ids of experts
+    that no plan may remove, whatever they score}.
+    """
+
+    values_by_layer: dict[int, Tensor]
+    shapes: dict[int, LayerShape]
+    criterion: str | None = None
+    model: str | None = None
+    protected: dict[int, frozenset[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.values_by_layer:
+            raise ValueError("there are no scores: the mapping of layers is empty")
+        for layer, values in self.values_by_layer.items():
+            if values.shape != (self.shapes[layer].num_experts,):
+                raise ValueError(
+                    f"layer {layer}: expected {self.shapes[layer].num_experts} scores, got shape {tuple(values.shape)}"
+                )
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"layer {layer}: scores must be finite")
+        shapes = dict(self.shapes)
+        for layer, ids in self.protected.items():
+            shape = shapes.get(layer)
+            if shape is None or not all(0 <= expert < shape.num_experts for expert in ids):
+                raise ValueError(f"layer {layer}: there are no such experts to protect: {sorted(ids)}")
+            size = shape.num_experts // shape.n_group
+            fullest = max(sum(e // size == group for e in ids) for group in range(shape.n_group))
+            shapes[layer] = replace(shape, min_kept=max(shape.min_kept, shape.n_group * fullest))
+        object.__setattr__(self, "shapes", shapes)  # plans that cannot remove them are all that capacities allow
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.values_by_layer[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.values_by_layer)
+
+    def __len__(self) -> int:
+        return len(self.values_by_layer)
+
+    @property
+    def top_k(self) -> int:
+        """Experts selected per token (the most of any layer)."""
+        return max(shape.top_k for shape in self.shapes.values())
+
+    @property
+    def n_group(self) -> int:
+        """Groups of the router, 1 when it is not group-limited (the most of any layer)."""
+        return max(shape.n_group for shape in self.shapes.values())
+
+    def constrained(
+        self,
+        *,
+        min_kept: int = 0,
+        min_kept_per_group: int = 0,
+        protect: Mapping[int, Iterable[int]] | None = None,
+    ) -> ExpertScores:
+        """The same scores for plans that keep at least so many experts per layer, and per group of group-limited
+        routers, and never remove the experts `protect` {layer: ids} (`super_experts` finds some).
+
+        Whatever was asked for before stays. Raises ValueError for more than a layer has.
+        """
+        protected = {
+            layer: self.protected.get(layer, frozenset()) | frozenset((protect or {}).get(layer, ()))
+            for layer in sorted({*self.protected, *(protect or {})})
+        }
+        shapes = {}
+        for layer, shape in self.shapes.items():
+            wanted = max(shape.min_kept, min_kept, shape.n_group * min_kept_per_group)
+            if wanted > shape.num_experts:
+                raise ValueError(
+                    f"layer {layer} has {shape.num_experts} experts in {shape.n_group} groups and cannot keep {wanted}"
+                )
+            shapes[layer] = replace(shape, min_kept=wanted)
+        return replace(self, shapes=shapes, protected={layer: ids for layer, ids in protected.items() if ids})
+
+    @classmethod
+    def wrap(
+        cls,
+        scores: ExpertScores | Mapping[int, Tensor],
+        *,
+        top_k: int = 1,
+        n_group: int = 1,
+        shapes: Mapping[int, LayerShape] | None = None,
+        model: str | None = None,
+    ) -> ExpertScores:
+        """ExpertScores as they are; a plain {layer: [E]} mapping with the given routers (`shapes`, else top_k,
+        n_group)."""
+        if isinstance(scores, ExpertScores):
+            return scores
+        if not isinstance(scores, Mapping):
+            raise ValueError(f"scores must be a mapping {{layer: one score per expert}}, got {type(scores).__name__}")
+        values = {int(layer): torch.as_tensor(v, dtype=torch.float64) for layer, v in sorted(scores.items())}
+        if shapes is None:
+            shapes = {}
+            for layer, v in values.items():
+                if v.ndim != 1 or len(v) % n_group:
+                    raise ValueError(f"layer {layer}: {tuple(v.shape)} scores do not fit {n_group} equal groups")
+                per_group = -(-top_k // n_group)
+                shapes[layer] = LayerShape(len(v), top_k, n_group, min_kept=n_group * per_group)
+        elif missing := sorted(set(values) ^ set(shapes)):
+            raise ValueError(f"scores and the model's MoE layers differ at layers {missing}")
+        return cls(values, dict(shapes), None, model)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON, beside the target and then renamed."""
+        content = {
+            "format": FORMAT,
+            "criterion": self.criterion,
+            "model": self.model,
+            "shapes": {str(layer): vars(shape) for layer, shape in self.shapes.items()},
+            "scores": {str(layer): values.tolist() for layer, values in self.items()},
+            "protected": {str(layer): sorted(ids) for layer, ids in self.protected.items()},
+        }
+        write_text(path, json.dumps(content) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ExpertScores:
+        """Reads scores; raises ValueError for a file that is not one."""
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a file of expert scores (JSON with format {FORMAT!r})")
+        try:
+            values = {int(k): torch.tensor(v, dtype=torch.float64) for k, v in content["scores"].items()}
+            shapes = {int(k): LayerShape(**v) for k, v in content["shapes"].items()}
+            protected = {int(k): frozenset(map(int, v)) for k, v in content.get("protected", {}).items()}
+            return cls(values, shapes, content.get("criterion"), content.get("model"), protected)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is a damaged file of expert scores: {error}") from None

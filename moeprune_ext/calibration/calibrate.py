@@ -1,0 +1,106 @@
+"""One pass over calibration text -> RoutingStats, the single table behind every criterion.
+
+The experts of each layer are asked for the unweighted outputs f_e(x_t) of the routed (token, expert) pairs
+(experts.py), whatever they look like; only routed pairs are computed. Per pair the gate weight g (the coefficient the
+model really applies) and ||f_e(x_t)||_2 go into moments[e, a, b] += g^a ||f||^b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moeprune_ext import distributed
+from moeprune_ext.artifacts.stats import RoutingStats
+from moeprune_ext.data.batches import TokenBatch, as_batches, without_padding
+from moeprune_ext.models.experts import PairOutputs, distinct_pairs, weighted_sum
+from moeprune_ext.models.moe import MoeLayer, find_moe_layers, model_fingerprint
+from moeprune_ext.models.patches import ExpertsFunction, evaluating, intercepted
+from moeprune_ext.models.replay import replay_of_streamed, run_batches
+from moeprune_ext.ops.backend import row_chunks
+from moeprune_ext.ops.routing_moments import routing_moments_
+
+PAIRS_AT_ONCE = 65_536  # routed pairs whose outputs [pairs, H] are alive at a time: 0.5 GB at H = 4096 in bfloat16
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> RoutingStats:
+    """Runs the model over `batches` once and gathers RoutingStats for every MoE layer.
+
+    batches: see data.as_batches; positions with attention_mask = 1 count, whichever side is padded; label masks are
+    ignored. Memory beside the model's own: a table of 9 float64 per expert, and expert outputs of one block of routed
+    pairs. Where layers are streamed (streaming.py) each is visited once, and the batches' hidden states wait in host
+    memory. Under torchrun the batches are dealt out over the processes, and every process gets the whole statistics:
+    the same for any number of them, of as many threads each, up to the rounding of float64 sums. The same sequences in
+    other batches agree as well as the model's own dtype rounds. The model is left as it was.
+    Raises ValueError for a model without MoE layers, or for no data. Source: methods of arXiv 2606.15716 and
+    2510.13999.
+    """
+    layers = find_moe_layers(model)
+    vocab_size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    batches = without_padding(as_batches(batches, vocab_size))
+    mine = [batches[number] for number in distributed.mine(len(batches))]
+    scratch: dict[str, Tensor] = {}
+    tables = {index: _Table(layer, scratch) for index, layer in layers.items()}
+
+    def attend(batch: TokenBatch) -> None:
+        for table in tables.values():
+            table.attended = batch.attention_mask.reshape(-1)
+
+    replay = replay_of_streamed(model, layers, batches[0])
+    with evaluating(model), ExitStack() as stack:
+        for index, layer in layers.items():
+            stack.enter_context(intercepted(layer.experts, tables[index].observe))
+        bar = stack.enter_context(tqdm(total=len(mine), desc="calibrate", unit="batch", disable=not progress))
+        run_batches(model, replay, mine, bar, before=attend)
+    moments = {index: distributed.sum_(table.moments.cpu()) for index, table in tables.items()}
+    broken = [index for index, table in moments.items() if not bool(torch.isfinite(table).all())]
+    if broken:
+        raise ValueError(f"experts' outputs are NaN or infinite in layers {broken}: check the weights and the dtype")
+    return RoutingStats(
+        moments,
+        {index: distributed.maximum_(table.max_norm.cpu()) for index, table in tables.items()},
+        sum(int(batch.attention_mask.sum()) for batch in batches),
+        {index: layer.shape for index, layer in layers.items()},
+        model_fingerprint(model, layers),
+    )
+
+
+class _Table:
+    """One layer's moments and max_norm, and what the rows being run are: attended positions or padding."""
+
+    def __init__(self, layer: MoeLayer, scratch: dict[str, Tensor]) -> None:
+        self._index, self._count, self._router_rows = layer.index, layer.shape.num_experts, layer.router_rows
+        self._device = next(layer.router.parameters()).device
+        self._pair_outputs = PairOutputs(layer, scratch)
+        self.moments = torch.zeros(self._count, 3, 3, dtype=torch.float64, device=self._device)
+        self.max_norm = torch.zeros(self._count, dtype=torch.float32, device=self._device)
+        self.attended = torch.empty(0, dtype=torch.bool)
+
+    def observe(self, original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Stands for the experts' forward: the same output, and every routed pair's share in the moments."""
+        tokens, top_k = expert_ids.shape
+        if tokens != self.attended.numel():
+            raise ValueError(
+                f"layer {self._index}: the experts saw {tokens} rows for {self.attended.numel()} positions; this model "
+                "does not hand every position to its experts, so its statistics cannot be masked"
+            )
+        output = torch.empty_like(hidden)
+        state = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+        for block in row_chunks(tokens, top_k, PAIRS_AT_ONCE):
+            rows, counts, pair_of = distinct_pairs(expert_ids[block], state, state, self._router_rows)
+            outputs = self._pair_outputs(original, hidden[block], rows, counts)
+            gates = torch.empty(len(rows), dtype=weights.dtype, device=weights.device)
+            gates[pair_of.flatten()] = weights[block].flatten()
+            ids = torch.repeat_interleave(torch.tensor(counts, device=hidden.device))
+            valid = self.attended[block].to(hidden.device)[rows]
+            if self._router_rows > self._count:  # what goes to no expert, or nowhere with a gate of zero, is no pair
+                valid &= (ids < self._count) & (gates != 0)
+                ids = ids.clamp(max=self._count - 1)
+            routing_moments_(self.moments, self.max_norm, ids, gates, outputs, valid=valid)
+            output[block] = weighted_sum(outputs, pair_of, weights[block])
+        return output

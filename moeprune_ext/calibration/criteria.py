@@ -1,0 +1,113 @@
+"""RoutingStats -> a score per expert, higher = keep.
+
+One family (arXiv 2606.15716): S_e(alpha, beta, reduce) = reduce over tokens routed to e of gate^alpha *
+||f_e(x)||^beta. Every published criterion below is one triple, so it is an index into the table of moments that
+calibration gathers, and scoring by another criterion costs no further pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moeprune_ext.artifacts.scores import ExpertScores
+from moeprune_ext.artifacts.stats import RoutingStats
+
+# name -> (alpha: power of the gate weight, beta: power of the activation norm, reduce)
+CRITERIA: dict[str, tuple[int, int, str]] = {
+    "frequency": (0, 0, "sum"),
+    "seer": (1, 0, "sum"),  # SEER-MoE's soft counting; EEP's "soft activation"
+    "ean": (0, 1, "sum"),  # expert activation norm
+    "weighted_ean": (1, 1, "sum"),  # EvoESAP's code
+    "weighted_ean_l2": (1, 2, "sum"),  # named in EvoESAP's code
+    "reap": (1, 1, "mean"),  # REAP, arXiv 2510.13999
+    "reap_l2": (1, 2, "mean"),  # named in EvoESAP's code
+    "man": (0, 1, "mean"),  # arXiv 2606.15716
+    "msan": (0, 2, "mean"),  # arXiv 2606.15716
+}
+
+
+SELECTION_PRINCIPLE = (
+    "For task-agnostic pruning prefer criteria that average over routed tokens and leave the gate out (man, msan); "
+    "for task-specific pruning routing frequency and gate weight may stay in (reap, seer, frequency). arXiv 2606.15716."
+)
+
+
+def score_experts(
+    stats: RoutingStats, criterion: str | tuple[int, int, str] = "reap", *, seed: int = 0
+) -> ExpertScores:
+    """Scores every expert of every layer by a criterion's name or a triple (alpha, beta, "mean" | "sum").
+
+    alpha, beta in {0, 1, 2}. "mean" divides by the number of routed tokens; an expert never routed to scores 0.
+    "random" is EEP's baseline, drawn from `seed`. Returns float64 [E] per layer, higher = keep. Raises ValueError for
+    an unknown criterion. Source: arXiv 2606.15716.
+    """
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        values = {
+            layer: torch.rand(len(moments), generator=generator, dtype=torch.float64)
+            for layer, moments in stats.moments.items()
+        }
+        return ExpertScores(values, dict(stats.shapes), "random", stats.model)
+    name, (alpha, beta, reduce) = _triple(criterion)
+    values = {}
+    for layer, moments in stats.moments.items():
+        total = moments[:, alpha, beta]
+        values[layer] = total / moments[:, 0, 0].clamp(min=1) if reduce == "mean" else total.clone()
+    return ExpertScores(values, dict(stats.shapes), name, stats.model)
+
+
+def _triple(criterion: str | tuple[int, int, str]) -> tuple[str, tuple[int, int, str]]:
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise ValueError(
+                f"unknown criterion {criterion!r}; choose one of {', '.join([*CRITERIA, 'random'])}, or a triple "
+                '(alpha, beta, "mean" | "sum")'
+            )
+        return criterion, CRITERIA[criterion]
+    try:
+        alpha, beta, reduce = criterion
+    except (TypeError, ValueError):
+        raise ValueError(
+            f'a criterion is a name or a triple (alpha, beta, "mean" | "sum"), got {criterion!r}'
+        ) from None
+    if alpha not in (0, 1, 2) or beta not in (0, 1, 2) or reduce not in ("mean", "sum"):
+        raise ValueError(f'alpha and beta must be 0, 1 or 2 and reduce "mean" or "sum"; got {criterion!r}')
+    return f"({alpha}, {beta}, {reduce})", (alpha, beta, reduce)
+
+
+def super_experts(stats: RoutingStats, *, quantile: float = 0.995, share: float = 0.1) -> dict[int, list[int]]:
+    """Outlier experts that a plan had better keep: {decoder layer: ids}, layers without one left out.
+
+    An expert is one when its largest output norm is above this quantile of all experts' and above this share of the
+    largest. Source: Super Experts, arXiv 2507.23279, with the L2 norm of an output in the place of its largest element
+    (our choice: it is what calibration keeps).
+    """
+    if not 0 <= quantile <= 1 or not 0 <= share <= 1:
+        raise ValueError(f"quantile and share lie in [0, 1]; got {quantile} and {share}")
+    norms = torch.cat([norm.double() for norm in stats.max_norm.values()])
+    threshold = max(float(torch.quantile(norms, quantile)), share * float(norms.max()))
+    found = {layer: (norm.double() > threshold).nonzero()[:, 0].tolist() for layer, norm in stats.max_norm.items()}
+    return {layer: ids for layer, ids in found.items() if ids}
+
+
+def rank_correlations(scores: Sequence[ExpertScores]) -> dict[int, Tensor]:
+    """How far criteria agree: {decoder layer: float64 [C, C]}, Spearman's rank correlation of each two, in [-1, 1].
+
+    Tied experts share their mean rank; NaN where a criterion scores all experts of the layer alike.
+    """
+    correlations = {}
+    for layer in scores[0]:
+        ranks = torch.stack([_ranks(one[layer]) for one in scores])
+        ranks -= ranks.mean(1, keepdim=True)
+        norms = ranks.norm(dim=1)
+        correlations[layer] = ((ranks @ ranks.T) / torch.outer(norms, norms)).clamp(-1, 1)
+    return correlations
+
+
+def _ranks(values: Tensor) -> Tensor:
+    below = (values[None, :] < values[:, None]).sum(1)
+    alike = (values[None, :] == values[:, None]).sum(1)
+    return below.double() + (alike.double() - 1) / 2

@@ -1,0 +1,1 @@
+"""Many plans to scores in one pass."""

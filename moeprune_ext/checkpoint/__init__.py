@@ -1,0 +1,1 @@
+"""A plan to a checkpoint on disk, and back."""

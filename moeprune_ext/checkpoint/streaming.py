@@ -1,0 +1,356 @@
+"""Models larger than the device: a decoder layer's weights visit it while that layer is called.
+
+Embeddings, final norm, head, rotary tables and every layer's router stay on the device, so masks, fingerprints and
+router checks know nothing of this file. The rest of a decoder layer is meta tensors, except while the layer is
+resident: its forward drops the one before it and brings it in from host memory or from the shards. On a GPU the
+next layer is fetched meanwhile, so at most two are there; on a CPU, where fetching would take the cores that compute,
+it is one. How stored tensors become parameters is transformers' affair: its own rules for the model are applied, to one
+layer at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import weakref
+from collections.abc import Callable, Container, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from moeprune_ext.checkpoint.read import (
+    find_shards,
+    from_pretrained,
+    read_config,
+    read_hf_config,
+    recorded,
+    refuse,
+    renaming,
+    skeleton,
+)
+from moeprune_ext.modeling import model_class
+from moeprune_ext.models.moe import decoder_layers, find_moe_layers, router_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+SOURCES = ("host", "disk")
+
+
+PIECE = 1 << 26  # bytes; page-locked memory is allocated in powers of two, so pieces of one such size waste little
+
+
+ALIGNMENT = 256  # bytes, of a tensor in a GPU's buffer
+
+
+def load_streamed(
+    folder: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    source: str = "host",
+) -> PreTrainedModel:
+    """Loads a model directory, or an export, as a model whose decoder layers visit `device` one after the other.
+
+    source: where layers wait. "host": CPU memory, page-locked for a GPU; loading needs the model's size plus a layer.
+    "disk": the directory itself, read again at every visit; the host needs about two layers beside what stays on the
+    device. dtype: "auto" (as stored) or a floating torch dtype. The model is for inference only, cannot be copied or
+    pruned in place, and carries its LayerStream as `moeprune_stream`.
+
+    Raises ValueError for bad arguments, a directory without safetensors weights, a shard that is missing or damaged,
+    weights that are missing or do not fit, and quantised weights.
+    """
+    device = _checked(device, dtype, source)
+    folder = Path(folder)
+    raw = read_config(folder)
+    if any(isinstance(part, dict) and part.get("quantization_config") for part in (raw, raw.get("text_config"))):
+        raise ValueError(
+            f"{folder} holds quantised weights (quantization_config), which cannot be streamed; load it unstreamed, or "
+            "save a dequantised copy and stream that"
+        )
+    reader = _LayerReader(folder, raw)
+    base: Any = type(reader.skeleton)
+
+    def _load_pretrained_model(model: Any, _: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        state_dict = reader.state_dict(load_config.weight_mapping)
+        return base._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
+
+    loader = model_class(base, recorded(raw), _load_pretrained_model=staticmethod(_load_pretrained_model))
+    model, problems = from_pretrained(loader, folder, config=reader.config, dtype=dtype)
+    model.__class__ = base
+    reader.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_meta}
+    refuse(folder, problems + sorted(reader.dtypes.keys() - reader.streamed.keys()))
+    model.requires_grad_(False)
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    model.moeprune_stream = LayerStream(model, reader, device, source)
+    return model
+
+
+def _checked(device: str | torch.device, dtype: str | torch.dtype, source: str) -> torch.device:
+    if source not in SOURCES:
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
+    if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be 'auto' or a floating torch dtype such as torch.bfloat16, got {dtype!r}")
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from None
+    if where.type == "cpu":
+        return where
+    count = torch.cuda.device_count()
+    if where.type != "cuda" or (where.index or 0) >= count:
+        raise ValueError(f"layers can be streamed to 'cpu' or one of the {count} GPUs that torch sees, not to {where}")
+    # With its number, because which GPU is the current one differs between threads.
+    return torch.device("cuda", torch.cuda.current_device() if where.index is None else where.index)
+
+
+class _Unread:
+    """A stored tensor that is not wanted now: loading makes a meta tensor of it."""
+
+    def __init__(self, shape: list[int]) -> None:
+        self.shape = shape
+
+    def __getitem__(self, _: Any) -> _Unread:
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(self.shape, dtype=dtype, device="meta")
+
+
+class _LayerReader:
+    """Reads the parameters of one decoder layer from the shards, as transformers would load them.
+
+    skeleton: the model on the meta device. config: what to load the model with. streamed: {parameter that may leave the
+    device: its decoder layer}. dtypes: {parameter that does: its dtype}, to be set when the model is loaded.
+    """
+
+    def __init__(self, folder: Path, raw: Mapping[str, Any]) -> None:
+        self.dtypes: dict[str, torch.dtype] = {}
+        # {layer: {parameter: (converter, [(pattern of it, stored name)])}}; where one makes several, under the first
+        self._recipes: dict[int, dict[str, tuple[Any, list[tuple[str | None, str]]]]] = {}
+        self._shards = find_shards(folder)
+        self.config = read_hf_config(folder)
+        self.skeleton = skeleton(self.config, raw)
+        if type(self.skeleton.config) is not type(self.config):  # of a model of text and more, the language model
+            self.config = self.config.get_text_config()
+        layers = find_moe_layers(self.skeleton)
+        path, _ = decoder_layers(self.skeleton, layers)
+        tied = self.skeleton.all_tied_weights_keys
+        stay = {*tied.keys(), *tied.values()}
+        for layer in layers.values():
+            stay |= {f"{layer.name}.{layer.router_name}.{name}" for name in layer.router.state_dict()}
+            stay |= {f"{layer.name}.{tensor.path}" for tensor in router_tensors(layer)}
+        places = {name: re.match(rf"{re.escape(path)}\.(\d+)\.", name) for name in self.skeleton.state_dict()}
+        self.streamed = {name: int(place[1]) for name, place in places.items() if place and name not in stay}
+
+    def state_dict(self, weight_mapping: list[Any] | None) -> dict[str, Any]:
+        """Every stored tensor, of which only those that stay on the device are read; the others' recipes are noted."""
+        from transformers.core_model_loading import dot_natural_key
+
+        rename, parameters = renaming(self.skeleton, weight_mapping or []), self.skeleton.state_dict()
+        stay = set()
+        for name in sorted((name for names in self._shards.values() for name in names), key=dot_natural_key):
+            target, converted = rename(name)
+            pattern, converter = converted or (None, None)
+            if target in self.streamed:
+                recipes = self._recipes.setdefault(self.streamed[target], {})
+                recipes.setdefault(target, (converter, []))[1].append((pattern, name))
+            elif target in parameters:
+                stay.add(name)
+        return {
+            name: stored[...].clone() if name in stay else _Unread(stored.get_shape())  # a copy: no shard stays mapped
+            for name, stored in _stored(self._shards)
+        }
+
+    @torch.no_grad()
+    def read(self, layer: int) -> dict[str, Tensor]:
+        """The layer's streamed parameters, in CPU memory of their own."""
+        recipes = self._recipes.get(layer, {})
+        wanted = {name for _, sources in recipes.values() for _, name in sources}
+        stored = {name: tensor[...] for name, tensor in _stored(self._shards, wanted)}
+        mapped = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
+        made: dict[str, Tensor] = {}
+        for target, (converter, sources) in recipes.items():
+            if converter is None:
+                made[target] = stored.pop(sources[0][1]).to(self.dtypes[target])
+                continue
+            converter = copy.deepcopy(converter)  # it collects tensors
+            for pattern, name in sources:
+                converter.add_tensor(target, name, pattern, stored.pop(name).to(self.dtypes[target]))
+            results = converter.convert(target, model=self.skeleton, config=self.skeleton.config)
+            made |= {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
+        # What no rule has changed is a map of its file still: its pages would be read by the kernels that use it.
+        for name, tensor in made.items():
+            if tensor.untyped_storage().data_ptr() in mapped:
+                made[name] = tensor.clone()
+        return made
+
+
+def _stored(shards: Mapping[Path, list[str]], wanted: Container[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """The stored tensors as safetensors slices, which read when they are indexed."""
+    for file, names in shards.items():
+        chosen = [name for name in names if wanted is None or name in wanted]
+        if chosen:
+            try:
+                with safe_open(file, framework="pt") as shard:
+                    for name in chosen:
+                        yield name, shard.get_slice(name)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file} is missing or not a readable safetensors file: {error}") from None
+
+
+class LayerStream:
+    """Keeps one decoder layer of a streamed model resident, the one called last; on a GPU, it also fetches the next.
+
+    device: where layers visit. layer_bytes: {layer: bytes of its streamed weights}. resident_bytes: of the layers on
+    the device now, the one being fetched included; peak_bytes: the most that ever was. bytes_streamed: of all visits.
+    """
+
+    def __init__(self, model: nn.Module, reader: _LayerReader, device: torch.device, source: str) -> None:
+        self.device = device
+        self.bytes_streamed = 0
+        self.peak_bytes = 0
+        _, layers = decoder_layers(model, find_moe_layers(model))
+        # What stands in the modules while a layer is away: meta tensors, with the weights' shapes and dtypes.
+        self._absent: list[dict[str, Tensor]] = [{} for _ in layers]
+        # Modules inside of decoder layers.
+        self._owners: dict[str, nn.Module] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in reader.dtypes:
+                self._absent[reader.streamed[name]][name] = tensor
+                self._owners[name] = model.get_submodule(name.rpartition(".")[0])
+        self.layer_bytes = {i: sum(t.nbytes for t in tensors.values()) for i, tensors in enumerate(self._absent)}
+        self._gpu = _TwoBuffers(device, self._absent) if device.type == "cuda" else None
+        self._read: Callable[[int], Mapping[str, Any]] = reader.read
+        if source == "host":
+            keep: Callable[[Tensor], Any] = _page_locked if self._gpu is not None else lambda tensor: tensor
+            held = [{name: keep(tensor) for name, tensor in reader.read(layer).items()} for layer in self.layer_bytes]
+            self._read = held.__getitem__
+        self._thread = None if self._gpu is None else ThreadPoolExecutor(1, "moeprune-stream")
+        self._resident: int | None = None
+        self._fetched: tuple[int, Callable[[], dict[str, Tensor]]] | None = None
+        for index, module in enumerate(layers):
+            # Not a hook: a layer that is passed over (replay.py) has its forward replaced, and must bring in nothing.
+            # With a weak reference, or a layer would keep itself alive.
+            module.forward = partial(self._visit, index, weakref.ref(module))
+
+    def _visit(self, index: int, layer: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> Any:
+        self.make_resident(index)
+        module: Any = layer()
+        return type(module).forward(module, *args, **kwargs)
+
+    @property
+    def resident_bytes(self) -> int:
+        here = {self._resident, self._fetched[0] if self._fetched else None}
+        return sum(self.layer_bytes[layer] for layer in here if layer is not None)
+
+    def make_resident(self, layer: int) -> None:
+        """Brings a decoder layer's weights to the device, and drops the others.
+
+        A layer's forward begins with this; it is public for touching weights outside of forward. Raises ValueError
+        when a shard has gone, or when weights were replaced by others of another shape.
+        """
+        if layer == self._resident:
+            return
+        before, self._resident = self._resident, None
+        if before is not None:
+            if self._gpu is not None:
+                self._gpu.release()
+            self._put(self._absent[before])
+        fetched, self._fetched = self._fetched, None
+        if fetched is None or fetched[0] != layer:
+            fetched = self._fetch(layer)  # on a GPU, after what the one thread may be fetching now, which is let go
+        tensors = fetched[1]()
+        if self._gpu is not None:
+            self._gpu.take()
+        self._put(tensors)
+        self._resident = layer
+        if self._thread is not None and len(self._absent) > 1:
+            self._fetched = self._fetch((layer + 1) % len(self._absent))  # after the last layer may come another batch
+        self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
+
+    def _fetch(self, layer: int) -> tuple[int, Callable[[], dict[str, Tensor]]]:
+        self.bytes_streamed += self.layer_bytes[layer]
+        if self._thread is None:
+            return layer, partial(self._bring, layer)
+        return layer, self._thread.submit(self._bring, layer).result
+
+    def _bring(self, layer: int) -> dict[str, Tensor]:
+        """The layer's weights on the device, as what its modules hold."""
+        tensors, absent = self._read(layer), self._absent[layer]
+        if self._gpu is not None:
+            tensors = self._gpu.fill(tensors, absent)
+        return {
+            name: nn.Parameter(tensor, requires_grad=False) if isinstance(absent[name], nn.Parameter) else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            owner, leaf = self._owners[name], name.rpartition(".")[2]
+            if (shape := getattr(owner, leaf).shape) != tensor.shape:
+                raise ValueError(
+                    f"{name} was loaded as {list(tensor.shape)} and is {list(shape)} now; a streamed model cannot be "
+                    "pruned in place: export the plan and load the export"
+                )
+            setattr(owner, leaf, tensor)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise ValueError("a streamed model cannot be copied, because its weights come and go; load it again")
+
+
+def _page_locked(tensor: Tensor) -> list[Tensor]:
+    """The tensor's bytes, in pieces."""
+    return [piece.pin_memory() for piece in tensor.contiguous().view(-1).view(torch.uint8).split(PIECE)]
+
+
+class _TwoBuffers:
+    """Two buffers on a GPU: kernels read the layer in one while a stream of its own copies the next into the other.
+
+    They are allocated once. Memory freed by a dropped layer returns when the kernels that read it have run, and the
+    host runs far ahead of those: layers would pile up. So a copy waits, on the GPU, for the buffer's last reader.
+    """
+
+    def __init__(self, device: torch.device, layers: list[dict[str, Tensor]]) -> None:
+        size = max(sum(tensor.nbytes + ALIGNMENT for tensor in tensors.values()) for tensors in layers)
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._filled = [torch.cuda.Event(), torch.cuda.Event()]
+        self._released = [torch.cuda.Event(), torch.cuda.Event()]
+        self._next = 0  # the buffer to fill
+        for buffer, released in zip(self._buffers, self._released, strict=True):
+            released.record(torch.cuda.current_stream(device))  # the memory may have had another reader before
+            buffer.record_stream(self._stream)  # and is not to be given away while a copy into it runs
+
+    def fill(self, tensors: Mapping[str, Tensor | list[Tensor]], absent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Begins to copy a layer into the buffer that is not being read; returns its tensors there."""
+        for filled in self._filled:
+            filled.synchronize()  # page-locked memory is used again, not allocated, once the copy before has ended
+        buffer, end, views = self._buffers[self._next], 0, {}
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._released[self._next])
+            for name, source in tensors.items():
+                start = end = end + -end % ALIGNMENT
+                for piece in _page_locked(source) if isinstance(source, Tensor) else source:
+                    buffer[end : end + len(piece)].copy_(piece, non_blocking=True)
+                    end += len(piece)
+                views[name] = buffer[start:end].view(absent[name].dtype).view(absent[name].shape)
+            self._filled[self._next].record(self._stream)
+        return views
+
+    def take(self) -> None:
+        """From here on, kernels read what was filled last."""
+        torch.cuda.current_stream(self._device).wait_event(self._filled[self._next])
+        self._next = 1 - self._next
+
+    def release(self) -> None:
+        """No kernel that is yet to come reads what was taken last."""
+        self._released[1 - self._next].record(torch.cuda.current_stream(self._device))

@@ -1,0 +1,1 @@
+"""EEP, arXiv 2407.00945: a task to a plan."""

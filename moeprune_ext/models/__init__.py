@@ -1,0 +1,1 @@
+"""One loaded model, taken apart and changed."""

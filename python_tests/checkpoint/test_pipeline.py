@@ -1,0 +1,393 @@
+"""Every family the papers prune: mask, prune, export, reload, and the same numbers each way."""
+
+import copy
+import dataclasses
+import importlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS, VOCABULARY, random_tokens, tiny_model
+from transformers import AutoModelForCausalLM, GptOssConfig, OlmoeConfig
+
+import moeprune_ext as mp
+from moeprune_ext.models.moe import find_moe_layers, model_fingerprint
+from moeprune_ext.models.probing import check_slicing
+
+FAMILIES = sorted(CONFIGS)
+
+
+def uneven_counts(shapes):
+    """0, 2, 4, 0, ... experts pruned: multiples of every group size, different between layers."""
+    return {layer: (0, 2, 4)[i % 3] for i, layer in enumerate(shapes)}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    model = tiny_model(request.param)
+    stats = mp.calibrate(model, [random_tokens()])
+    return request.param, model, stats
+
+
+@pytest.fixture(scope="module")
+def plans(family):
+    _, _, stats = family
+    scores = mp.score_experts(stats, "reap")
+    return {
+        "uniform": mp.uniform_plan(scores, 0.5),
+        "uneven": mp.PruningPlan.from_pruned_counts(scores, uneven_counts(scores)),
+    }
+
+
+def logits_of(model, tokens):
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
+
+
+def test_statistics_are_what_the_layer_computes(family):
+    """The moments rebuild the experts' own output: sum over pairs of g * f is the layer's result."""
+    name, model, stats = family
+    tokens = random_tokens()
+    seen = {}
+    hooks = [
+        layer.experts.register_forward_hook(
+            lambda _, inputs, output, i=index: seen.__setitem__(i, (*inputs[:3], output.clone()))
+        )
+        for index, layer in find_moe_layers(model).items()
+    ]
+    logits_of(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    for index, layer in find_moe_layers(model).items():
+        hidden, ids, gates, _ = seen[index]
+        expected = torch.zeros_like(stats.moments[index])
+        for token in range(len(hidden)):
+            for k in range(ids.shape[1]):
+                one = torch.ones(1, 1)
+                with torch.no_grad():
+                    output = layer.experts(hidden[token : token + 1], ids[token : token + 1, k : k + 1], one)
+                g, f = gates[token, k].double(), output.double().norm()
+                powers = torch.stack([g**a * f**b for a in range(3) for b in range(3)])
+                expected[ids[token, k]] += powers.view(3, 3)
+        torch.testing.assert_close(stats.moments[index], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_calibration_leaves_the_model_as_it_was(family):
+    _, model, _ = family
+    tokens = random_tokens(seed=5)
+    before = logits_of(model, tokens)
+    mp.calibrate(model, [tokens])
+    assert torch.equal(logits_of(model, tokens), before)
+
+
+def test_masked_model_computes_what_the_pruned_model_computes(family, plans):
+    _, model, _ = family
+    tokens = random_tokens(seed=2)
+    full = logits_of(model, tokens)
+    for plan in plans.values():
+        pruned = copy.deepcopy(model)
+        mp.prune_(pruned, plan)
+        with mp.applied(model, plan):
+            masked = logits_of(model, tokens)
+        torch.testing.assert_close(masked, logits_of(pruned, tokens), rtol=0, atol=1e-5)
+        assert not torch.allclose(masked, full, atol=1e-3)
+        assert torch.equal(logits_of(model, tokens), full), "the mask must come off"
+        kept = {index: layer.shape.num_experts for index, layer in find_moe_layers(pruned).items()}
+        assert kept == {index: len(ids) for index, ids in plan.kept.items()}
+
+
+@pytest.mark.parametrize("kind", ["uniform", "uneven"])
+def test_score_equals_exported_checkpoint(family, plans, kind, tmp_path):
+    name, model, _ = family
+    plan = plans[kind]
+    model.save_pretrained(tmp_path / "full")
+    out = mp.export(tmp_path / "full", plan, tmp_path / "pruned")
+    # a uniform plan gives a stock checkpoint, which loads with no help from us
+    reloaded = AutoModelForCausalLM.from_pretrained(out) if kind == "uniform" else mp.load(out)
+    tokens = random_tokens(seed=3)
+    evaluator = mp.CandidateEvaluator(model, [tokens])
+    score = evaluator.evaluate([plan], ("esap", "kl_pq", "nll"))[0]
+    p, q = logits_of(model, tokens).flatten(0, 1), logits_of(reloaded, tokens).flatten(0, 1)
+    direct = mp.reference.overlap(p.double(), q.double(), metrics=("esap", "kl_pq"))
+    assert score.esap == pytest.approx(float(direct["esap"].mean()), abs=1e-5)
+    assert score.kl_pq == pytest.approx(float(direct["kl_pq"].mean()), abs=1e-5)
+    nll = torch.nn.functional.cross_entropy(logits_of(reloaded, tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert score.nll == pytest.approx(float(nll), abs=1e-5)
+
+
+def test_merged_experts_are_averages_wherever_a_plan_is_carried_out(family, plans, tmp_path):
+    """Under a mask, pruned in memory, exported and in the evaluator, whether stored one by one or stacked."""
+    _, model, _ = family
+    uneven = plans["uneven"]
+    first = next(layer for layer, count in uneven.pruned_counts.items() if count)
+    gone = next(e for e in range(8) if e not in uneven.kept[first])
+    into, other = uneven.kept[first][:2]
+    plan = dataclasses.replace(uneven, merged={first: {into: {into: 0.6, gone: 0.3, other: 0.1}}})
+    tokens = random_tokens(seed=6)
+    full = logits_of(model, tokens)
+    with mp.applied(model, plan):
+        merged = logits_of(model, tokens)
+    assert torch.equal(logits_of(model, tokens), full), "the weights must come back"
+    with mp.applied(model, uneven):
+        assert not torch.allclose(logits_of(model, tokens), merged, atol=1e-3)
+
+    pruned = copy.deepcopy(model)
+    mp.prune_(pruned, plan)
+    weights, before = (find_moe_layers(m)[first].experts.down_proj for m in (pruned, model))
+    expected = 0.6 * before[into] + 0.3 * before[gone] + 0.1 * before[other]
+    torch.testing.assert_close(weights[uneven.kept[first].index(into)], expected)
+    torch.testing.assert_close(logits_of(pruned, tokens), merged, rtol=0, atol=1e-5)
+
+    plan.save(tmp_path / "plan.json")
+    model.save_pretrained(tmp_path / "full", max_shard_size="20KB")
+    reloaded = mp.load(mp.export(tmp_path / "full", mp.PruningPlan.load(tmp_path / "plan.json"), tmp_path / "out"))
+    torch.testing.assert_close(logits_of(reloaded, tokens), merged, rtol=0, atol=1e-5)
+    direct = mp.reference.overlap(full.flatten(0, 1).double(), merged.flatten(0, 1).double())["esap"].mean()
+    scores = mp.CandidateEvaluator(model, [tokens]).evaluate([uneven, plan])
+    assert scores[1].esap == pytest.approx(float(direct), abs=1e-5) != scores[0].esap
+
+
+def test_reloaded_uneven_model_can_be_calibrated_scored_searched_and_exported_again(family, plans, tmp_path):
+    name, model, _ = family
+    model.save_pretrained(tmp_path / "full")
+    mp.export(tmp_path / "full", plans["uneven"], tmp_path / "once")
+    reloaded = mp.load(tmp_path / "once")
+    assert isinstance(reloaded, type(model))
+    stats = mp.calibrate(reloaded, [random_tokens()])
+    assert {layer: len(t) for layer, t in stats.moments.items()} == {i: len(k) for i, k in plans["uneven"].kept.items()}
+    scores = mp.score_experts(stats, "man")
+    evaluator = mp.CandidateEvaluator(reloaded, [random_tokens(seed=4)])
+    again = mp.evolve(evaluator, scores, 0.25, population=4, generations=2, elites=1).plan
+    mp.export(tmp_path / "once", again, tmp_path / "twice")
+    twice = mp.load(tmp_path / "twice")
+    score = evaluator.evaluate([again])[0].esap
+    tokens = random_tokens(seed=4)
+    p, q = logits_of(reloaded, tokens).flatten(0, 1), logits_of(twice, tokens).flatten(0, 1)
+    assert score == pytest.approx(float(mp.reference.overlap(p.double(), q.double())["esap"].mean()), abs=1e-5)
+
+
+def test_bfloat16_score_agrees_with_bfloat16_checkpoint(family, plans, tmp_path):
+    family[1].save_pretrained(tmp_path / "full")
+    model = mp.load(tmp_path / "full", dtype=torch.bfloat16)  # not .bfloat16(), which rounds rotary tables too
+    tokens = random_tokens(seed=3)
+    evaluator = mp.CandidateEvaluator(model, [tokens])
+    for kind, plan in plans.items():
+        mp.export(tmp_path / "full", plan, tmp_path / kind)
+        reloaded = mp.load(tmp_path / kind, dtype=torch.bfloat16)
+        p, q = logits_of(model, tokens).flatten(0, 1), logits_of(reloaded, tokens).flatten(0, 1)
+        direct = float(mp.reference.overlap(p.double(), q.double())["esap"].mean())
+        assert evaluator.evaluate([plan])[0].esap == pytest.approx(direct, abs=1e-3)
+
+
+def test_fingerprint_survives_dtypes_and_tells_models_apart(family, tmp_path):
+    name, model, _ = family
+    fingerprint = model_fingerprint(model)
+    assert model_fingerprint(copy.deepcopy(model).bfloat16()) == fingerprint
+    assert model_fingerprint(copy.deepcopy(model).half()) == fingerprint
+    assert model_fingerprint(tiny_model(name, seed=1)) != fingerprint
+
+
+def test_export_reads_sharded_checkpoints(tmp_path):
+    model = tiny_model("olmoe")
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.25)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    tokens = random_tokens(seed=2)
+    logits = [logits_of(mp.load(mp.export(tmp_path / s, plan, tmp_path / f"out-{s}")), tokens) for s in ("one", "many")]
+    assert torch.equal(*logits)
+    index = json.loads((tmp_path / "out-many" / "model.safetensors.index.json").read_text())
+    assert {f.name for f in (tmp_path / "out-many").glob("*.safetensors")} == set(index["weight_map"].values())
+
+
+def test_a_plan_for_another_expert_count_is_refused(tmp_path):
+    model = tiny_model("olmoe")
+    plan = mp.PruningPlan.from_pruned_counts({layer: [0.1, 0.2, 0.3, 0.4] for layer in range(4)}, {0: 1})
+    for attempt in (
+        lambda: mp.CandidateEvaluator(model, [random_tokens()]).evaluate([plan]),
+        lambda: mp.prune_(model, plan),
+    ):
+        with pytest.raises(ValueError, match="made for 4 experts, the model has 8"):
+            attempt()
+
+
+def test_a_search_result_stands_for_its_plan(tmp_path):
+    model = tiny_model("olmoe")
+    model.save_pretrained(tmp_path / "full")
+    evaluator = mp.CandidateEvaluator(model, [random_tokens()])
+    scores = mp.score_experts(mp.calibrate(model, [random_tokens()]))
+    result = mp.evolve(evaluator, scores, 0.5, population=4, generations=1, elites=1)
+    pruned = mp.load(mp.export(tmp_path / "full", result, tmp_path / "pruned"))
+    with mp.applied(model, result):
+        masked = logits_of(model, random_tokens())
+    torch.testing.assert_close(masked, logits_of(pruned, random_tokens()), rtol=0, atol=1e-5)
+
+
+def test_multi_token_prediction_layers_and_stray_weights_are_left_out(tmp_path):
+    """As DeepSeek-V3 (a layer past the last) and Qwen3-Next (`mtp.`) store them; transformers builds neither."""
+    model = tiny_model("deepseek_v3")
+    model.save_pretrained(tmp_path / "full")
+    file = tmp_path / "full" / "model.safetensors"
+    tensors = load_file(file)
+    extra = {"model.layers.4.mlp.gate.weight": torch.ones(8, 32), "mtp.layers.0.mlp.gate.weight": torch.ones(8, 32)}
+    extra |= {"model.mtp_block.0.mlp.gate.weight": torch.ones(8, 32), "model.mtp_emb_norm.0.weight": torch.ones(32)}
+    save_file(tensors | extra, file, metadata={"format": "pt"})
+    save_file(extra, tmp_path / "full" / "consolidated.safetensors")
+    config = json.loads((tmp_path / "full" / "config.json").read_text())
+    (tmp_path / "full" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    scores = mp.score_experts(mp.calibrate(model, [random_tokens()]))
+    out = mp.export(tmp_path / "full", mp.uniform_plan(scores, 0.5), tmp_path / "out")
+    assert not set(extra) & set(load_file(out / "model.safetensors"))
+    assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert type(mp.load(out)) is type(model)
+
+
+def test_configurations_that_leave_out_the_default_count_are_exported(tmp_path):
+    """As the hub has them: OLMoE's 64 experts are its default."""
+    config = OlmoeConfig(**{**CONFIGS["olmoe"]().to_dict(), "num_experts": 64, "num_hidden_layers": 1})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "full")
+    raw = json.loads((tmp_path / "full" / "config.json").read_text())
+    del raw["num_experts"]
+    (tmp_path / "full" / "config.json").write_text(json.dumps(raw))
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.5)
+    out = mp.export(tmp_path / "full", plan, tmp_path / "out")
+    with mp.applied(model, plan):
+        masked = logits_of(model, random_tokens())
+    pruned = AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(logits_of(pruned, random_tokens()), masked, rtol=0, atol=1e-5)
+
+
+def test_code_beside_a_checkpoint_runs_if_it_is_trusted(tmp_path):
+    model = tiny_model("olmoe")
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw |= {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "own.py").write_text(
+        "from transformers import OlmoeConfig, OlmoeForCausalLM\n"
+        "class OwnConfig(OlmoeConfig):\n    pass\n"
+        "class OwnModel(OlmoeForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    assert type(mp.load(tmp_path)) is type(model)
+    own = mp.load(tmp_path, trust_remote_code=True)
+    assert type(own).__name__ == "OwnModel"
+    assert torch.equal(logits_of(own, random_tokens()), logits_of(model, random_tokens()))
+
+
+def test_a_failure_on_the_way_leaves_no_merged_weight_behind(monkeypatch):
+    model = tiny_model("olmoe")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = {layer: list(range(8)) for layer in range(4)}
+    plan = mp.PruningPlan(kept, dict.fromkeys(kept, 8), merged={layer: {0: {0: 0.5, 1: 0.5}} for layer in kept})
+    masking = importlib.import_module("moeprune_ext.models.merging")
+    calls, average = [], masking.weighted_average
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) % 4 == 3:
+            raise MemoryError
+        return average(*arguments)
+
+    monkeypatch.setattr(masking, "weighted_average", failing)
+    for attempt in (lambda: mp.prune_(model, plan), lambda: mp.applied(model, plan).__enter__()):
+        with pytest.raises(MemoryError):
+            attempt()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_two_stacks_of_experts_are_not_mixed():
+    model, other = tiny_model("olmoe"), tiny_model("olmoe")
+    model.model.layers[1].mlp = torch.nn.Identity()  # a dense layer
+    model.model.tower = torch.nn.Module()
+    model.model.tower.layers = torch.nn.ModuleList([torch.nn.Identity(), other.model.layers[1]])
+    with pytest.raises(ValueError, match="several stacks"):
+        find_moe_layers(model)
+
+
+@pytest.mark.parametrize("fault", ["ids", "weights", "choice"])
+def test_a_router_that_slices_into_something_else_is_refused(fault, monkeypatch):
+    model = tiny_model("mixtral")
+    layers = find_moe_layers(model)
+    check_slicing(layers)
+    router = type(layers[0].router)
+    forward = router.forward
+
+    def wrong(self, hidden):
+        logits, weights, ids = forward(self, hidden)
+        if logits.shape[-1] < 8:  # sliced
+            if fault == "ids":
+                ids = (ids + 1) % logits.shape[-1]
+            elif fault == "weights":
+                weights = torch.cat([weights[:, :1], 2 * weights[:, 1:]], -1)
+            else:
+                ids = logits.topk(2, largest=False).indices
+        return logits, weights, ids
+
+    monkeypatch.setattr(router, "forward", wrong)
+    with pytest.raises(ValueError, match="slicing does not mask"):
+        check_slicing(layers)
+
+
+def test_a_killed_export_leaves_nothing_in_the_way(tmp_path):
+    model = tiny_model("olmoe")
+    model.save_pretrained(tmp_path / "full")
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.5)
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_text("half")
+    mp.export(tmp_path / "full", plan, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "out"]
+
+
+def test_teacher_scores_itself_perfectly(family):
+    _, model, stats = family
+    scores = mp.score_experts(stats, "frequency")
+    nothing = mp.PruningPlan.from_pruned_counts(scores, {})
+    score = mp.CandidateEvaluator(model, [random_tokens()]).evaluate([nothing], ("esap", "kl_pq", "top1_agree"))[0]
+    assert score.esap == pytest.approx(1, abs=1e-6)
+    assert score.kl_pq == pytest.approx(0, abs=1e-6)
+    assert score.top1_agree == 1
+
+
+def test_vocabulary_is_checked():
+    model = tiny_model("olmoe")
+    with pytest.raises(ValueError, match="vocabulary"):
+        mp.calibrate(model, [torch.full((1, 4), VOCABULARY)])
+
+
+def test_mxfp4_checkpoints_are_loaded_dequantised_and_exported_as_stored(tmp_path):
+    """GPT-OSS as the hub stores it: experts in packed blocks and scales."""
+    config = GptOssConfig(
+        **(CONFIGS["gpt_oss"]().to_dict() | dict(hidden_size=64, intermediate_size=32, head_dim=16, dtype="bfloat16"))
+    )
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "full")
+    file = tmp_path / "full" / "model.safetensors"
+    tensors = {k: v for k, v in load_file(file).items() if not k.endswith(("gate_up_proj", "down_proj"))}
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(4):
+        for name, rows, columns in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
+            prefix = f"model.layers.{layer}.mlp.experts.{name}"
+            size = (8, rows, columns // 32)
+            tensors[f"{prefix}_blocks"] = torch.randint(0, 256, (*size, 16), generator=generator, dtype=torch.uint8)
+            tensors[f"{prefix}_scales"] = torch.randint(118, 124, size, generator=generator, dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    raw = json.loads((tmp_path / "full" / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]}
+    (tmp_path / "full" / "config.json").write_text(json.dumps(raw))
+
+    full = mp.load(tmp_path / "full")
+    scores = mp.score_experts(mp.calibrate(full, [random_tokens()]))
+    evaluator = mp.CandidateEvaluator(full, [random_tokens(seed=2)])
+    for plan in (mp.uniform_plan(scores, 0.5), mp.PruningPlan.from_pruned_counts(scores, {0: 3, 2: 5})):
+        sums = {index: {ids[0]: {ids[0]: 0.5, ids[1]: 0.5}} for index, ids in plan.kept.items()}
+        with pytest.raises(ValueError, match="quantised experts cannot be merged"):
+            mp.export(tmp_path / "full", dataclasses.replace(plan, merged=sums), tmp_path / "refused")
+        out = mp.export(tmp_path / "full", plan, tmp_path / f"out-{plan.is_uniform}")
+        stored = load_file(out / "model.safetensors")["model.layers.0.mlp.experts.down_proj_blocks"]
+        assert stored.dtype == torch.uint8 and len(stored) == len(plan.kept[0])
+        p, q = (logits_of(m, random_tokens(seed=2)).flatten(0, 1) for m in (full, mp.load(out)))
+        direct = float(mp.reference.overlap(p.double(), q.double())["esap"].mean())
+        assert evaluator.evaluate([plan])[0].esap == pytest.approx(direct, abs=1e-3)
