@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moeprune_ext.data.batches import TokenBatch, as_batches
 from moeprune_ext.data.tasks import Task
+from moeprune_ext.models.moe import text_config
 
 LOGITS_AT_ONCE = 1 << 26  # elements of [B, S, V] logits alive at a time: 256 MB in float32
 
@@ -52,7 +53,7 @@ def _teacher_forced(
     model: nn.Module, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> tuple[list[float], list[bool]]:
     """For each (prompt, continuation): the continuation's log-likelihood, and whether greedy decoding would give it."""
-    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    vocabulary = text_config(model).vocab_size
     likelihoods, matches = [0.0] * len(rows), [False] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     while order:
@@ -125,7 +126,7 @@ def generated_matches(model: nn.Module, task: Task) -> list[bool]:
 def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
     """exp(mean negative log-likelihood) over the positions whose next token is attended and labelled."""
     total, count = 0.0, 0
-    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    vocabulary = text_config(model).vocab_size
     for batch in as_batches(batches, vocabulary):
         logits, labels, _ = _next_token_logits(model, batch)
         total += nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().sum().item()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from moeprune_ext.artifacts.plan import PruningPlan, pruning_order
+from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.stats import LayerShape
 
@@ -89,7 +89,7 @@ def counts_of(plan: PruningPlan, scores: ExpertScores, sparsity: float, name: st
 
 def order_fingerprint(scores: ExpertScores) -> str:
     """Identifies the pruning orders of all layers, protection included: what a vector of counts means."""
-    return hashlib.sha256(json.dumps([_order(scores, layer) for layer in scores]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([scores.pruning_order(layer) for layer in scores]).encode()).hexdigest()[:16]
 
 
 def check_scores(scores: ExpertScores, shapes: Mapping[int, LayerShape], fingerprint: str) -> None:
@@ -107,7 +107,3 @@ def check_scores(scores: ExpertScores, shapes: Mapping[int, LayerShape], fingerp
             raise ValueError(f"layer {layer}: the scores are for {shape}, the model has {needed}")
         if shape.min_kept < needed.min_kept:
             raise ValueError(f"layer {layer}: the scores let {shape.min_kept} stay, the router needs {needed.min_kept}")
-
-
-def _order(scores: ExpertScores, layer: int) -> list[int]:
-    return pruning_order(scores[layer], scores.shapes[layer].n_group, scores.protected.get(layer, frozenset()))

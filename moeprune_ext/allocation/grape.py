@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from moeprune_ext import distributed
 from moeprune_ext.allocation.budget import check_scores, in_units
-from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.artifacts.plan import Merge, PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
-from moeprune_ext.calibration.samples import expert_outputs, make_resident, sample_layers
+from moeprune_ext.calibration.samples import expert_outputs, sample_layers
 from moeprune_ext.data.batches import as_batches, without_padding
-from moeprune_ext.models.moe import MoeLayer, expert_tensors, find_moe_layers, model_fingerprint
+from moeprune_ext.models.moe import MoeLayer, MoeModel, expert_tensors
 from moeprune_ext.models.patches import evaluating
 from moeprune_ext.ops.backend import row_chunks
 
@@ -42,7 +42,7 @@ CONSTANT = 1e-5  # an expert whose outputs vary by less than this share of their
 
 
 def grape(
-    model: nn.Module,
+    model: nn.Module | MoeModel,
     batches: Iterable[Any] | None,
     scores: ExpertScores | Mapping[int, Tensor],
     sparsity: float,
@@ -61,13 +61,11 @@ def grape(
     sparsity, entropy, who, merge: see `plan_from_similarity`. Raises ValueError, before any work, for scores of another
     model and for what these two refuse. Source: arXiv 2604.06542.
     """
-    layers = find_moe_layers(model)
-    shapes = {index: layer.shape for index, layer in layers.items()}
-    fingerprint = model_fingerprint(model, layers)
-    scores = ExpertScores.wrap(scores, shapes=shapes, model=fingerprint)
-    check_scores(scores, shapes, fingerprint)
+    moe = MoeModel.of(model)
+    scores = ExpertScores.wrap(scores, shapes=moe.shapes, model=moe.fingerprint)
+    check_scores(scores, moe.shapes, moe.fingerprint)
     check_request(scores, sparsity, tokens, entropy, who, merge)
-    found = expert_similarity(model, batches, similarity=similarity, tokens=tokens, seed=seed, progress=progress)
+    found = expert_similarity(moe, batches, similarity=similarity, tokens=tokens, seed=seed, progress=progress)
     return plan_from_similarity(found, scores, sparsity, entropy=entropy, who=who, merge=merge)
 
 
@@ -82,7 +80,7 @@ def check_request(scores: ExpertScores, sparsity: float, tokens: int, entropy: f
 
 
 def expert_similarity(
-    model: nn.Module,
+    model: nn.Module | MoeModel,
     batches: Iterable[Any] | None,
     *,
     similarity: str = "cka",
@@ -108,20 +106,20 @@ def expert_similarity(
         raise ValueError(f"unknown similarity {similarity!r}; choose from {', '.join(SIMILARITIES)}")
     if tokens < 4:
         raise ValueError(f"the unbiased estimator needs at least 4 tokens, got tokens={tokens}")
-    layers = find_moe_layers(model)
+    moe = MoeModel.of(model)
+    layers = moe.layers
     samples = {}
     if similarity == "cka":
-        vocab_size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        checked = without_padding(as_batches(() if batches is None else batches, vocab_size))
+        checked = without_padding(as_batches(() if batches is None else batches, moe.vocab_size))
         if (attended := sum(int(batch.attention_mask.sum()) for batch in checked)) < 4:
             raise ValueError(f"the unbiased estimator needs at least 4 tokens, and the data has {attended}")
-        samples = sample_layers(model, layers, checked, tokens, seed=seed, progress=progress)
+        samples = sample_layers(moe, layers, checked, tokens, seed=seed, progress=progress)
     indices = list(layers)
     found = {i: torch.zeros(2 * (layer.shape.num_experts,), dtype=torch.float64) for i, layer in layers.items()}
-    with evaluating(model):
+    with evaluating(moe.model):
         for number in tqdm(distributed.mine(len(layers)), desc="similarity", unit="layer", disable=not progress):
             layer = layers[indices[number]]
-            make_resident(model, layer.index)
+            moe.make_resident(layer.index)
             cka = similarity == "cka"
             products = _cka_products(layer, samples[layer.index].hidden) if cka else _weight_products(layer)
             found[layer.index] = _normalised(products)
@@ -218,7 +216,7 @@ def plan_from_similarity(
     leave each layer is GRAPE's; for models whose similar experts are not the dispensable ones.
 
     merge: kept experts become the average of their group, weighted by the scores (equally where all are zero), in
-    `PruningPlan.merged`; a protected one stays as it is.
+    `PruningPlan.merges`; a protected one stays as it is.
 
     Everything from the linkage on is our choice; the entropy guard is arXiv 2604.06542's idea. Raises ValueError for an
     entropy outside [0, 1], an unknown `who`, a sparsity that cannot be, merge=True with negative scores or without
@@ -235,7 +233,7 @@ def plan_from_similarity(
         pruned = {layer: shape.num_experts - left[layer] for layer, shape in scores.shapes.items()}
         return PruningPlan.from_pruned_counts(scores, pruned)
     kept: dict[int, list[int]] = {}
-    merged: dict[int, dict[int, dict[int, float]]] = {}
+    merges: dict[int, Merge] = {}
     for layer, parts in linkages.items():
         values, protected = scores[layer].tolist(), scores.protected.get(layer, frozenset())
         groups = {
@@ -246,9 +244,9 @@ def plan_from_similarity(
         kept[layer] = sorted(groups)
         averages = {e: _shares(group, values) for e, group in groups.items() if len(group) > 1 and e not in protected}
         if merge and averages:
-            merged[layer] = dict(sorted(averages.items()))
+            merges[layer] = Merge.averages(kept[layer], averages, scores.shapes[layer].num_experts)
     num_experts = {layer: shape.num_experts for layer, shape in scores.shapes.items()}
-    return PruningPlan(kept, num_experts, scores.model, scores.criterion, merged=merged)
+    return PruningPlan(kept, num_experts, scores.model, scores.criterion, merges)
 
 
 def _limits(scores: ExpertScores, sparsity: float, entropy: float, who: str, merge: bool) -> tuple[dict[int, int], int]:

@@ -25,10 +25,10 @@ from moeprune_ext.allocation.budget import uniform_counts
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.stats import LayerShape
-from moeprune_ext.calibration.samples import LayerSample, expert_outputs, make_resident, sample_layers
+from moeprune_ext.calibration.samples import LayerSample, expert_outputs, sample_layers
 from moeprune_ext.data.batches import as_batches, without_padding
 from moeprune_ext.models.masking import masked
-from moeprune_ext.models.moe import find_moe_layers, model_fingerprint
+from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.patches import evaluating
 from moeprune_ext.models.probing import check_slicing
 from moeprune_ext.models.routers import RoutedLayer, routed_layer
@@ -45,7 +45,7 @@ SubsetErrors = Callable[[Tensor], Tensor]  # masks, bool [C, E] -> squared error
 
 
 def naee_plan(
-    model: nn.Module,
+    model: nn.Module | MoeModel,
     batches: Iterable[Any],
     sparsity: float,
     *,
@@ -68,12 +68,13 @@ def naee_plan(
     routers.py's "fused". Under torchrun the layers are dealt out. The model is left as it was.
     Raises ValueError, before any work, for a sparsity that cannot be or a router that cannot be run under many masks.
     """
-    pruned = uniform_counts(_zeros(model), sparsity)
-    return naee_subsets(model, batches, pruned, tokens=tokens, seed=seed, progress=progress)
+    moe = MoeModel.of(model)
+    pruned = uniform_counts(_zeros(moe), sparsity)
+    return naee_subsets(moe, batches, pruned, tokens=tokens, seed=seed, progress=progress)
 
 
 def naee_subsets(
-    model: nn.Module,
+    model: nn.Module | MoeModel,
     batches: Iterable[Any],
     pruned: Mapping[int, int],
     *,
@@ -82,22 +83,22 @@ def naee_subsets(
     progress: bool = False,
 ) -> PruningPlan:
     """As `naee_plan`, where {decoder layer: experts that leave} is given; layers not named lose none."""
-    zeros = _zeros(model)
-    shapes, fingerprint = zeros.shapes, model_fingerprint(model)
-    PruningPlan.from_pruned_counts(zeros, pruned)  # refuses what a single layer cannot give
+    moe = MoeModel.of(model)
+    shapes = moe.shapes
+    PruningPlan.from_pruned_counts(_zeros(moe), pruned)  # refuses what a single layer cannot give
 
     def choose(index: int, errors: SubsetErrors) -> Tensor:
         gone = torch.zeros(shapes[index].num_experts, dtype=torch.float64)
         gone[_least_missed(errors, shapes[index], pruned.get(index, 0))] = 1
         return gone
 
-    found = _by_layer(model, batches, tokens, seed, progress, choose)
+    found = _by_layer(moe, batches, tokens, seed, progress, choose)
     kept = {index: (gone == 0).nonzero()[:, 0].tolist() for index, gone in found.items()}
-    return PruningPlan(kept, {index: shape.num_experts for index, shape in shapes.items()}, fingerprint, "naee")
+    return PruningPlan(kept, {index: shape.num_experts for index, shape in shapes.items()}, moe.fingerprint, "naee")
 
 
 def naee_scores(
-    model: nn.Module, batches: Iterable[Any], *, tokens: int = 1024, seed: int = 0, progress: bool = False
+    model: nn.Module | MoeModel, batches: Iterable[Any], *, tokens: int = 1024, seed: int = 0, progress: bool = False
 ) -> ExpertScores:
     """Scores for any allocation: the place at which greedy backward elimination removes each expert, 0 first (our
     choice).
@@ -107,7 +108,8 @@ def naee_scores(
     expert in turn, so that pruning a multiple of n_group follows this order. Arguments, memory, FLOPs and errors as in
     `naee_plan`.
     """
-    shapes = {index: layer.shape for index, layer in find_moe_layers(model).items()}
+    moe = MoeModel.of(model)
+    shapes = moe.shapes
 
     def rank(index: int, errors: SubsetErrors) -> Tensor:
         gone = _eliminate(errors, shapes[index], shapes[index].capacity)
@@ -115,17 +117,17 @@ def naee_scores(
         ranks[gone] = torch.arange(len(gone), dtype=torch.float64)
         return ranks
 
-    found = _by_layer(model, batches, tokens, seed, progress, rank)
-    return ExpertScores(found, shapes, "naee", model_fingerprint(model))
+    found = _by_layer(moe, batches, tokens, seed, progress, rank)
+    return ExpertScores(found, shapes, "naee", moe.fingerprint)
 
 
-def _zeros(model: nn.Module) -> ExpertScores:
-    shapes = {index: layer.shape for index, layer in find_moe_layers(model).items()}
+def _zeros(moe: MoeModel) -> ExpertScores:
+    shapes = moe.shapes
     return ExpertScores({i: torch.zeros(s.num_experts, dtype=torch.float64) for i, s in shapes.items()}, shapes)
 
 
 def _by_layer(
-    model: nn.Module,
+    moe: MoeModel,
     batches: Iterable[Any],
     tokens: int,
     seed: int,
@@ -135,10 +137,9 @@ def _by_layer(
     """{decoder layer: judge(layer, its subsets' errors)}, float64 [E] each; zeros for a layer that can lose none."""
     if tokens < 1:
         raise ValueError(f"tokens is the size of the sample, at least 1; got {tokens}")
-    every = find_moe_layers(model)
+    every = moe.layers
     layers = {index: layer for index, layer in every.items() if layer.shape.capacity}
-    vocab_size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    checked = without_padding(as_batches(batches, vocab_size))
+    checked = without_padding(as_batches(batches, moe.vocab_size))
     check_slicing(layers)
     routed = {index: routed_layer(layer, "fused") for index, layer in layers.items()}
     for index, layer in layers.items():
@@ -148,14 +149,14 @@ def _by_layer(
                 f"{type(layer.router).__name__} (layer {index}) cannot be run on its own under many masks, as naee "
                 "needs; score experts by another criterion"
             )
-    samples = sample_layers(model, layers, checked, tokens, seed=seed, progress=progress)
+    samples = sample_layers(moe, layers, checked, tokens, seed=seed, progress=progress)
     indices = list(layers)
     found = {i: torch.zeros(layer.shape.num_experts, dtype=torch.float64) for i, layer in every.items()}
     problem: ValueError | None = None
-    with evaluating(model):
+    with evaluating(moe.model):
         for number in tqdm(distributed.mine(len(layers)), desc="naee", unit="layer", disable=not progress):
             index = indices[number]
-            make_resident(model, index)
+            moe.make_resident(index)
             try:
                 found[index] = judge(index, _errors(routed[index], samples[index]))
             except ValueError as error:

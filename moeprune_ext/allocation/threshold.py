@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moeprune_ext.allocation.budget import _order, in_units
+from moeprune_ext.allocation.budget import in_units
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 
@@ -45,7 +45,7 @@ def global_plan(
     unit, capacities, budget = in_units(scores, sparsity)
     candidates = []
     for layer, capacity in capacities.items():
-        values = _normalized(scores[layer].double(), normalize)[_order(scores, layer)].view(-1, unit).mean(1)
+        values = _normalized(scores[layer].double(), normalize)[scores.pruning_order(layer)].view(-1, unit).mean(1)
         # They ascend; the maximum so far says so even where rounding would not.
         ascending = values[:capacity].cummax(0).values.tolist()
         candidates += [(value, place, layer) for place, value in enumerate(ascending)]

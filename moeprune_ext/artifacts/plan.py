@@ -1,44 +1,116 @@
-"""Which experts each layer keeps: the pruning order inside a layer, the budget across layers, and the plan as a file.
+"""A plan: which experts each layer keeps, which of them are sums of others, and how many are active per token.
 
-Every allocation method (uniform, EvoESAP, GRAPE) decides how many experts each layer loses; a criterion's scores
-decide which. Because the order is fixed, kept sets are nested and a layer's mask is one integer. Source: EvoESAP,
-arXiv 2603.06003.
+Every method ends in one, and everything downstream starts from one: masks, evaluation, pruning, export. A mask keeps
+experts as they are. A merge makes K' new experts of a layer's E: GRAPE's averages stand in the places of kept experts
+(arXiv 2604.06542), EEP's stand behind a router that maps its scores to them (arXiv 2407.00945).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import isclose
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from moeprune_ext.artifacts.merged_plan import MergedPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.files import read_json, write_text
 
-FORMAT = "moeprune.plan/1"
+FORMAT = "moeprune.plan/2"
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """What stands in the place of one layer's experts. Merges of the same content are equal.
+
+    Attributes:
+        experts: W_EM, float32 [K', E]: new expert i is the sum over j of experts[i, j] times the weights of expert j.
+        router: W_RM, float32 [K', E]: the router maps its scores s to pi = s @ W_RM^T and chooses among the K' (see
+            `masked_router(router_map=...)`). None: the router is sliced to the plan's kept experts, in whose places,
+            in this order, the new ones stand.
+    """
+
+    experts: Tensor
+    router: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, matrix in self.matrices.items():
+            if matrix.ndim != 2 or matrix.shape != self.experts.shape or matrix.dtype != torch.float32:
+                raise ValueError(f"{name} must be float32 [K', E], got {matrix.dtype} {tuple(matrix.shape)}")
+            if not bool(torch.isfinite(matrix).all()):
+                raise ValueError(f"{name} holds values that are not finite")
+
+    @classmethod
+    def averages(cls, kept: list[int], sums: Mapping[int, Mapping[int, float]], num_experts: int) -> Merge:
+        """Makes the merge of kept experts, some of which become weighted sums.
+
+        Args:
+            kept: ascending ids of the experts kept.
+            sums: {kept expert: {expert: share}}; kept experts not named stay as they are.
+            num_experts: of the layer, E.
+
+        Raises:
+            ValueError: for a sum of an expert that is not kept or of one that the layer does not have, and for shares
+                that are negative or not 1 in all.
+        """
+        for expert, shares in sums.items():
+            known = expert in kept and all(0 <= e < num_experts for e in shares)
+            if not known or min(shares.values(), default=-1) < 0 or not isclose(sum(shares.values()), 1, abs_tol=1e-6):
+                raise ValueError(
+                    f"expert {expert} cannot be merged from {dict(shares)}: it must be a kept one, the others experts "
+                    "of its layer, and their shares not negative and 1 in all"
+                )
+        experts = torch.zeros(len(kept), num_experts)
+        for row, expert in enumerate(kept):
+            for other, share in sums.get(expert, {expert: 1.0}).items():
+                experts[row, other] = share
+        return cls(experts)
+
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """The matrices that there are, by name."""
+        return {"experts": self.experts} | ({} if self.router is None else {"router": self.router})
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies the content."""
+        digest = hashlib.sha256(f"{tuple(self.experts.shape)}".encode())
+        for matrix in self.matrices.values():
+            digest.update(matrix.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Merge) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """The experts that survive.
+    """The experts that each layer has afterwards. Layers that are not named stay as they are.
 
-    kept: {decoder layer: ascending expert ids}. num_experts: {decoder layer: experts before pruning}. model:
-    fingerprint of the model the plan was made for, None when unknown. criterion: name of the scores behind the order,
-    for the record. merged: {decoder layer: {kept expert: {expert: share}}}, kept experts whose weights become this sum
-    of experts' weights, the shares adding up to 1; the others stay as they are. active: experts that every router
-    selects per token, None: as many as the model's do.
+    Attributes:
+        kept: {decoder layer: ascending ids of the experts kept}; 0 to K' - 1 where a merge maps the router, because
+            none stays as it is.
+        num_experts: {decoder layer: experts before}.
+        model: fingerprint of the model that the plan was made for, None when unknown.
+        criterion: name of the scores behind it, for the record.
+        merges: {decoder layer: Merge} of the layers whose new experts are sums.
+        active: experts that every router selects per token; None: as many as the model's do.
     """
 
     kept: dict[int, list[int]]
     num_experts: dict[int, int]
     model: str | None = None
     criterion: str | None = None
-    merged: dict[int, dict[int, dict[int, float]]] = field(default_factory=dict)
+    merges: dict[int, Merge] = field(default_factory=dict)
     active: int | None = None
 
     def __post_init__(self) -> None:
@@ -52,23 +124,20 @@ class PruningPlan:
                 raise ValueError(f"layer {layer}: kept ids must be ascending, distinct and in [0, {count}), got {ids}")
         if self.active is not None and not 1 <= self.active <= min(map(len, self.kept.values())):
             raise ValueError(f"a plan cannot have {self.active} experts active per token with those it keeps")
-        for layer, sums in self.merged.items():
+        for layer, merge in self.merges.items():
             if layer not in self.kept:
                 raise ValueError(f"a plan merges experts of layer {layer}, which it does not name")
-            for expert, shares in sums.items():
-                known = expert in self.kept[layer] and all(0 <= e < self.num_experts[layer] for e in shares)
-                if (
-                    not known
-                    or min(shares.values(), default=-1) < 0
-                    or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6)
-                ):
-                    raise ValueError(
-                        f"layer {layer}: expert {expert} cannot be merged from {shares}: it must be a kept one, the "
-                        "others experts of its layer, and their shares not negative and 1 in all"
-                    )
+            shape = (len(self.kept[layer]), self.num_experts[layer])
+            if tuple(merge.experts.shape) != shape:
+                raise ValueError(
+                    f"layer {layer}: a merge of {list(merge.experts.shape)} cannot make {shape[0]} experts of {shape[1]}"
+                )
+            if merge.router is not None and list(self.kept[layer]) != list(range(shape[0])):
+                raise ValueError(f"layer {layer}: behind a mapped router experts are numbered from 0")
 
     @property
     def pruned_counts(self) -> dict[int, int]:
+        """{decoder layer: experts that go}."""
         return {layer: self.num_experts[layer] - len(ids) for layer, ids in self.kept.items()}
 
     @property
@@ -78,21 +147,44 @@ class PruningPlan:
 
     @property
     def sparsity(self) -> float:
-        """Share of the routed experts that the plan removes."""
+        """Share of the routed experts of the layers named that are no longer stored."""
         return sum(self.pruned_counts.values()) / sum(self.num_experts.values())
+
+    @property
+    def mapped_layers(self) -> list[int]:
+        """Decoder layers whose routers map their scores."""
+        return [layer for layer, merge in self.merges.items() if merge.router is not None]
+
+    @classmethod
+    def from_merges(
+        cls,
+        merges: Mapping[int, Merge],
+        model: str | None = None,
+        criterion: str | None = None,
+        active: int | None = None,
+    ) -> PruningPlan:
+        """Makes the plan of layers that all map their routers; the arguments are the attributes."""
+        kept = {layer: list(range(len(merge.experts))) for layer, merge in merges.items()}
+        num_experts = {layer: merge.experts.shape[1] for layer, merge in merges.items()}
+        return cls(kept, num_experts, model, criterion, dict(merges), active)
 
     @classmethod
     def from_pruned_counts(cls, scores: ExpertScores | Mapping[int, Tensor], pruned: Mapping[int, int]) -> PruningPlan:
-        """The plan that removes the `pruned[layer]` lowest-scoring experts of each layer (layers not named lose none).
+        """Makes the plan that removes each layer's lowest-scoring experts; ties: the higher expert id goes first.
 
-        Ties: the higher expert id goes first. With a plain mapping only the counts are checked against the number of
-        experts; the evaluator checks the plan against its model. Raises ValueError for a count that cannot be.
+        Args:
+            scores: of a plain {decoder layer: [E]} mapping only the number of experts is known, and the evaluator
+                checks the plan against its model.
+            pruned: {decoder layer: experts that go}; layers not named lose none.
+
+        Raises:
+            ValueError: for a count that cannot be.
         """
         scores = ExpertScores.wrap(scores)
         if unknown := sorted(set(pruned) - set(scores)):
             raise ValueError(f"there are no scores for layers {unknown}; the scored layers are {sorted(scores)}")
         kept = {}
-        for layer, values in scores.items():
+        for layer in scores:
             count, shape = int(pruned.get(layer, 0)), scores.shapes[layer]
             if not 0 <= count <= shape.capacity:
                 raise ValueError(
@@ -105,13 +197,13 @@ class PruningPlan:
                     f"layer {layer}: cannot prune {count} experts from {shape.n_group} groups that must stay equal; "
                     f"prune {below} or {below + shape.n_group}"
                 )
-            gone = set(pruning_order(values, shape.n_group, scores.protected.get(layer, frozenset()))[:count])
+            gone = set(scores.pruning_order(layer)[:count])
             kept[layer] = [expert for expert in range(shape.num_experts) if expert not in gone]
         num_experts = {layer: shape.num_experts for layer, shape in scores.shapes.items()}
         return cls(kept, num_experts, scores.model, scores.criterion)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, beside the target and then renamed."""
+        """Writes JSON, beside the target and then renamed; matrices as the shortest numbers that are read back alike."""
         content: dict[str, Any] = {
             "format": FORMAT,
             "model": self.model,
@@ -122,73 +214,48 @@ class PruningPlan:
         }
         if self.active is not None:
             content["active"] = self.active
-        if self.merged:
-            content["merged"] = {
-                str(layer): {
-                    str(expert): {str(e): share for e, share in shares.items()} for expert, shares in sums.items()
-                }
-                for layer, sums in self.merged.items()
+        if self.merges:
+            content["merges"] = {
+                str(layer): {name: _as_lists(matrix) for name, matrix in merge.matrices.items()}
+                for layer, merge in self.merges.items()
             }
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        write_text(path, json.dumps(content, indent=None if self.merges else 1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
-        """Reads a plan; raises ValueError for a file that is not one."""
+        """Reads a plan.
+
+        Raises:
+            ValueError: for a file that is not one.
+        """
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{path} is not a pruning plan (a JSON file with format {FORMAT!r})")
         try:
             kept = {int(layer): [int(e) for e in ids] for layer, ids in content["kept"].items()}
             num_experts = {int(layer): int(n) for layer, n in content["num_experts"].items()}
-            merged = {
-                int(layer): {int(k): {int(e): float(share) for e, share in v.items()} for k, v in sums.items()}
-                for layer, sums in content.get("merged", {}).items()
+            merges = {
+                int(layer): Merge(**{name: torch.tensor(rows, dtype=torch.float32) for name, rows in matrices.items()})
+                for layer, matrices in content.get("merges", {}).items()
             }
             active = None if content.get("active") is None else int(content["active"])
-            return cls(kept, num_experts, content.get("model"), content.get("criterion"), merged, active)
+            return cls(kept, num_experts, content.get("model"), content.get("criterion"), merges, active)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is a damaged pruning plan: {error}") from None
 
 
+def _as_lists(matrix: Tensor) -> list[list[float]]:
+    """Rows of numbers that become the same float32 again: the shortest such, 0.1 instead of 0.10000000149011612."""
+    return [[float(str(value)) for value in row] for row in matrix.detach().cpu().numpy()]
+
+
 class HasPlan(Protocol):
-    """A search's result, which may stand wherever its plan may: its `best_plan`, where it has one."""
+    """A search's result, which may stand wherever its plan may."""
 
     @property
     def plan(self) -> PruningPlan: ...
 
 
-Plan = PruningPlan | MergedPlan
-
-
-def plan_of(plan: Plan | HasPlan) -> Plan:
-    """What is meant by a plan or a result of a search."""
-    if isinstance(plan, PruningPlan | MergedPlan):
-        return plan
-    best: Plan | None = getattr(plan, "best_plan", None)
-    return plan.plan if best is None else best
-
-
-def load_plan(path: str | os.PathLike[str]) -> Plan:
-    """Reads a file of either kind of plan; raises ValueError for one that is neither."""
-    try:
-        with open(path, "rb") as file:
-            is_json = file.read(64).lstrip()[:1] == b"{"
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    return PruningPlan.load(path) if is_json else MergedPlan.load(path)
-
-
-def pruning_order(values: Tensor, n_group: int = 1, protected: frozenset[int] = frozenset()) -> list[int]:
-    """Expert ids, first to be pruned first: the lowest score, ties the higher id; protected experts after all others.
-
-    With groups: one ranking per group, interleaved rank by rank, so every prefix of a multiple of n_group takes equally
-    many from each group (our choice).
-    """
-    count = len(values)
-    size = count // n_group
-    numbers = values.tolist()
-    rankings = [
-        sorted(range(g * size, (g + 1) * size), key=lambda expert: (expert in protected, numbers[expert], -expert))
-        for g in range(n_group)
-    ]
-    return [ranking[place] for place in range(size) for ranking in rankings]
+def plan_of(plan: PruningPlan | HasPlan) -> PruningPlan:
+    """Returns the plan that is meant by a plan or by the result of a search."""
+    return plan if isinstance(plan, PruningPlan) else plan.plan

@@ -70,6 +70,11 @@ class ExpertScores(Mapping[int, Tensor]):
         """Groups of the router, 1 when it is not group-limited (the most of any layer)."""
         return max(shape.n_group for shape in self.shapes.values())
 
+    def pruning_order(self, layer: int) -> list[int]:
+        """Returns a layer's expert ids, first to be pruned first."""
+        protected = self.protected.get(layer, frozenset())
+        return pruning_order(self[layer], self.shapes[layer].n_group, protected)
+
     def constrained(
         self,
         *,
@@ -149,3 +154,26 @@ class ExpertScores(Mapping[int, Tensor]):
             return cls(values, shapes, content.get("criterion"), content.get("model"), protected)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is a damaged file of expert scores: {error}") from None
+
+
+def pruning_order(values: Tensor, n_group: int = 1, protected: frozenset[int] = frozenset()) -> list[int]:
+    """Orders experts: the lowest score goes first, of equals the higher id; protected ones go after all others.
+
+    With groups there is one ranking per group, interleaved rank by rank, so that every prefix of a multiple of n_group
+    takes equally many from each group (our choice).
+
+    Args:
+        values: [E], scores.
+        n_group: groups of the router that must keep equally many.
+        protected: ids of experts that no plan may remove.
+
+    Returns:
+        Expert ids, first to be pruned first.
+    """
+    size = len(values) // n_group
+    numbers = values.tolist()
+    rankings = [
+        sorted(range(g * size, (g + 1) * size), key=lambda expert: (expert in protected, numbers[expert], -expert))
+        for g in range(n_group)
+    ]
+    return [ranking[rank] for rank in range(size) for ranking in rankings]

@@ -19,16 +19,17 @@ from moeprune_ext import distributed
 from moeprune_ext.artifacts.stats import RoutingStats
 from moeprune_ext.data.batches import TokenBatch, as_batches, without_padding
 from moeprune_ext.models.experts import PairOutputs, distinct_pairs, weighted_sum
-from moeprune_ext.models.moe import MoeLayer, find_moe_layers, model_fingerprint
+from moeprune_ext.models.moe import MoeLayer, MoeModel
 from moeprune_ext.models.patches import ExpertsFunction, evaluating, intercepted
 from moeprune_ext.models.replay import replay_of_streamed, run_batches
+from moeprune_ext.models.scratch import Scratch
 from moeprune_ext.ops.backend import row_chunks
 from moeprune_ext.ops.routing_moments import routing_moments_
 
 PAIRS_AT_ONCE = 65_536  # routed pairs whose outputs [pairs, H] are alive at a time: 0.5 GB at H = 4096 in bfloat16
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> RoutingStats:
+def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: bool = False) -> RoutingStats:
     """Runs the model over `batches` once and gathers RoutingStats for every MoE layer.
 
     batches: see data.as_batches; positions with attention_mask = 1 count, whichever side is padded; label masks are
@@ -40,23 +41,23 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fals
     Raises ValueError for a model without MoE layers, or for no data. Source: methods of arXiv 2606.15716 and
     2510.13999.
     """
-    layers = find_moe_layers(model)
-    vocab_size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    batches = without_padding(as_batches(batches, vocab_size))
+    moe = MoeModel.of(model)
+    layers = moe.layers
+    batches = without_padding(as_batches(batches, moe.vocab_size))
     mine = [batches[number] for number in distributed.mine(len(batches))]
-    scratch: dict[str, Tensor] = {}
+    scratch = Scratch()
     tables = {index: _Table(layer, scratch) for index, layer in layers.items()}
 
     def attend(batch: TokenBatch) -> None:
         for table in tables.values():
             table.attended = batch.attention_mask.reshape(-1)
 
-    replay = replay_of_streamed(model, layers, batches[0])
-    with evaluating(model), ExitStack() as stack:
+    replay = replay_of_streamed(moe, batches[0])
+    with evaluating(moe.model), ExitStack() as stack:
         for index, layer in layers.items():
             stack.enter_context(intercepted(layer.experts, tables[index].observe))
         bar = stack.enter_context(tqdm(total=len(mine), desc="calibrate", unit="batch", disable=not progress))
-        run_batches(model, replay, mine, bar, before=attend)
+        run_batches(moe, replay, mine, bar, before=attend)
     moments = {index: distributed.sum_(table.moments.cpu()) for index, table in tables.items()}
     broken = [index for index, table in moments.items() if not bool(torch.isfinite(table).all())]
     if broken:
@@ -65,15 +66,15 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fals
         moments,
         {index: distributed.maximum_(table.max_norm.cpu()) for index, table in tables.items()},
         sum(int(batch.attention_mask.sum()) for batch in batches),
-        {index: layer.shape for index, layer in layers.items()},
-        model_fingerprint(model, layers),
+        moe.shapes,
+        moe.fingerprint,
     )
 
 
 class _Table:
     """One layer's moments and max_norm, and what the rows being run are: attended positions or padding."""
 
-    def __init__(self, layer: MoeLayer, scratch: dict[str, Tensor]) -> None:
+    def __init__(self, layer: MoeLayer, scratch: Scratch) -> None:
         self._index, self._count, self._router_rows = layer.index, layer.shape.num_experts, layer.router_rows
         self._device = next(layer.router.parameters()).device
         self._pair_outputs = PairOutputs(layer, scratch)

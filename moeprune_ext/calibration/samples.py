@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.models.experts import PairOutputs
-from moeprune_ext.models.moe import MoeLayer
+from moeprune_ext.models.moe import MoeLayer, MoeModel
 from moeprune_ext.models.patches import ExpertsFunction, evaluating, intercepted, replaced_forward
 from moeprune_ext.models.replay import replay_of_streamed, run_batches
 
@@ -39,7 +39,7 @@ class LayerSample:
 
 
 def sample_layers(
-    model: nn.Module,
+    moe: MoeModel,
     layers: Mapping[int, MoeLayer],
     batches: Sequence[TokenBatch],
     tokens: int,
@@ -58,13 +58,13 @@ def sample_layers(
     """
     used = [(batch, rows) for batch, rows in zip(batches, _choose(batches, tokens, seed), strict=True) if len(rows)]
     recorders = {index: _Recorder(layer, used) for index, layer in layers.items()}
-    replay = replay_of_streamed(model, layers, used[0][0])
-    with evaluating(model), ExitStack() as stack:
+    replay = replay_of_streamed(moe, used[0][0])
+    with evaluating(moe.model), ExitStack() as stack:
         for index, layer in layers.items():
             stack.enter_context(replaced_forward(layer.router, recorders[index].router))
             stack.enter_context(intercepted(layer.experts, recorders[index].experts))
         bar = stack.enter_context(tqdm(total=len(used), desc="sample", unit="batch", disable=not progress))
-        run_batches(model, replay, [batch for batch, _ in used], bar)
+        run_batches(moe, replay, [batch for batch, _ in used], bar)
     return {index: recorder.sample() for index, recorder in recorders.items()}
 
 
@@ -120,13 +120,6 @@ class _Recorder:
         if any(own is not shared for own, shared in zip(given, hidden, strict=True)):
             router_input = None if any(part is None for part in given) else torch.cat(given)
         return LayerSample(rows, torch.cat(expert_ids), torch.cat(weights), router_input)
-
-
-def make_resident(model: nn.Module, layer: int) -> None:
-    """Brings a decoder layer's weights to the device, where the model's layers are streamed (streaming.py)."""
-    stream = getattr(model, "moeprune_stream", None)
-    if stream is not None:
-        stream.make_resident(layer)
 
 
 @torch.no_grad()

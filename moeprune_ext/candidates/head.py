@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from moeprune_ext.candidates.engine import EngineOptions
 from moeprune_ext.candidates.memory import Division
+from moeprune_ext.candidates.metrics import NEXT_TOKEN
 from moeprune_ext.candidates.teacher import TeacherCache
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.models.replay import Replay
@@ -20,9 +22,14 @@ from moeprune_ext.ops.overlap import next_token, overlap_from_hidden
 
 
 class Head:
-    """Makes logits of sequences, [1, S] each, and compares them with the teacher's and with the tokens.
+    """Makes logits of sequences and compares them with the teacher's and with the tokens.
 
-    seed: of the `accept` metric's draws.
+    Args:
+        replay: the model, taken apart.
+        sequences: all that are scored, [1, S] each.
+        teacher: the unpruned model's rows.
+        division: of the memory budget.
+        options: seed and backend are looked at.
     """
 
     def __init__(
@@ -31,15 +38,21 @@ class Head:
         sequences: Sequence[TokenBatch],
         teacher: TeacherCache,
         division: Division,
-        seed: int,
-        backend: str,
+        options: EngineOptions,
     ) -> None:
         self._replay, self._sequences, self._teacher, self._division = replay, sequences, teacher, division
-        self._seed, self._backend = seed, backend
+        self._seed, self._backend = options.seed, options.backend
 
     def inputs(self, numbers: Sequence[int], last: Tensor) -> Tensor:
-        """[B, M, S, H] -> [M, T, H]: the last layer's output as the head takes it, at the wanted positions of one
-        sequence after the other, in the place of the first's (S >= T)."""
+        """Makes the head's inputs at the wanted positions of some sequences.
+
+        Args:
+            numbers: of B sequences that together have T wanted positions, T <= S.
+            last: [B, M, S, H], the last layer's output; the first sequence's part is overwritten with the result.
+
+        Returns:
+            [M, T, H], one sequence's rows after the other's, a view of `last`.
+        """
         wanted = [self._sequences[n].wanted[0].nonzero()[:, 0].to(last.device) for n in numbers]
         _, states, length, width = last.shape
         count = sum(map(len, wanted))
@@ -54,8 +67,14 @@ class Head:
     def compared(
         self, numbers: list[int], states: Tensor, metrics: tuple[str, ...]
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Each sequence's {metric: [M, T]}. states: [B, M, S, H], after the last layer; they are overwritten."""
-        if not set(metrics) <= {"nll", "label_top1"}:
+        """Yields each sequence and its {metric: [M, T]}.
+
+        Args:
+            numbers: of B sequences.
+            states: [B, M, S, H], after the last layer; they are overwritten.
+            metrics: names.
+        """
+        if not set(metrics) <= set(NEXT_TOKEN):
             for n, mine in zip(numbers, states, strict=True):
                 yield n, self._compare(n, mine, metrics)
             return
@@ -98,12 +117,12 @@ class Head:
         return values
 
     def _next_token(self, head_inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """head_inputs [M, T, H], labels [T] -> nll and label_top1, [M, T], as in ops_overlap.py."""
-        found: list[dict[str, Tensor]] = []
+        """Scores labels [T] by head inputs [M, T, H]: nll and label_top1, [M, T], as ops/overlap.py defines them."""
+        by_state: list[dict[str, Tensor]] = []
         for hidden in head_inputs:  # a product for each candidate, whatever their number
             parts = [
                 next_token(self._replay.project(hidden[rows]), labels[rows], backend=self._backend)
                 for rows in row_chunks(len(labels), self._division.row_bytes, self._division.head)
             ]
-            found.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        return {name: torch.stack([values[name] for values in found]) for name in found[0]}
+            by_state.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        return {name: torch.stack([values[name] for values in by_state]) for name in by_state[0]}

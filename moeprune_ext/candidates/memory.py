@@ -1,9 +1,15 @@
-"""How many bytes a piece of work needs at its peak, by doing it once."""
+"""How a memory budget is divided among what a sweep needs, by what a layer is measured to need.
+
+The budget is divided once, at the start: logits in flight, the teacher's rows if they stay on the device, what a layer
+call needs (which sets how many states one call takes), and the candidates' hidden states (which sets how many
+candidates go together, and how many sequences where they wait for each other). None of it depends on the candidates or
+on the number of processes.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +17,32 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeprune_ext.candidates.blocks import BlockRunner
+from moeprune_ext.candidates.engine import EngineOptions
+from moeprune_ext.candidates.teacher import choose_place
+from moeprune_ext.candidates.tree import Level, treatments
+from moeprune_ext.data.batches import TokenBatch
+from moeprune_ext.models.merging import Treatment
+from moeprune_ext.models.probing import half_kept
+from moeprune_ext.models.replay import LayerInputs
+from moeprune_ext.ops.overlap import bytes_in_flight
+
+CPU_TOKENS_AT_ONCE, CUDA_TOKENS_AT_ONCE = 8_192, 65_536  # beyond these a layer call gains nothing
+CPU_HEAD_BYTES, CUDA_HEAD_BYTES = 2**28, 2**31
+
 
 @dataclass(frozen=True)
 class Division:
-    """What a memory budget allows. head: bytes for logits in flight, of which a row takes row_bytes. tokens: in one
-    call of a layer. state_tokens: of hidden states that the sweep holds, token_bytes each. teacher_place: see
-    teacher.py."""
+    """What a memory budget allows.
+
+    Attributes:
+        head: bytes for logits in flight.
+        row_bytes: bytes that a row of logits takes meanwhile.
+        tokens: in one call of a layer.
+        state_tokens: tokens of hidden states that the sweep holds.
+        token_bytes: bytes of a token's hidden states.
+        teacher_place: where the teacher's rows are kept, see teacher.py.
+    """
 
     head: int
     row_bytes: int
@@ -25,9 +51,113 @@ class Division:
     token_bytes: int
     teacher_place: str
 
+    def room_beside(self, merged_bytes: int, longest: int) -> int:
+        """Returns the tokens of states that fit beside one layer's merged experts, in whole sequences.
+
+        Args:
+            merged_bytes: of the merged experts.
+            longest: tokens of the longest sequence.
+
+        Raises:
+            ValueError: where not even the states of one sequence fit, with the numbers.
+        """
+        room = (self.state_tokens - -(-merged_bytes // self.token_bytes)) // longest * longest
+        if room < longest:
+            own, there = longest * self.token_bytes, self.state_tokens * self.token_bytes
+            mib = [f"{n / 2**20:,.2f} MiB" for n in (there, merged_bytes, own, merged_bytes + own - there)]
+            raise ValueError(
+                f"memory_budget leaves {mib[0]} for hidden states; the merged experts of one layer would take {mib[1]} "
+                f"of it, and a candidate's states need {mib[2]}: {mib[3]} are missing"
+            )
+        return room
+
+
+def divide(
+    runner: BlockRunner, sequences: Sequence[TokenBatch], lengths: Sequence[int], options: EngineOptions
+) -> Division:
+    """Divides a memory budget by what the longest sequence needs.
+
+    Args:
+        runner: of the model; its memory is released.
+        sequences: all that are scored.
+        lengths: tokens that each of them is run at.
+        options: memory_budget, teacher_cache and backend.
+
+    Raises:
+        ValueError: for a budget that cannot hold one sequence, with the numbers.
+    """
+    replay, budget = runner.replay, options.memory_budget
+    device = replay.moe.device
+    longest = max(sequences, key=lambda sequence: sequence.input_ids.shape[1])
+    length = longest.input_ids.shape[1]
+    inputs = replay.inputs(longest.model_inputs(device))
+    width, item = inputs.hidden.shape[-1], inputs.hidden.element_size()
+    states = 2 * length * width * item
+    per_token = -(-_layer_bytes(runner, inputs) // length)
+    layer = per_token * length
+    arguments = 2 * replay.argument_bytes(inputs)  # of this sequence and of the one before
+
+    wanted = [int(sequence.wanted.sum()) for sequence in sequences]
+    rows = [(size + w) * width * item + 8 * w for size, w in zip(lengths, wanted, strict=True)]
+    place = choose_place(options.teacher_cache, sum(rows), device, budget)
+    on_device = place == "device" or (place == "host" and device.type == "cpu")
+    teacher = sum(rows) if on_device else max(rows)
+    logits = replay.project(replay.head_inputs(inputs.hidden[0, :1]))
+    head_least = 16 * bytes_in_flight(logits, options.backend)
+    least = head_least + teacher + layer + states + arguments
+    if budget < least:
+        mib = [f"{size / 2**20:,.1f}" for size in (budget, layer, states + arguments, teacher, head_least)]
+        raise ValueError(
+            f"memory_budget is {mib[0]} MiB, too little for a sequence of {length} tokens: a decoder layer needs "
+            f"{mib[1]}, a candidate's hidden states and masks {mib[2]}, the teacher's rows {mib[3]} ({place}) and "
+            f"logits {mib[4]}; allow {least / 2**20 + 0.1:,.1f} MiB or shorten the sequences"
+        )
+    most_head, most_tokens = (CPU_HEAD_BYTES, CPU_TOKENS_AT_ONCE)
+    if device.type != "cpu":
+        most_head, most_tokens = (CUDA_HEAD_BYTES, CUDA_TOKENS_AT_ONCE)
+    head = max(head_least, min(most_head, budget // 4, budget - least + head_least))
+    rest = budget - head - teacher - arguments
+    # In whole sequences, so that a byte more or less on another day groups alike.
+    tokens = max(1, min(most_tokens, rest // 2 // per_token) // length) * length
+    state_tokens = max(1, (rest - tokens * per_token) // (2 * width * item) // length) * length
+    return Division(head, head_least // 16, tokens, state_tokens, 2 * width * item, place)
+
+
+def _layer_bytes(runner: BlockRunner, inputs: LayerInputs) -> int:
+    """Measures the most bytes that a layer's call for one state needs beside the states, kept memory included.
+
+    On a GPU half of those for two states of one node: pairs that they share go through the experts' own function, which
+    takes more.
+    """
+    replay = runner.replay
+    layers, device = replay.moe.layers, replay.moe.device
+    together = 1 if device.type == "cpu" else 2
+    runner.tokens_at_once = together * inputs.hidden.shape[1]
+    runner.release()  # so that all of it is seen
+    hidden, outputs, most = inputs.hidden, inputs.hidden, 0
+
+    def step() -> None:
+        nonlocal outputs
+        outputs = runner.layer(index, level, hidden, inputs)
+
+    full = treatments(layers)
+    for index in range(len(replay.layers)):
+        level = None
+        if index in layers:
+            choices = (Treatment(tuple(half_kept(layers[index]))), full[index])
+            level = Level(torch.zeros(together, dtype=torch.int64), torch.arange(together), choices)
+        replay.moe.make_resident(index)  # weights are not what is measured
+        before = runner.held_bytes
+        most = max(most, peak_bytes(step, device) - (runner.held_bytes - before))
+        hidden = outputs[:1].clone()
+    state_bytes = inputs.hidden.nbytes  # copied where a node has several
+    most += runner.scratch_bytes
+    runner.release()
+    return most // together + state_bytes
+
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes of tensors on `device` that `work` holds at once beyond what was there before.
+    """Returns the most bytes of tensors on `device` that `work` holds at once beyond what was there before.
 
     On CUDA as its allocator counts; elsewhere storages are counted as operations return them, so what an operation
     needs inside is not seen.
@@ -45,6 +175,8 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
 
 
 class _Counting(TorchDispatchMode):
+    """Counts the bytes of storages that operations return, while they are alive."""
+
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0

@@ -20,11 +20,9 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from moeprune_ext import modeling
-from moeprune_ext.artifacts.merged_plan import MergedPlan
-from moeprune_ext.artifacts.plan import HasPlan, Plan, plan_of
+from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
 from moeprune_ext.checkpoint.read import (
     INDEX,
     SINGLE,
@@ -37,10 +35,10 @@ from moeprune_ext.checkpoint.read import (
     stored_routers,
 )
 from moeprune_ext.checkpoint.record import differences, mapped_parameters, router_rule
-from moeprune_ext.checkpoint.weights import Siblings, merged_tensors, pruned_tensors
+from moeprune_ext.checkpoint.weights import PlannedWeights, Siblings
 from moeprune_ext.modeling import CONFIG_KEY
-from moeprune_ext.models.apply import check_merges, check_plan
-from moeprune_ext.models.moe import EXPERT_COUNT_NAMES, TOP_K_CONFIG_NAMES, find_moe_layers
+from moeprune_ext.models.apply import check_plan
+from moeprune_ext.models.moe import EXPERT_COUNT_NAMES, TOP_K_CONFIG_NAMES, MoeModel
 from moeprune_ext.models.patches import lowered
 
 REPLACED = {"config.json", INDEX, "README.md", "pruning_plan.json"}  # written anew, not copied
@@ -49,7 +47,7 @@ REPLACED = {"config.json", INDEX, "README.md", "pruning_plan.json"}  # written a
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
-def export(source: Folder, plan: Plan | HasPlan, out: Folder) -> Path:
+def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
     """Writes the pruned or merged checkpoint of a model directory to a new directory; returns its path.
 
     source: a Hugging Face directory with safetensors weights, or an earlier export. plan: or the result of a search.
@@ -77,14 +75,14 @@ def export(source: Folder, plan: Plan | HasPlan, out: Folder) -> Path:
     beside.mkdir()
     try:
         _write_config(beside, checkpoint, config, plan, result)
-        total = _write_weights(beside, checkpoint, plan, result)
+        total = _write_weights(beside, checkpoint, result)
         skipped = REPLACED | ({"modeling.py"} if CONFIG_KEY in checkpoint.config else set())
         for file in sorted(source.iterdir()):
             if file.is_file() and file.name not in skipped and not file.name.endswith(WEIGHTS):
                 shutil.copyfile(file, beside / file.name)
         if CONFIG_KEY in config:
             shutil.copyfile(modeling.__file__, beside / "modeling.py")
-        plan.save(beside / ("moeprune/merged_plan.safetensors" if result.mapped else "pruning_plan.json"))
+        plan.save(beside / "pruning_plan.json")
         (beside / "README.md").write_text(_model_card(checkpoint, plan, result, total))
         if out.exists():
             out.rmdir()
@@ -97,13 +95,17 @@ def export(source: Folder, plan: Plan | HasPlan, out: Folder) -> Path:
 
 @dataclass(frozen=True)
 class _Result:
-    """kept: {layer: ids of the experts that stay, or of as many as are merged to}. mapped: {layer: router_rule} and
-    parameters: {layer: {name: value}} of the layers that merge. siblings: experts' weights in any shard."""
+    """What an export is to hold.
+
+    Attributes:
+        kept: {decoder layer: ids of the experts kept} of every layer.
+        mapped: {decoder layer: router_rule} of the layers whose routers map their scores.
+        weights: makes the tensors.
+    """
 
     kept: dict[int, list[int]]
     mapped: dict[int, dict[str, Any]]
-    parameters: dict[int, dict[str, Tensor]]
-    siblings: Siblings
+    weights: PlannedWeights
 
     @property
     def counts(self) -> dict[int, int]:
@@ -115,38 +117,32 @@ class _Result:
         return not self.mapped and len(set(self.counts.values())) == 1
 
 
-def _result(checkpoint: Checkpoint, plan: Plan) -> _Result:
-    kept = {index: list(range(layer.shape.num_experts)) for index, layer in checkpoint.layers.items()}
-    if isinstance(plan, MergedPlan):
-        routed = stored_routers(checkpoint)
-        check_merges(plan, routed, checkpoint.fingerprint)
-        kept |= {index: list(range(len(merge.experts))) for index, merge in plan.merges.items()}
-        if all(len(kept[index]) == layer.shape.num_experts for index, layer in checkpoint.layers.items()):
-            raise ValueError(
-                "these merges leave every layer all of its experts, so other loaders would take the result for the "
-                "original model and ignore its maps; merge to fewer experts"
-            )
-        mapped = {index: router_rule(routed[index], len(kept[index])) for index in plan.merges}
-        parameters = {index: mapped_parameters(routed[index], merge) for index, merge in plan.merges.items()}
-        return _Result(kept, mapped, parameters, Siblings(checkpoint, list(plan.merges)))
-    check_plan(plan, checkpoint.layers, checkpoint.fingerprint)
-    kept |= plan.kept
-    return _Result(kept, {}, {}, Siblings(checkpoint, list(plan.merged)))
+def _result(checkpoint: Checkpoint, plan: PruningPlan) -> _Result:
+    """Checks the plan against the checkpoint; raises ValueError for what cannot be."""
+    layers = checkpoint.layers
+    routers = stored_routers(checkpoint) if plan.mapped_layers else {}
+    check_plan(plan, layers, checkpoint.fingerprint, lambda layer: routers[layer.index])
+    kept = {index: list(range(layer.shape.num_experts)) for index, layer in layers.items()} | plan.kept
+    if routers and all(len(kept[index]) == layer.shape.num_experts for index, layer in layers.items()):
+        raise ValueError(
+            "these merges leave every layer all of its experts, so other loaders would take the result for the "
+            "original model and ignore its maps; merge to fewer experts"
+        )
+    mapped = {index: router_rule(routers[index], len(kept[index])) for index in plan.mapped_layers}
+    parameters = {index: mapped_parameters(routers[index], plan.merges[index]) for index in mapped}
+    siblings = Siblings(checkpoint, plan.merges)
+    return _Result(kept, mapped, PlannedWeights(checkpoint, plan, kept, parameters, siblings))
 
 
-def _write_weights(folder: Path, checkpoint: Checkpoint, plan: Plan, result: _Result) -> int:
-    """The shards and their index; returns the bytes of all tensors."""
+def _write_weights(folder: Path, checkpoint: Checkpoint, result: _Result) -> int:
+    """Writes the shards and their index; returns the bytes of all tensors."""
     total = 0
     weight_map: dict[str, str] = {}
-    for file, names in checkpoint.shards.items():
+    for file in checkpoint.shards:
+        tensors = dict(result.weights.tensors(file))
         with safe_open(file, framework="pt") as shard:
-            stored = [name for name in names if name not in checkpoint.extra]
-            if isinstance(plan, MergedPlan):
-                made = merged_tensors(shard, stored, checkpoint, plan, result.parameters, result.siblings)
-            else:
-                made = pruned_tensors(shard, stored, checkpoint, plan, result.kept, result.siblings)
-            tensors = dict(made)
-            save_file(tensors, folder / file.name, metadata=shard.metadata() or {"format": "pt"})
+            metadata = shard.metadata() or {"format": "pt"}
+        save_file(tensors, folder / file.name, metadata=metadata)
         total += sum(tensor.nbytes for tensor in tensors.values())
         weight_map |= dict.fromkeys(tensors, file.name)
     if [file.name for file in checkpoint.shards] != [SINGLE]:
@@ -161,7 +157,7 @@ def check_new_folder(out: Path) -> None:
         raise ValueError(f"{out} already exists and is not an empty directory; give a new one")
 
 
-def _new_config(checkpoint: Checkpoint, plan: Plan, result: _Result) -> dict[str, Any]:
+def _new_config(checkpoint: Checkpoint, plan: PruningPlan, result: _Result) -> dict[str, Any]:
     config = json.loads(json.dumps(checkpoint.config))
     config.pop(CONFIG_KEY, None)
     auto_map = {name: code for name, code in (config.pop("auto_map", None) or {}).items() if not _is_ours(code)}
@@ -177,7 +173,7 @@ def _new_config(checkpoint: Checkpoint, plan: Plan, result: _Result) -> dict[str
                 part[name] = next(iter(result.counts.values()))
     if not result.is_stock:
         known = read_hf_config(checkpoint.folder)
-        config[CONFIG_KEY] = differences(find_moe_layers(skeleton(known, {})), result.counts, result.mapped)
+        config[CONFIG_KEY] = differences(MoeModel.of(skeleton(known, {})).layers, result.counts, result.mapped)
         auto_map |= modeling.auto_map(known)
     return config | ({"auto_map": auto_map} if auto_map else {})
 
@@ -188,7 +184,9 @@ def _is_ours(code: object) -> bool:
     return isinstance(code, str) and code.rpartition("--")[2] in names
 
 
-def _write_config(folder: Path, checkpoint: Checkpoint, config: dict[str, Any], plan: Plan, result: _Result) -> None:
+def _write_config(
+    folder: Path, checkpoint: Checkpoint, config: dict[str, Any], plan: PruningPlan, result: _Result
+) -> None:
     """config.json, which must describe exactly the experts that are written.
 
     Where it does not say a number itself (a default left out), it is told under the architecture's own name.
@@ -211,8 +209,10 @@ def _write_config(folder: Path, checkpoint: Checkpoint, config: dict[str, Any], 
     _check_config(folder, config, checkpoint, plan, result)
 
 
-def _check_config(folder: Path, raw: Mapping[str, Any], checkpoint: Checkpoint, plan: Plan, result: _Result) -> None:
-    layers = find_moe_layers(skeleton(read_hf_config(folder), raw))
+def _check_config(
+    folder: Path, raw: Mapping[str, Any], checkpoint: Checkpoint, plan: PruningPlan, result: _Result
+) -> None:
+    layers = MoeModel.of(skeleton(read_hf_config(folder), raw)).layers
     described = {index: (layer.shape.num_experts, layer.shape.top_k) for index, layer in layers.items()}
     wanted = {
         index: (count, plan.active or checkpoint.layers[index].shape.top_k) for index, count in result.counts.items()
@@ -224,7 +224,7 @@ def _check_config(folder: Path, raw: Mapping[str, Any], checkpoint: Checkpoint, 
         )
 
 
-def _model_card(checkpoint: Checkpoint, plan: Plan, result: _Result, total: int) -> str:
+def _model_card(checkpoint: Checkpoint, plan: PruningPlan, result: _Result, total: int) -> str:
     layers, name = checkpoint.layers, checkpoint.folder.resolve().name
     before = sum(layer.shape.num_experts for layer in layers.values())
     after = sum(result.counts.values())
@@ -234,12 +234,12 @@ def _model_card(checkpoint: Checkpoint, plan: Plan, result: _Result, total: int)
         else f'moeprune_ext.load("<this directory>")\n# or, with the modeling.py that is here:\n'
         f'{checkpoint.loader}.from_pretrained("<this directory>", trust_remote_code=True)'
     )
-    if isinstance(plan, MergedPlan):
-        how, file = "merged from it without gradients (EEP)", "moeprune/merged_plan.safetensors"
+    if plan.mapped_layers:
+        how = "merged from it without gradients (EEP)"
         changed = "Experts are sums of the original ones, and routers map their scores to them."
     else:
-        how, file = f"criterion {plan.criterion or 'unknown'}", "pruning_plan.json"
-        merges = sum(len(sums) for sums in plan.merged.values())
+        how = f"criterion {plan.criterion or 'unknown'}"
+        merges = sum(int((m.experts != 0).sum(1).gt(1).sum()) for m in plan.merges.values())
         changed = f"{merges} experts are averages of merged ones." if merges else "No weight was retrained or changed."
     if plan.active is not None:
         changed += f" Every token is given to {plan.active} experts."
@@ -248,6 +248,6 @@ def _model_card(checkpoint: Checkpoint, plan: Plan, result: _Result, total: int)
         f"---\ntags:\n- moeprune\n- expert-pruning\n---\n\n# {name}, {after} of {before} experts\n\n"
         f"Made from `{name}` with moeprune_ext, {how}, "
         f"{1 - after / before:.1%} of the routed experts removed; weights take {total / 1e6:,.1f} MB. {changed} "
-        f"The plan is in `{file}`.\n\n```python\n{loader}\n```\n\n"
+        f"The plan is in `pruning_plan.json`.\n\n```python\n{loader}\n```\n\n"
         f"| layer | experts before | kept |\n| --- | --- | --- |\n{rows}\n"
     )

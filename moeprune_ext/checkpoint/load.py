@@ -10,7 +10,7 @@ import torch
 
 from moeprune_ext.checkpoint.read import Folder, from_pretrained, read_config, read_hf_config, recorded, refuse
 from moeprune_ext.modeling import CONFIG_KEY, auto_class, base_class, freeze_maps_, model_class
-from moeprune_ext.models.moe import find_moe_layers
+from moeprune_ext.models.moe import MoeModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def _check_counts(folder: Path, model: PreTrainedModel, raw: Mapping[str, Any]) -> None:
     """Refuses a record that leaves layers other experts than it says."""
     try:
-        found = {str(index): layer.shape.num_experts for index, layer in find_moe_layers(model).items()}
+        found = {str(index): layer.shape.num_experts for index, layer in MoeModel.of(model).layers.items()}
     except ValueError:
         found = {}
     if found != recorded(raw).get("kept_per_layer"):

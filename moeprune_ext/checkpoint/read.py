@@ -21,10 +21,11 @@ from moeprune_ext.modeling import CONFIG_KEY, MAPPED, auto_class, reshape_
 from moeprune_ext.models.merging import mapped_layer
 from moeprune_ext.models.moe import (
     MoeLayer,
+    MoeModel,
     decoder_layers,
-    find_moe_layers,
     fingerprint_text,
     router_tensors,
+    text_config,
     update_fingerprint,
 )
 from moeprune_ext.models.routers import RoutedLayer
@@ -75,20 +76,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     hf_config = read_hf_config(folder)
     model = skeleton(hf_config, config)
-    layers = find_moe_layers(model)
+    moe = MoeModel.of(model)
+    layers = moe.layers
     shards = find_shards(folder)
     rename = renaming(model, None)
     becomes = {name: rename(name)[0] for stored in shards.values() for name in stored}
-    extra = _extra(becomes, model, layers)
+    extra = _extra(becomes, moe)
     places = _locate(shards, becomes, layers, extra)
     fingerprint = _fingerprint(shards, places, layers, model)
     return Checkpoint(folder, config, layers, shards, places, extra, fingerprint, auto_class(hf_config).__name__)
 
 
-def _extra(becomes: Mapping[str, str], model: nn.Module, layers: Mapping[int, MoeLayer]) -> frozenset[str]:
+def _extra(becomes: Mapping[str, str], moe: MoeModel) -> frozenset[str]:
     """Names of layers that the architecture does not have: multi-token prediction, past the last decoder layer."""
-    path, decoder = decoder_layers(model, layers)
-    parameters = model.state_dict()
+    path, decoder = decoder_layers(moe)
+    parameters = moe.model.state_dict()
     found = []
     for name, target in becomes.items():
         past = re.match(rf"{re.escape(path)}\.(\d+)\.", target)
@@ -272,7 +274,7 @@ def _fingerprint(
     for index, layer in layers.items():
         for tensor in router_tensors(layer):
             update_fingerprint(digest, index, tensors[index, tensor.path], exact=tensor.name in MAPPED)
-    return fingerprint_text(model.config.get_text_config().model_type, digest)  # type: ignore[union-attr, operator]
+    return fingerprint_text(text_config(model).model_type, digest)
 
 
 def from_pretrained(loader: Any, folder: Path, **kwargs: Any) -> tuple[Any, list[str]]:

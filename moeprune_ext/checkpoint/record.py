@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moeprune_ext.artifacts.merged_plan import Merge
+from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.modeling import MAPPED
 from moeprune_ext.models.masking import expert_counters
 from moeprune_ext.models.moe import EXPERT_COUNT_NAMES, READS_CONFIG, MoeLayer, expert_tensors, router_tensors
@@ -34,9 +34,8 @@ def router_rule(routed: RoutedLayer, rows: int) -> dict[str, Any]:
 
 
 def mapped_parameters(routed: RoutedLayer, merge: Merge) -> dict[str, Tensor]:
-    """{name: float32} of a mapped router's own parameters: W_RM, and the correction bias of its rows where there is
-    one."""
-    assert routed.spec is not None
+    """Returns a mapped router's own parameters, {name: float32}: W_RM, and the bias of its rows where there is one."""
+    assert routed.spec is not None and merge.router is not None
     bias = routed.spec.correction_bias
     values = [merge.router.clone(), None if bias is None else merge.router @ bias.detach().cpu().float()]
     return {name: value for name, value in zip(MAPPED, values, strict=True) if value is not None}

@@ -35,7 +35,7 @@ from moeprune_ext.checkpoint.read import (
     skeleton,
 )
 from moeprune_ext.modeling import model_class
-from moeprune_ext.models.moe import decoder_layers, find_moe_layers, router_tensors
+from moeprune_ext.models.moe import MoeModel, decoder_layers, router_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,11 +140,11 @@ class _LayerReader:
         self.skeleton = skeleton(self.config, raw)
         if type(self.skeleton.config) is not type(self.config):  # of a model of text and more, the language model
             self.config = self.config.get_text_config()
-        layers = find_moe_layers(self.skeleton)
-        path, _ = decoder_layers(self.skeleton, layers)
+        moe = MoeModel.of(self.skeleton)
+        path, _ = decoder_layers(moe)
         tied = self.skeleton.all_tied_weights_keys
         stay = {*tied.keys(), *tied.values()}
-        for layer in layers.values():
+        for layer in moe.layers.values():
             stay |= {f"{layer.name}.{layer.router_name}.{name}" for name in layer.router.state_dict()}
             stay |= {f"{layer.name}.{tensor.path}" for tensor in router_tensors(layer)}
         places = {name: re.match(rf"{re.escape(path)}\.(\d+)\.", name) for name in self.skeleton.state_dict()}
@@ -217,7 +217,7 @@ class LayerStream:
         self.device = device
         self.bytes_streamed = 0
         self.peak_bytes = 0
-        _, layers = decoder_layers(model, find_moe_layers(model))
+        _, layers = decoder_layers(MoeModel.of(model))
         # What stands in the modules while a layer is away: meta tensors, with the weights' shapes and dtypes.
         self._absent: list[dict[str, Tensor]] = [{} for _ in layers]
         # Modules inside of decoder layers.

@@ -1,29 +1,35 @@
-"""The tensors of a pruned or merged checkpoint, made of the stored ones shard by shard."""
+"""The tensors of a planned checkpoint, made of the stored ones shard by shard."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moeprune_ext.artifacts.merged_plan import MergedPlan
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.checkpoint.read import Checkpoint, Place
-from moeprune_ext.models.merging import combined, weighted_average
+from moeprune_ext.models.merging import combined
 
 
 class Siblings:
     """The stored experts' weights of the layers that merge some, read from any shard.
 
-    Raises ValueError for weights that cannot be added up as they are stored.
+    Args:
+        checkpoint: where they are stored.
+        layers: decoder layers that merge.
+
+    Raises:
+        ValueError: for weights that cannot be added up as they are stored.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layers: Sequence[int]) -> None:
+    def __init__(self, checkpoint: Checkpoint, layers: Collection[int]) -> None:
         self._file_of = {name: file for file, names in checkpoint.shards.items() for name in names}
         self._open = functools.cache(lambda file: safe_open(file, framework="pt"))
         # {(layer, stored name without the expert's number): {expert: stored name}}
@@ -37,101 +43,110 @@ class Siblings:
                     f"{name} is stored as {dtype}: quantised experts cannot be merged; dequantise them first"
                 )
             if place.expert is not None:
-                self._names.setdefault((place.layer, _without_number(name)), {})[place.expert] = name
+                self._names.setdefault((place.layer, without_number(name)), {})[place.expert] = name
 
-    def of(self, name: str, place: Place, experts: Sequence[int]) -> dict[int, Tensor]:
-        """{expert: its tensor} for a tensor stored one by one."""
-        names = self._names[place.layer, _without_number(name)]
-        return {e: self._open(self._file_of[names[e]]).get_tensor(names[e]) for e in experts}
-
-    def stacked(self, name: str, place: Place) -> Tensor:
-        """[E, ...]: a tensor stored one by one, of all experts."""
-        names = self._names[place.layer, _without_number(name)]
-        whole: Tensor | None = None
-        for row, expert in enumerate(sorted(names)):
+    def stacked(self, name: str, place: Place, count: int) -> Tensor:
+        """Reads a tensor that is stored one by one, of the first `count` experts: [count, ...]."""
+        names = self._names[place.layer, without_number(name)]
+        stack: Tensor | None = None
+        for expert in range(count):
             one = self._open(self._file_of[names[expert]]).get_tensor(names[expert])
-            whole = one.new_empty(len(names), *one.shape) if whole is None else whole
-            whole[row] = one
-        assert whole is not None
-        return whole
+            stack = one.new_empty(count, *one.shape) if stack is None else stack
+            stack[expert] = one
+        assert stack is not None
+        return stack
 
 
-def _without_number(name: str) -> str:
+def without_number(name: str) -> str:
+    """Returns a stored tensor's name without its expert's number; it is the same for all experts."""
     return re.sub(r"((?:^|\.)experts\.)\d+\.", r"\g<1>*.", name)
 
 
 def _numbered(name: str, expert: int) -> str:
+    """Returns a stored tensor's name with another expert's number."""
     return re.sub(r"((?:^|\.)experts\.)\d+\.", rf"\g<1>{expert}.", name)
 
 
-def pruned_tensors(
-    shard: Any,
-    names: Sequence[str],
-    checkpoint: Checkpoint,
-    plan: PruningPlan,
-    kept: Mapping[int, Sequence[int]],
-    siblings: Siblings,
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one shard that survive a plan, under their new names; kept experts that it merges are averages."""
-    remaining = {index: layer.with_trailing(kept[index]) for index, layer in checkpoint.layers.items()}
-    for name in names:
-        place = checkpoint.places.get(name)
-        if place is None:
-            yield name, shard.get_tensor(name)
-            continue
-        sums = {} if place.is_router else plan.merged.get(place.layer, {})
-        if place.expert is None:
-            stored = shard.get_tensor(name)
-            new = {expert: weighted_average({e: stored[e] for e in shares}, shares) for expert, shares in sums.items()}
-            for expert, weight in new.items():
-                stored[expert] = weight
-            size = stored.shape[place.axis]
-            rows = [*kept[place.layer], *range(size - place.trailing, size)]
-            yield name, stored.index_select(place.axis, torch.tensor(rows))
-        elif place.expert in remaining[place.layer]:
-            shares = sums.get(place.expert)
-            if shares is None:
-                weight = shard.get_tensor(name)
-            else:
-                weight = weighted_average(siblings.of(name, place, list(shares)), shares)
-            yield _numbered(name, remaining[place.layer].index(place.expert)), weight
+@dataclass
+class PlannedWeights:
+    """Makes the tensors that a plan leaves of a checkpoint.
 
+    Memory: a shard, and where merged experts are stored one by one all of one projection of one layer, and their sums.
 
-def merged_tensors(
-    shard: Any,
-    names: Sequence[str],
-    checkpoint: Checkpoint,
-    plan: MergedPlan,
-    mapped: Mapping[int, Mapping[str, Tensor]],
-    siblings: Siblings,
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one shard with every layer's experts merged as a plan says; new expert i stands where expert i
-    stood. mapped: {layer: {name: value}}, the mapped routers' own parameters, which go beside the router.
-
-    Memory: the shard, and where experts are stored one by one all of one projection of one layer, and their K' sums.
+    Attributes:
+        checkpoint: where the weights are stored.
+        plan: what becomes of them.
+        kept: {decoder layer: ids of the experts kept} of every layer.
+        router_parameters: {decoder layer: {name: value}}, what mapped routers have beside what is stored.
+        siblings: experts' weights in any shard.
     """
-    sums: dict[tuple[int, str], Tensor] = {}  # of the projection that was added up last
-    for name in sorted(names, key=_without_number):  # so that a projection's experts follow each other
-        place = checkpoint.places.get(name)
-        merge = plan.merges.get(place.layer) if place is not None else None
-        if place is None or merge is None:
-            yield name, shard.get_tensor(name)
-        elif place.is_router:
-            yield name, shard.get_tensor(name)
-            layer = checkpoint.layers[place.layer]
-            if place.path == first_router_path(checkpoint, place.layer):
-                # Beside the router as it is stored, which may be under another name than in the model.
-                stored = name.removesuffix(place.path) if name.endswith(place.path) else f"{layer.name}."
-                for own, value in mapped[place.layer].items():
-                    yield f"{stored}{layer.router_name}.{own}", value
-        elif place.expert is None:
-            yield name, combined(shard.get_tensor(name), merge.experts)
-        elif place.expert < len(merge.experts):
-            key = place.layer, _without_number(name)
-            if key not in sums:
-                sums = {key: combined(siblings.stacked(name, place), merge.experts)}
-            yield name, sums[key][place.expert].clone()
 
+    checkpoint: Checkpoint
+    plan: PruningPlan
+    kept: Mapping[int, list[int]]
+    router_parameters: Mapping[int, Mapping[str, Tensor]]
+    siblings: Siblings
 
-def first_router_path(checkpoint: Checkpoint, layer: int) -> str:
-    return min(place.path for place in checkpoint.places.values() if place.layer == layer and place.is_router)
+    def __post_init__(self) -> None:
+        self._sums: tuple[tuple[int, str], Tensor] | None = None  # of the projection that was added up last
+
+    def tensors(self, file: Path) -> Iterator[tuple[str, Tensor]]:
+        """Yields the tensors of one shard under their new names."""
+        with safe_open(file, framework="pt") as shard:
+            names = [name for name in self.checkpoint.shards[file] if name not in self.checkpoint.extra]
+            for name in sorted(names, key=without_number):  # so that a projection's experts follow each other
+                place = self.checkpoint.places.get(name)
+                if place is None:
+                    yield name, shard.get_tensor(name)
+                elif place.is_router:
+                    yield from self._router(shard, name, place)
+                elif place.expert is None:
+                    yield name, self._stacked(shard.get_tensor(name), place)
+                else:
+                    yield from self._single(shard, name, place, place.expert)
+
+    def _router(self, shard: Any, name: str, place: Place) -> Iterator[tuple[str, Tensor]]:
+        """A router's tensor: its kept rows, or all of them and beside them the map."""
+        if place.layer not in self.router_parameters:
+            yield name, self._rows(shard.get_tensor(name), place)
+            return
+        yield name, shard.get_tensor(name)
+        layer = self.checkpoint.layers[place.layer]
+        paths = [
+            other.path for other in self.checkpoint.places.values() if other.layer == place.layer and other.is_router
+        ]
+        if place.path == min(paths):
+            # Beside the router as it is stored, which may be under another name than in the model.
+            stored = name.removesuffix(place.path) if name.endswith(place.path) else f"{layer.name}."
+            for own, value in self.router_parameters[place.layer].items():
+                yield f"{stored}{layer.router_name}.{own}", value
+
+    def _rows(self, stored: Tensor, place: Place) -> Tensor:
+        """The slices of kept experts, and those beyond the experts'."""
+        size = stored.shape[place.axis]
+        rows = [*self.kept[place.layer], *range(size - place.trailing, size)]
+        return stored.index_select(place.axis, torch.tensor(rows))
+
+    def _stacked(self, stored: Tensor, place: Place) -> Tensor:
+        """A tensor of all experts."""
+        merge = self.plan.merges.get(place.layer)
+        if merge is None:
+            return self._rows(stored, place)
+        count = merge.experts.shape[1]
+        new = combined(stored[:count], merge.experts)
+        return new if not place.trailing else torch.cat([new, stored[count:]])
+
+    def _single(self, shard: Any, name: str, place: Place, expert: int) -> Iterator[tuple[str, Tensor]]:
+        """A tensor of one expert, if its place is kept."""
+        remaining = self.checkpoint.layers[place.layer].with_trailing(self.kept[place.layer])
+        if expert not in remaining:
+            return
+        merge, row = self.plan.merges.get(place.layer), remaining.index(expert)
+        if merge is None or row >= len(merge.experts):
+            yield _numbered(name, row), shard.get_tensor(name)
+            return
+        key = place.layer, without_number(name)
+        if self._sums is None or self._sums[0] != key:
+            self._sums = None  # given back before the next are made
+            self._sums = key, combined(self.siblings.stacked(name, place, merge.experts.shape[1]), merge.experts)
+        yield _numbered(name, row), self._sums[1][row].clone()

@@ -185,7 +185,9 @@ def grape(options: argparse.Namespace) -> tuple[Any, str]:
         seed=options.seed,
         progress=distributed.is_first(),
     )
-    return _written(plan, options, {"merged": sum(map(len, plan.merged.values()))})
+    return _written(
+        plan, options, {"merged": sum(int((m.experts != 0).sum(1).gt(1).sum()) for m in plan.merges.values())}
+    )
 
 
 def _written(plan: PruningPlan, options: argparse.Namespace, about: dict[str, Any]) -> tuple[Any, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeprune_ext import distributed
+from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.cli.io import (
     check_new_file,
     constrained,
@@ -178,12 +179,12 @@ def _listed(experts: Mapping[int, Iterable[int]]) -> str:
 
 
 def export(options: argparse.Namespace) -> tuple[Any, str]:
-    from moeprune_ext.artifacts.plan import load_plan
+    pass
     from moeprune_ext.checkpoint.export import export
     from moeprune_ext.checkpoint.read import read_config
     from moeprune_ext.modeling import CONFIG_KEY
 
-    plan = load_plan(options.plan)
+    plan = PruningPlan.load(options.plan)
     out = export(options.model, plan, options.out)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     stock = CONFIG_KEY not in read_config(out)

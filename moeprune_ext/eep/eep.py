@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from moeprune_ext import distributed
 from moeprune_ext.artifacts.journal import check_known
-from moeprune_ext.artifacts.merged_plan import Merge, MergedPlan
-from moeprune_ext.artifacts.plan import Plan, PruningPlan
+from moeprune_ext.artifacts.plan import Merge, PruningPlan
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.data.batches import fingerprint_of
 from moeprune_ext.data.tasks import SPLITS, Task, sequences, split_task
@@ -30,9 +29,9 @@ from moeprune_ext.eep.operators import Layout, given_mask
 from moeprune_ext.eep.search import Fitness, SearchOutcome, check_settings, layout_settings, search
 from moeprune_ext.eep.starts import starting_masks
 from moeprune_ext.files import write_text
-from moeprune_ext.models.apply import check_active, check_merges, full_plan
+from moeprune_ext.models.apply import check_active, full_plan
 from moeprune_ext.models.merging import mapped_layer
-from moeprune_ext.models.moe import MoeLayer, find_moe_layers, model_fingerprint
+from moeprune_ext.models.moe import MoeLayer, find_moe_layers
 from moeprune_ext.models.routers import RoutedLayer
 
 FITNESSES = ("accuracy", "esap", "nll")

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from moeprune_ext.artifacts.merged_plan import Merge, MergedPlan
-from moeprune_ext.artifacts.plan import Plan, PruningPlan
+from moeprune_ext.artifacts.plan import Merge, PruningPlan
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.data.tasks import Task, _rows, sequences
 from moeprune_ext.eep.operators import Candidate

@@ -20,7 +20,6 @@ import numpy as np
 from torch import nn
 
 from moeprune_ext import distributed
-from moeprune_ext.artifacts.plan import Plan
 from moeprune_ext.data.tasks import SPLITS, Task, split_task
 from moeprune_ext.eep.eep import (
     OURS,

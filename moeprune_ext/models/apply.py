@@ -1,39 +1,100 @@
-"""A plan on a model in memory: tried for a while, or carried out for good."""
+"""A plan on a model in memory, for a while; and what of a plan a model cannot carry out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from moeprune_ext.artifacts.merged_plan import MergedPlan
-from moeprune_ext.artifacts.plan import HasPlan, Plan, PruningPlan, plan_of
+from moeprune_ext.artifacts.plan import HasPlan, Merge, PruningPlan, plan_of
+from moeprune_ext.artifacts.stats import LayerShape
 from moeprune_ext.models.masking import masked
-from moeprune_ext.models.merging import MergedExperts, _merged, mapped_layer, treated
-from moeprune_ext.models.moe import MoeLayer, find_moe_layers, model_fingerprint
+from moeprune_ext.models.merging import MergedExperts, Treatment, mapped_layer, merged
+from moeprune_ext.models.moe import MoeLayer, MoeModel
 from moeprune_ext.models.patches import fewer_active
-from moeprune_ext.models.routers import RoutedLayer
+from moeprune_ext.models.routers import RoutedLayer, routed_layer
+from moeprune_ext.models.scratch import Scratch
+
+MapRouter = Callable[[MoeLayer], RoutedLayer]  # finds how a layer's router can map its scores, as merging.mapped_layer
 
 
 @contextmanager
-def masks(layers: Mapping[int, MoeLayer], plan: PruningPlan) -> Iterator[None]:
-    """apply.applied for layers already found and a plan already checked.
+def applied(model: nn.Module | MoeModel, plan: PruningPlan | HasPlan) -> Iterator[Any]:
+    """Applies a plan for a while: inside, the model computes what the exported checkpoint computes.
 
-    Merged experts take the places of kept ones, whose own weights are held meanwhile.
+    Afterwards it is untouched. No memory is taken for masks. Merged experts exist for one layer at a time and are made
+    anew whenever their layer is called, so a long generation is better done with an export.
+
+    Args:
+        model: a transformers model, or the MoeModel made of it.
+        plan: or the result of a search.
+
+    Yields:
+        The transformers model.
+
+    Raises:
+        ValueError: for a plan that belongs to another model, keeps too few experts, or maps a router whose formula is
+            not known.
     """
+    moe, plan = MoeModel.of(model), plan_of(plan)
+    check_plan(plan, moe.layers, moe.fingerprint)
+    with planned(moe.layers, plan):
+        yield moe.model
+
+
+@contextmanager
+def planned(layers: Mapping[int, MoeLayer], plan: PruningPlan, map_router: MapRouter = mapped_layer) -> Iterator[None]:
+    """`applied`, for a plan that has been checked.
+
+    Args:
+        layers: of the model, by decoder layer.
+        plan: what to apply.
+        map_router: finds how a router maps its scores; give one that remembers where plans are many.
+    """
+    buffers, scratch = Scratch(), Scratch()
     with ExitStack() as stack:
         stack.enter_context(fewer_active(layers, plan.active))
-        for index, sums in plan.merged.items():
-            stack.enter_context(_merged(layers[index], sums))
         for index, kept in plan.kept.items():
-            if len(kept) < layers[index].shape.num_experts:
-                stack.enter_context(masked(layers[index], kept))
+            layer, merge = layers[index], plan.merges.get(index)
+            if merge is not None:
+                routed = routed_layer(layer, "sliced") if merge.router is None else map_router(layer)
+                experts = MergedExperts(layer, buffers, scratch)
+                stack.enter_context(merged(routed, Treatment(tuple(kept), merge), experts))
+            elif len(kept) < layer.shape.num_experts:
+                stack.enter_context(masked(layer, kept))
         yield
 
 
-def check_plan(plan: PruningPlan, layers: Mapping[int, MoeLayer], fingerprint: str | None) -> None:
-    """Refuses a plan that this model cannot carry out, and says why (ValueError)."""
+def full_plan(model: nn.Module | MoeModel, active: int | None = None) -> PruningPlan:
+    """Returns the plan that keeps everything, with `active` experts per token if that is given."""
+    moe = MoeModel.of(model)
+    experts = {index: shape.num_experts for index, shape in moe.shapes.items()}
+    kept = {index: list(range(count)) for index, count in experts.items()}
+    return PruningPlan(kept, experts, moe.fingerprint, active=active)
+
+
+# ---- what cannot be
+
+
+def check_plan(
+    plan: PruningPlan,
+    layers: Mapping[int, MoeLayer],
+    fingerprint: str | None,
+    map_router: MapRouter = mapped_layer,
+) -> None:
+    """Refuses a plan that a model cannot carry out.
+
+    Args:
+        plan: what is to be done.
+        layers: of the model, by decoder layer.
+        fingerprint: of the model; None: not compared.
+        map_router: finds how a layer's router can map its scores; called for layers that the plan maps.
+
+    Raises:
+        ValueError: with the layer, what is wrong, and what to do.
+    """
     if plan.model is not None and fingerprint is not None and plan.model != fingerprint:
         raise ValueError(
             f"this plan was made for another model: its fingerprint is {plan.model}, the model's is {fingerprint}; "
@@ -49,23 +110,55 @@ def check_plan(plan: PruningPlan, layers: Mapping[int, MoeLayer], fingerprint: s
             raise ValueError(
                 f"layer {index}: the plan was made for {made_for} experts, the model has {shape.num_experts}"
             )
-        if len(set(kept)) != len(kept) or not all(0 <= e < shape.num_experts for e in kept):
+        merge = plan.merges.get(index)
+        if merge is not None and merge.router is not None:
+            _check_map(layers[index], shape, merge, map_router)
+        else:
+            _check_kept(index, shape, kept)
+
+
+def _check_kept(index: int, shape: LayerShape, kept: Sequence[int]) -> None:
+    """Refuses (ValueError) a set of experts with which a layer's sliced router cannot work."""
+    if len(kept) < shape.min_kept:
+        raise ValueError(
+            f"layer {index} keeps {len(kept)} experts, but its router needs at least {shape.min_kept} "
+            f"(it selects {shape.top_k} per token); lower the sparsity"
+        )
+    if shape.n_group > 1 and len(kept) < shape.num_experts:
+        size = shape.num_experts // shape.n_group
+        per_group = [sum(1 for expert in kept if expert // size == group) for group in range(shape.n_group)]
+        if len(set(per_group)) != 1:
             raise ValueError(
-                f"layer {index}: kept ids must be distinct and in [0, {shape.num_experts}), got {list(kept)}"
+                f"layer {index}: its router chooses among {shape.n_group} groups, which must keep equally many "
+                f"experts, but the plan keeps {per_group}"
             )
-        if len(kept) < shape.min_kept:
-            raise ValueError(
-                f"layer {index} keeps {len(kept)} experts, but its router needs at least {shape.min_kept} "
-                f"(it selects {shape.top_k} per token); lower the sparsity"
-            )
-        if shape.n_group > 1 and len(kept) < shape.num_experts:
-            size = shape.num_experts // shape.n_group
-            per_group = [sum(1 for e in kept if e // size == g) for g in range(shape.n_group)]
-            if len(set(per_group)) != 1:
-                raise ValueError(
-                    f"layer {index}: its router chooses among {shape.n_group} groups, which must keep equally many "
-                    f"experts, but the plan keeps {per_group}"
-                )
+
+
+def _check_map(layer: MoeLayer, shape: LayerShape, merge: Merge, map_router: MapRouter) -> None:
+    """Refuses (ValueError) a map that a layer's router cannot be given."""
+    assert merge.router is not None
+    count = len(merge.experts)
+    if not bool((merge.router != 0).any(1).all()):
+        raise ValueError(f"layer {layer.index}: each row of the router's map must refer to some expert")
+    if count < shape.top_k:
+        raise ValueError(f"layer {layer.index}: {count} merged experts, but its router selects {shape.top_k} per token")
+    check_mappable(layer, shape, map_router)
+
+
+def check_mappable(layer: MoeLayer, shape: LayerShape, map_router: MapRouter = mapped_layer) -> None:
+    """Refuses (ValueError) a layer whose router cannot map its scores.
+
+    Args:
+        layer: of a model.
+        shape: its shape under the plan.
+        map_router: see `check_plan`.
+    """
+    if shape.n_group > 1 or layer.trailing:
+        raise ValueError(f"layer {layer.index}: a router of groups, or of more than experts, cannot be mapped")
+    if map_router(layer).spec is None:
+        raise ValueError(
+            f"layer {layer.index}: the formula of {type(layer.router).__name__} is not known, so it cannot be mapped"
+        )
 
 
 def check_active(active: int | None, layers: Mapping[int, MoeLayer]) -> None:
@@ -76,84 +169,3 @@ def check_active(active: int | None, layers: Mapping[int, MoeLayer]) -> None:
                 f"layer {index}: {active} experts active per token; its router selects {layer.shape.top_k} and can be "
                 f"made to select {layer.fewest_active} or more"
             )
-
-
-def check_merges(plan: MergedPlan, routed: Mapping[int, RoutedLayer], fingerprint: str | None) -> None:
-    """Refuses a plan that this model cannot carry out, and says why (ValueError). routed: as `mapped_layer` finds."""
-    if plan.model is not None and fingerprint is not None and plan.model != fingerprint:
-        raise ValueError(f"these merges are another model's: {plan.model}, this one is {fingerprint}")
-    if unknown := sorted(set(plan.merges) - set(routed)):
-        raise ValueError(f"the merges name layers {unknown}, but the model's MoE layers are {sorted(routed)}")
-    check_active(plan.active, {index: one.layer for index, one in routed.items()})
-    for index, merge in plan.merges.items():
-        layer = routed[index].layer
-        shape = layer.shape_with(plan.active)
-        if merge.experts.shape[1] != shape.num_experts:
-            raise ValueError(f"layer {index}: merges of {merge.experts.shape[1]} experts, it has {shape.num_experts}")
-        if len(merge.experts) > shape.num_experts or not bool((merge.router != 0).any(1).all()):
-            raise ValueError(
-                f"layer {index}: {len(merge.experts)} merged experts of {shape.num_experts}: there must not be more "
-                "than before, and each row of the router's map must refer to some"
-            )
-        if len(merge.experts) < shape.top_k:
-            raise ValueError(
-                f"layer {index}: {len(merge.experts)} merged experts, but its router selects {shape.top_k} per token"
-            )
-        if shape.n_group > 1 or layer.trailing:
-            raise ValueError(f"layer {index}: a router of groups, or of more than experts, cannot be mapped")
-        if routed[index].spec is None:
-            raise ValueError(
-                f"layer {index}: the formula of {type(layer.router).__name__} is not known, so it cannot be mapped"
-            )
-
-
-@contextmanager
-def merged_model(routed: Mapping[int, RoutedLayer], plan: MergedPlan) -> Iterator[None]:
-    """Inside, the model computes with a plan's merges; afterwards it is as before. The plan has been checked."""
-    buffers: dict[str, Tensor] = {}
-    scratch: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        stack.enter_context(fewer_active({index: one.layer for index, one in routed.items()}, plan.active))
-        for index, merge in plan.merges.items():
-            merged = MergedExperts(routed[index], buffers, scratch)
-            stack.enter_context(treated(routed[index], merge, merged))
-        yield
-
-
-@contextmanager
-def applied(model: nn.Module, plan: Plan | HasPlan) -> Iterator[nn.Module]:
-    """The model under a plan, or the result of a search: inside it computes what the exported checkpoint computes;
-    afterwards it is untouched.
-
-    No memory is taken for masks. Merged experts of a MergedPlan exist for one layer at a time and are made anew
-    whenever their layer is called, so a long generation is better done with an export. Raises ValueError when the plan
-    belongs to another model, keeps too few experts, or maps a router whose formula is not known.
-    """
-    plan = plan_of(plan)
-    layers = find_moe_layers(model)
-    if isinstance(plan, MergedPlan):
-        with merged_model(_checked(plan, model, layers), plan):
-            yield model
-        return
-    check_plan(plan, layers, model_fingerprint(model, layers))
-    if plan.merged and getattr(model, "moeprune_stream", None) is not None:
-        raise ValueError("a streamed model cannot hold merged experts; export the plan and load the export")
-    with masks(layers, plan):
-        yield model
-
-
-def _checked(plan: MergedPlan, model: nn.Module, layers: Mapping[int, MoeLayer]) -> dict[int, RoutedLayer]:
-    routed = {index: mapped_layer(layer) for index, layer in layers.items()}
-    check_merges(plan, routed, model_fingerprint(model, layers))
-    return routed
-
-
-# ---- what came out
-
-
-def full_plan(model: nn.Module, active: int | None = None) -> PruningPlan:
-    """The plan that keeps everything."""
-    layers = find_moe_layers(model)
-    experts = {index: layer.shape.num_experts for index, layer in layers.items()}
-    kept = {index: list(range(count)) for index, count in experts.items()}
-    return PruningPlan(kept, experts, model_fingerprint(model, layers), active=active)

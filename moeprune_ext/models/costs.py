@@ -12,63 +12,69 @@ from math import prod
 
 from torch import Tensor, nn
 
-from moeprune_ext.artifacts.merged_plan import MergedPlan
-from moeprune_ext.artifacts.plan import Plan, PruningPlan
-from moeprune_ext.models.moe import MoeLayer, expert_tensors, find_moe_layers, router_tensors
+from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.models.moe import MoeLayer, MoeModel, expert_tensors, router_tensors
 
 MAP_BYTES = 4  # of an entry of a router's map, and of a bias mapped by it: float32 in a model of any dtype
 
 
 @dataclass(frozen=True)
 class Costs:
-    """experts: routed experts stored, over all layers. bytes: of parameters and of buffers that are stored, shared ones
-    once. flops_per_token: 2 x the weights of the matrices that one token passes; see `costs`."""
+    """What a model costs.
+
+    Attributes:
+        experts: routed experts stored, over all layers.
+        bytes: of parameters and of buffers that are stored, shared ones once.
+        flops_per_token: 2 x the weights of the matrices that one token passes; see `costs`.
+    """
 
     experts: int
     bytes: int
     flops_per_token: int
 
 
-def costs(model: nn.Module, plan: Plan | None = None) -> Costs:
-    """Costs of the model under a plan, or as it is.
+def costs(model: nn.Module | MoeModel, plan: PruningPlan | None = None) -> Costs:
+    """Returns the costs of the model under a plan, or as it is.
 
     FLOPs per token: 2 x the weights of every matrix (two axes or more, no bias) outside of experts, without embeddings,
     which are looked up, and with the head, be it the embedding's or its own; of each layer's router the rows that are
     left, or all of them and its map; and `top_k`, or the plan's `active`, experts of it. Of a multimodal model all
     matrices count, those of its towers too. Left out: attention's products of tokens with tokens, which grow with the
     text's length, and what is not a matrix product.
-    Raises ValueError for a model without MoE layers and for a plan of layers that it does not have.
+
+    Args:
+        model: a transformers model, or the MoeModel made of it; on the meta device, too.
+        plan: None: the model as it is.
+
+    Raises:
+        ValueError: for a model without MoE layers and for a plan of layers that it does not have.
     """
-    layers = find_moe_layers(model)
-    kept = _kept(layers, plan)
-    routed = [(layers[i], kept[i], isinstance(plan, MergedPlan) and i in plan.merges) for i in layers]
-    own = {id(t) for layer in layers.values() for router in (True, False) for t, _ in _places(layer, router)}
-    stored = {id(tensor): tensor for tensor in _stored(model)}.values()
+    moe = MoeModel.of(model)
+    layers, whole = moe.layers, moe.model
+    counts = {index: layer.shape.num_experts for index, layer in layers.items()}
+    if plan is not None:
+        if unknown := sorted(set(plan.kept) - set(layers)):
+            raise ValueError(f"the plan names layers {unknown}, but the model's MoE layers are {sorted(layers)}")
+        counts |= {index: len(ids) for index, ids in plan.kept.items()}
+    mapped = plan.mapped_layers if plan is not None else []
+    planned = [(layers[index], count, index in mapped) for index, count in counts.items()]
+    per_expert = {id(t) for layer in layers.values() for router in (True, False) for t, _ in _places(layer, router)}
+    stored = {id(tensor): tensor for tensor in _stored(whole)}.values()
     active = plan.active if plan is not None else None
-    no_matrix = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in model.modules():  # a bias may have an axis of one in front
+    no_matrix = {id(module.weight) for module in whole.modules() if isinstance(module, nn.Embedding)}
+    for module in whole.modules():  # a bias may have an axis of one in front
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         no_matrix |= {id(tensor) for name, tensor in tensors if name.endswith("bias")}
-    dense = sum(t.numel() for t in stored if t.ndim > 1 and t.is_floating_point() and id(t) not in own | no_matrix)
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    apart = per_expert | no_matrix
+    dense = sum(t.numel() for t in stored if t.ndim > 1 and t.is_floating_point() and id(t) not in apart)
+    head = whole.get_output_embeddings()
     if head is not None and id(head.weight) in no_matrix:
         dense += head.weight.numel()
     return Costs(
-        sum(kept.values()),
-        sum(t.nbytes for t in stored if id(t) not in own) + sum(_layer_bytes(*one) for one in routed),
-        2 * (dense + sum(_layer_weights(*one, active or one[0].shape.top_k) for one in routed)),
+        sum(counts.values()),
+        sum(t.nbytes for t in stored if id(t) not in per_expert) + sum(_layer_bytes(*layer) for layer in planned),
+        2 * (dense + sum(_layer_weights(*layer, active or layer[0].shape.top_k) for layer in planned)),
     )
-
-
-def _kept(layers: dict[int, MoeLayer], plan: Plan | None) -> dict[int, int]:
-    """{decoder layer: experts stored}."""
-    if isinstance(plan, PruningPlan):
-        found = {layer: len(ids) for layer, ids in plan.kept.items()}
-    else:
-        found = {layer: len(merge.experts) for layer, merge in plan.merges.items()} if plan is not None else {}
-    if unknown := sorted(set(found) - set(layers)):
-        raise ValueError(f"the plan names layers {unknown}, but the model's MoE layers are {sorted(layers)}")
-    return {index: found.get(index, layer.shape.num_experts) for index, layer in layers.items()}
 
 
 def _stored(model: nn.Module) -> Iterator[Tensor]:

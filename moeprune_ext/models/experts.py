@@ -21,32 +21,44 @@ from torch import Tensor, nn
 
 from moeprune_ext.models.moe import WANT_TWO, MoeLayer
 from moeprune_ext.models.patches import ExpertsFunction
+from moeprune_ext.models.scratch import Scratch
 from moeprune_ext.ops.backend import row_chunks
 
 CHUNK_BYTES = 64 * 2**20  # of weighted outputs on their way into a sum
 
 
 class PairOutputs:
-    """Outputs of one layer's experts for pairs sorted by expert.
+    """Computes outputs of one layer's experts for pairs sorted by expert.
 
-    scratch: memory for them that layers share, kept from call to call. `direct`: whether they are computed here, on the
-    CPU, rather than by the module itself.
+    Args:
+        layer: whose experts are asked.
+        scratch: the caller's memory for the outputs, which each call overwrites; None: new memory for each call.
     """
 
-    def __init__(self, layer: MoeLayer, scratch: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, layer: MoeLayer, scratch: Scratch | None = None) -> None:
         self._experts: Any = layer.experts
         self._num_experts, self._count = layer.shape.num_experts, layer.router_rows
-        self._scratch = {} if scratch is None else scratch
+        self._scratch = scratch
 
     @cached_property
     def direct(self) -> bool:
-        """Looked at first while the layer runs, because its weights may be elsewhere before."""
+        """Whether outputs are computed here, on the CPU, rather than by the module itself.
+
+        Computed lazily: a streamed layer's weights are absent until it runs.
+        """
         return _on_cpu(self._experts) and _is_standard(self._experts) and self._agrees()
 
     def __call__(self, original: ExpertsFunction, hidden: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
-        """hidden [R, H]; pair i is row rows[i], the pairs of expert e are counts[e] in a row -> outputs [P, H].
+        """Runs the experts.
 
-        The result may be overwritten by the next call.
+        Args:
+            original: the experts' own forward.
+            hidden: [R, H].
+            rows: int64 [P], the row of each pair, in order of expert.
+            counts: pairs of each expert.
+
+        Returns:
+            [P, H], in `scratch` if there is one.
         """
         if self.direct:
             return self._products(hidden, rows, counts)
@@ -60,7 +72,8 @@ class PairOutputs:
         experts = self._experts
         up_name = "gate_up_proj" if experts.has_gate else "up_proj"
         ups, downs = getattr(experts, up_name), experts.down_proj
-        outputs = self._room(len(rows), hidden)
+        shape = (len(rows), hidden.shape[1])
+        outputs = hidden.new_empty(shape) if self._scratch is None else self._scratch.take("pairs", shape, hidden)
         start = 0
         for expert, count in enumerate(counts):
             if count == 0:
@@ -76,14 +89,6 @@ class PairOutputs:
                 outputs[mine] += experts.down_proj_bias[expert]
             start += count
         return experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs
-
-    def _room(self, pairs: int, like: Tensor) -> Tensor:
-        """[pairs, H], not new memory from the system at every call, which costs as much as a pass over it."""
-        held = self._scratch.get("pairs")
-        size = pairs * like.shape[1]
-        if held is None or held.numel() < size or held.dtype != like.dtype:
-            held = self._scratch["pairs"] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return held[:size].view(pairs, like.shape[1])
 
     def _agrees(self) -> bool:
         """Whether the products are what the module computes: two rows for each of its first experts."""

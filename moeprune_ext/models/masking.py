@@ -30,7 +30,7 @@ from moeprune_ext.models.moe import (
 from moeprune_ext.models.patches import ExpertsFunction, intercepted
 
 
-def _slice(tensors: list[PerExpertTensor], kept: Sequence[int]) -> None:
+def slice_(tensors: list[PerExpertTensor], kept: Sequence[int]) -> None:
     for place in tensors:
         old = getattr(place.owner, place.name)
         rows = place.slices(kept, old.shape[place.axis])
@@ -62,7 +62,7 @@ def expert_counters(layer: MoeLayer, modules: list[nn.Module]) -> list[_Counter]
     ]
 
 
-def _own_config(router: nn.Module, kept: int) -> Any:
+def own_config(router: nn.Module, kept: int) -> Any:
     """The configuration that a router reads its expert count from, for it alone."""
     config = copy.copy(router.config)
     for name in EXPERT_COUNT_NAMES:
@@ -84,11 +84,11 @@ def masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
         return original(hidden, kept_ids.to(expert_ids.device)[expert_ids], weights)
 
     try:
-        _slice(tensors, kept)
+        slice_(tensors, kept)
         for counter in counters:
             setattr(counter.owner, counter.name, len(kept) + counter.trailing)
         if type(layer.router).__name__ in READS_CONFIG:
-            layer.router.config = _own_config(layer.router, len(kept))
+            layer.router.config = own_config(layer.router, len(kept))
         with intercepted(layer.experts, to_stored_ids):
             yield
     finally:

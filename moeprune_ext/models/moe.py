@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -162,13 +163,14 @@ def _list_paths(layers: Mapping[int, MoeLayer]) -> list[str]:
     return sorted({re.split(r"(?:^|\.)\d+(?=\.|$)", layer.name)[0] for layer in layers.values()})
 
 
-def decoder_layers(model: nn.Module, layers: Mapping[int, MoeLayer]) -> tuple[str, nn.ModuleList]:
+def decoder_layers(moe: MoeModel) -> tuple[str, nn.ModuleList]:
     """The path and the list of the model's decoder layers, dense ones included.
 
     Raises ValueError when the MoE layers do not stand in one list.
     """
+    layers = moe.layers
     paths = _list_paths(layers)
-    found = model.get_submodule(path) if len(paths) == 1 and (path := paths[0]) else None
+    found = moe.model.get_submodule(path) if len(paths) == 1 and (path := paths[0]) else None
     if not isinstance(found, nn.ModuleList) or max(layers) >= len(found):
         raise ValueError(f"its MoE layers do not stand in one list of decoder layers but in {', '.join(sorted(paths))}")
     return path, found
@@ -300,19 +302,75 @@ def _per_expert_tensors(owners: list[tuple[str, nn.Module]], layer: MoeLayer) ->
     return found
 
 
-def model_fingerprint(model: nn.Module, layers: Mapping[int, MoeLayer] | None = None) -> str:
-    """Identifies a model by its type and its routers' weights, whatever dtype or device they are loaded in.
+def text_config(model: Any) -> Any:
+    """Returns the configuration of a model's language part; `model` is a transformers model or a MoeModel."""
+    return (model.model if isinstance(model, MoeModel) else model).config.get_text_config()
 
-    The sign bits of all router weights are hashed: a conversion between float32, bfloat16 and float16 keeps them; of a
-    mapped router (modeling.py) its maps, which stay float32, in full. Two checkpoints that differ only outside their
-    routers look the same.
+
+@dataclass(frozen=True, eq=False)
+class MoeModel:
+    """A transformers model and what this package knows of it, found once and carried everywhere.
+
+    It describes the model as it was found: after `prune_` a new one is to be made.
+
+    Attributes:
+        model: the transformers model.
+        layers: {decoder layer: MoeLayer}, in order.
     """
-    layers = find_moe_layers(model) if layers is None else layers
-    digest = hashlib.sha256()
-    for index, layer in layers.items():
-        for place in router_tensors(layer):
-            update_fingerprint(digest, index, getattr(place.owner, place.name), exact=place.name in MAPPED)
-    return fingerprint_text(model.config.get_text_config().model_type, digest)  # type: ignore[union-attr, operator]
+
+    model: Any
+    layers: dict[int, MoeLayer]
+
+    @classmethod
+    def of(cls, model: Any) -> MoeModel:
+        """Finds the MoE layers of a transformers model; a MoeModel is returned as it is.
+
+        Raises:
+            ValueError: for a model without MoE layers, and as `find_moe_layers`.
+        """
+        return model if isinstance(model, MoeModel) else cls(model, find_moe_layers(model))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the model by its type and its routers' weights, whatever dtype or device they are loaded in.
+
+        The sign bits of all router weights are hashed: a conversion between float32, bfloat16 and float16 keeps them.
+        Of a mapped router (modeling.py) the maps are hashed in full; they stay float32. Two checkpoints that differ
+        only outside their routers look the same.
+        """
+        digest = hashlib.sha256()
+        for index, layer in self.layers.items():
+            for tensor in router_tensors(layer):
+                update_fingerprint(digest, index, getattr(tensor.owner, tensor.name), exact=tensor.name in MAPPED)
+        return fingerprint_text(text_config(self.model).model_type, digest)
+
+    @property
+    def shapes(self) -> dict[int, LayerShape]:
+        """{decoder layer: what pruning must respect there}."""
+        return {index: layer.shape for index, layer in self.layers.items()}
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows."""
+        size: int = text_config(self.model).vocab_size
+        return size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def stream(self) -> Any:
+        """The LayerStream that brings layers to the device (checkpoint/streaming.py); None where all weights are
+        there."""
+        return getattr(self.model, "moeprune_stream", None)
+
+    def make_resident(self, layer: int) -> None:
+        """Brings a decoder layer's weights to the device, where the model's layers are streamed."""
+        if self.stream is not None:
+            self.stream.make_resident(layer)
 
 
 def update_fingerprint(digest: Any, index: int, tensor: Tensor, exact: bool = False) -> None:

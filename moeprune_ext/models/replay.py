@@ -9,7 +9,7 @@ name, so `Replay` is tried at the start: what it computes must be what the model
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moeprune_ext.data.batches import TokenBatch
-from moeprune_ext.models.moe import MoeLayer, decoder_layers
+from moeprune_ext.models.moe import MoeModel, decoder_layers
 from moeprune_ext.models.patches import evaluating, replaced_forward
 
 # How far a replayed forward may be from the model's own, relative to its largest logit. In half precision the products
@@ -68,13 +68,13 @@ class Replay:
     either takes what `head_inputs` returns. Raises NotReplayable for a model without one list of decoder layers.
     """
 
-    def __init__(self, model: nn.Module, moe_layers: Mapping[int, MoeLayer]) -> None:
-        self.model = model
+    def __init__(self, moe: MoeModel) -> None:
+        self.moe, self.model = moe, moe.model
         try:
-            self.layers: Sequence[nn.Module] = list(decoder_layers(model, moe_layers)[1])
+            self.layers: Sequence[nn.Module] = list(decoder_layers(moe)[1])
         except ValueError as error:
             raise NotReplayable(str(error)) from None
-        self._device, self._dtype = next(model.parameters()).device, next(model.parameters()).dtype
+        self._device, self._dtype = moe.device, next(moe.model.parameters()).dtype
         self._output_tails: list[tuple[Any, ...] | None] = [None] * len(self.layers)
         self._head_module: nn.Module | None = None
         self.head: Tensor | Callable[[Tensor], Tensor] = self.logits
@@ -276,23 +276,23 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(list(value.values()))
 
 
-def replay_of_streamed(model: nn.Module, layers: Mapping[int, MoeLayer], batch: TokenBatch) -> Replay | None:
+def replay_of_streamed(moe: MoeModel, batch: TokenBatch) -> Replay | None:
     """The model taken apart, where its layers are streamed and it can be; None elsewhere. batch: a few tokens of it are
     tried."""
-    if getattr(model, "moeprune_stream", None) is None:
+    if moe.stream is None:
         return None
     few = batch.input_ids[:1, batch.attention_mask[0]][:, :TRIED_TOKENS]
     try:
-        replay = Replay(model, layers)
-        with evaluating(model):
-            replay.check({"input_ids": few.to(next(model.parameters()).device)})
+        replay = Replay(moe)
+        with evaluating(moe.model):
+            replay.check({"input_ids": few.to(moe.device)})
     except NotReplayable:
         return None
     return replay
 
 
 def run_batches(
-    model: nn.Module,
+    moe: MoeModel,
     replay: Replay | None,
     batches: Sequence[TokenBatch],
     bar: tqdm,
@@ -305,9 +305,9 @@ def run_batches(
     layer is brought in once, and their hidden states wait in host memory. before: called ahead of a batch, or of its
     part in a layer.
     """
-    device = next(model.parameters()).device
+    device = moe.device
     if replay is None:
-        backbone = getattr(model, "base_model", model)
+        backbone = getattr(moe.model, "base_model", moe.model)
         for batch in batches:
             before(batch)
             backbone(**batch.model_inputs(device), use_cache=False)

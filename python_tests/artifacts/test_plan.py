@@ -7,8 +7,7 @@ import torch
 
 import moeprune_ext as mp
 from moeprune_ext.allocation.budget import uniform_counts
-from moeprune_ext.artifacts.plan import pruning_order
-from moeprune_ext.artifacts.scores import ExpertScores
+from moeprune_ext.artifacts.scores import ExpertScores, pruning_order
 from moeprune_ext.artifacts.stats import LayerShape
 from moeprune_ext.calibration.criteria import CRITERIA
 

@@ -8,7 +8,7 @@ from test_merging import random_merge
 from tiny_models import random_tokens, tiny_model
 
 import moeprune_ext as mp
-from moeprune_ext.artifacts.merged_plan import Merge, MergedPlan
+from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.candidates.memory import peak_bytes
 from moeprune_ext.candidates.sweep import padded_lengths
 from moeprune_ext.checkpoint.streaming import load_streamed

@@ -14,11 +14,10 @@ from tiny_models import random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import moeprune_ext as mp
-from moeprune_ext.artifacts.merged_plan import Merge, MergedPlan
-from moeprune_ext.artifacts.plan import load_plan
+from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.checkpoint.read import read_checkpoint
 from moeprune_ext.models import merging
-from moeprune_ext.models.moe import find_moe_layers, model_fingerprint
+from moeprune_ext.models.moe import MoeModel, find_moe_layers
 
 # Experts stored one by one (OLMoE, Qwen3, Mixtral, ERNIE with a correction bias) and stacked (GPT-OSS, with biases).
 FAMILIES = ("olmoe", "qwen3_moe", "mixtral", "ernie4_5_moe", "gpt_oss")
@@ -35,7 +34,7 @@ def merged_plan(model, active=None, seed=0):
         noise[0][0] = 0
         noise[1][:, 5] = -keep[:, 5]
         merges[index] = Merge(keep + noise[0], (keep + noise[1].abs() * (keep + noise[1] != 0)))
-    return MergedPlan(merges, model_fingerprint(model), active)
+    return MergedPlan(merges, MoeModel.of(model).fingerprint, active)
 
 
 def logits_of(model, tokens):
@@ -277,7 +276,7 @@ def test_maps_tell_merged_models_apart(tmp_path):
     model.save_pretrained(tmp_path / "full")
     outs = [mp.export(tmp_path / "full", merged_plan(model, seed=seed), tmp_path / f"{seed}") for seed in (0, 1)]
     first, second = map(mp.load, outs)
-    assert read_checkpoint(outs[0]).fingerprint == model_fingerprint(first) != model_fingerprint(second)
+    assert read_checkpoint(outs[0]).fingerprint == MoeModel.of(first).fingerprint != MoeModel.of(second).fingerprint
     plan = mp.uniform_plan(mp.score_experts(mp.calibrate(first, [tokens]), "reap"), 0.5)
     with pytest.raises(ValueError, match="another model"), mp.applied(second, plan):
         pass

@@ -12,7 +12,7 @@ from tiny_models import CONFIGS, VOCABULARY, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, GptOssConfig, OlmoeConfig
 
 import moeprune_ext as mp
-from moeprune_ext.models.moe import find_moe_layers, model_fingerprint
+from moeprune_ext.models.moe import MoeModel, find_moe_layers
 from moeprune_ext.models.probing import check_slicing
 
 FAMILIES = sorted(CONFIGS)
@@ -182,10 +182,10 @@ def test_bfloat16_score_agrees_with_bfloat16_checkpoint(family, plans, tmp_path)
 
 def test_fingerprint_survives_dtypes_and_tells_models_apart(family, tmp_path):
     name, model, _ = family
-    fingerprint = model_fingerprint(model)
-    assert model_fingerprint(copy.deepcopy(model).bfloat16()) == fingerprint
-    assert model_fingerprint(copy.deepcopy(model).half()) == fingerprint
-    assert model_fingerprint(tiny_model(name, seed=1)) != fingerprint
+    fingerprint = MoeModel.of(model).fingerprint
+    assert MoeModel.of(copy.deepcopy(model).fingerprint.bfloat16()) == fingerprint
+    assert MoeModel.of(copy.deepcopy(model).half()).fingerprint == fingerprint
+    assert MoeModel.of(tiny_model(name, seed=1)).fingerprint != fingerprint
 
 
 def test_export_reads_sharded_checkpoints(tmp_path):

@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, Qwen3Mo
 
 import moeprune_ext as mp
 from moeprune_ext.checkpoint import streaming
-from moeprune_ext.checkpoint.prune import resize_
 from moeprune_ext.checkpoint.streaming import load_streamed
-from moeprune_ext.models.moe import find_moe_layers, model_fingerprint, router_tensors
+from moeprune_ext.models.moe import MoeModel, find_moe_layers, router_tensors
 from moeprune_ext.models.probing import check_slicing
 
 LAYERS = 4
@@ -83,7 +82,7 @@ def test_masks_fingerprints_and_router_checks_do_not_notice_streaming(family, so
     scores = mp.score_experts(mp.calibrate(model, [random_tokens()]))
     plan = mp.PruningPlan.from_pruned_counts(scores, {layer: 2 * (i % 3) for i, layer in enumerate(scores)})
     for _ in range(2):
-        assert model_fingerprint(streamed) == model_fingerprint(model)
+        assert MoeModel.of(streamed).fingerprint == MoeModel.of(model).fingerprint
         layers = find_moe_layers(streamed)
         assert {i: layer.shape for i, layer in layers.items()} == {
             i: layer.shape for i, layer in find_moe_layers(model).items()

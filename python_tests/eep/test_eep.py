@@ -9,7 +9,6 @@ from tiny_models import tiny_model
 from tiny_tasks import make_task
 
 import moeprune_ext as mp
-from moeprune_ext.artifacts.merged_plan import MergedPlan
 from moeprune_ext.candidates import sweep as swept
 from moeprune_ext.data.tasks import SPLITS, Example, Task, split_task
 from moeprune_ext.eep import fitness as tf

@@ -7,14 +7,13 @@ from tiny_models import tiny_model
 from tiny_tasks import greedy
 
 import moeprune_ext as mp
-from moeprune_ext.artifacts.merged_plan import Merge, MergedPlan
+from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.data.tasks import Example, Task
 from moeprune_ext.demo.run import arithmetic_task, load_demo
 from moeprune_ext.eep.fitness import TaskFitness, candidate_plan
 from moeprune_ext.eep.operators import Candidate, Layout, criterion_mask, given_mask, merge_child
 from moeprune_ext.eep.search import search
 from moeprune_ext.evaluate import correct, generated_matches
-from moeprune_ext.models.apply import merged_model
 from moeprune_ext.models.merging import mapped_layer
 from moeprune_ext.models.moe import find_moe_layers
 

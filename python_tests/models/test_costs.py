@@ -7,7 +7,7 @@ from tiny_models import CONFIGS, tiny_model
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import moeprune_ext as mp
-from moeprune_ext.artifacts.merged_plan import Merge, MergedPlan
+from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.models.costs import costs
 from moeprune_ext.models.moe import find_moe_layers
 

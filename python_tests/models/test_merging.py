@@ -8,8 +8,7 @@ import torch
 from tiny_models import random_tokens, tiny_model
 
 import moeprune_ext as mp
-from moeprune_ext.artifacts.merged_plan import Merge, MergedPlan
-from moeprune_ext.models.apply import merged_model
+from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.models.merging import MergedExperts, mapped_layer
 from moeprune_ext.models.moe import find_moe_layers
 from moeprune_ext.models.patches import fewer_active

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import moeprune_ext as mp
-from moeprune_ext.artifacts.merged_plan import Merge, MergedPlan
+from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.models.moe import find_moe_layers
 from moeprune_ext.models.routers import routed_layer
 

@@ -1,0 +1,66 @@
+"""What an engine is: it computes the rows of many candidates' metrics, on some sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.candidates.teacher import PLACES
+from moeprune_ext.models.routers import ROUTERS
+
+Values = tuple[int, list[int], dict[str, Tensor]]  # a sequence, numbers of some plans, {metric: [those plans, T]}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How engines work.
+
+    Attributes:
+        memory_budget: bytes beyond the model's own weights, on the model's device.
+        teacher_cache: where the teacher's rows are kept: a name of teacher.PLACES.
+        router: how routers run under many masks: a name of routers.ROUTERS.
+        seed: of the `accept` metric's draws.
+        unit: neighbouring sequences that are a unit of work.
+        backend: of the operations, see ops/backend.py.
+    """
+
+    memory_budget: int = 1 << 30
+    teacher_cache: str = "auto"
+    router: str = "auto"
+    seed: int = 0
+    unit: int = 1
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value, names in (("teacher_cache", self.teacher_cache, PLACES), ("router", self.router, ROUTERS)):
+            if value not in names:
+                raise ValueError(f"{name} is {value!r}; choose from {', '.join(names)}")
+
+
+class Engine(Protocol):
+    """Computes candidates' rows; called in eval mode without gradients.
+
+    Attributes:
+        about: how it works, as far as scores depend on it.
+    """
+
+    about: str
+
+    def teacher(self, numbers: Sequence[int]) -> dict[int, float]:
+        """Prepares these sequences.
+
+        Returns:
+            {sequence: the sum of the unpruned model's log-sum-exps, NaN where it is NaN}.
+        """
+
+    def values(
+        self, plans: Sequence[PruningPlan], numbers: Sequence[int], metrics: tuple[str, ...]
+    ) -> Iterator[Values]:
+        """Yields values until every plan has met every sequence; the plans have equally many experts active."""
+
+    def check_merged(self, kept: Mapping[int, int]) -> None:
+        """Refuses (ValueError) merges into so many experts, {decoder layer: K'}, that there is no room for."""
