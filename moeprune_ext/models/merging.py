@@ -106,7 +106,7 @@ class MergedExperts:
             count = self._layer.shape.num_experts
             experts = [*self._same.tolist(), *range(count, count + trailing)]
             ids = torch.tensor(experts, device=ids.device)[ids]
-        if not self._pair_outputs.direct:
+        if torch.is_grad_enabled() or not self._pair_outputs.direct:
             return original(hidden, ids, weights)
         zero = torch.zeros(1, dtype=torch.int64, device=hidden.device)
         rows, counts, pair_of = distinct_pairs(ids, zero, zero, count + trailing)

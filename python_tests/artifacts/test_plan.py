@@ -1,5 +1,6 @@
 """Budgets, orders and plans as files."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import moeprune_ext as mp
 from moeprune_ext.allocation.budget import uniform_counts
+from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.artifacts.scores import ExpertScores, pruning_order
 from moeprune_ext.artifacts.stats import LayerShape
 from moeprune_ext.calibration.criteria import CRITERIA
@@ -148,14 +150,38 @@ def test_statistics_of_shards_add_up_and_of_other_models_do_not():
 
 def test_merges_are_averages_of_named_layers():
     fine = dict(kept={0: [0, 2]}, num_experts={0: 3})
-    mp.PruningPlan(**fine, merged={0: {2: {1: 0.25, 2: 0.75}}})
-    for merged in (
-        {1: {0: {0: 1.0}}},  # another layer
-        {0: {1: {1: 1.0}}},  # a pruned expert
-        {0: {2: {1: 2.0, 2: -1.0}}},
-        {0: {2: {1: 0.5}}},
-        {0: {2: {}}},
-        {0: {2: {3: 1.0}}},
+    average = Merge.averages([0, 2], {2: {1: 0.25, 2: 0.75}}, 3)
+    assert average.experts.tolist() == [[1, 0, 0], [0, 0.25, 0.75]] and average.router is None
+    mp.PruningPlan(**fine, merges={0: average})
+    for merges in (
+        {1: average},  # another layer
+        {0: Merge(torch.ones(1, 3))},  # of as many experts as are kept
+        {0: Merge(torch.ones(2, 4))},
     ):
         with pytest.raises(ValueError, match="merge"):
-            mp.PruningPlan(**fine, merged=merged)
+            mp.PruningPlan(**fine, merges=merges)
+    with pytest.raises(ValueError, match="numbered from 0"):
+        mp.PruningPlan(**fine, merges={0: Merge(torch.ones(2, 3), torch.ones(2, 3))})
+    for sums in (
+        {1: {1: 1.0}},  # a pruned expert
+        {2: {1: 2.0, 2: -1.0}},
+        {2: {1: 0.5}},
+        {2: {}},
+        {2: {3: 1.0}},
+    ):
+        with pytest.raises(ValueError, match="merge"):
+            Merge.averages([0, 2], sums, 3)
+
+
+def test_merges_are_read_back_to_the_last_bit(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    merges = {
+        0: Merge(torch.randn(2, 4, generator=generator) * 1e-20, torch.randn(2, 4, generator=generator)),
+        3: Merge(torch.rand(3, 4, generator=generator)),
+    }
+    plan = mp.PruningPlan({0: [0, 1], 3: [0, 2, 3]}, {0: 4, 3: 4}, "m:1", "reap", merges, 2)
+    plan.save(tmp_path / "plan.json")
+    assert mp.PruningPlan.load(tmp_path / "plan.json") == plan
+    assert plan.mapped_layers == [0]
+    other = dataclasses.replace(plan, merges=merges | {3: Merge(merges[3].experts + 1e-7)})
+    assert other != plan

@@ -1,5 +1,7 @@
 """How merges go through a sweep: each made once a layer, in one buffer, and short sequences in large batches."""
 
+import dataclasses
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -33,7 +35,10 @@ def short_sequences(lengths=LENGTHS):
 
 def merges(model, count=3, seed=0):
     layers = find_moe_layers(model)
-    return [MergedPlan({index: random_merge(100 * (seed + n) + index) for index in layers}) for n in range(count)]
+    return [
+        mp.PruningPlan.from_merges({index: random_merge(100 * (seed + n) + index) for index in layers})
+        for n in range(count)
+    ]
 
 
 def mask(model, batches, criterion="reap"):
@@ -43,18 +48,18 @@ def mask(model, batches, criterion="reap"):
 @pytest.fixture
 def standing(monkeypatch):
     """Every merge that is made: its layer, and the bytes of all buffers then. Two at a time fail."""
-    made, real, now = [], MergedExperts.standing, []
+    made, real, now = [], MergedExperts._standing, []
 
     @contextmanager
-    def standing(self, merge):
+    def standing_alone(self, merge):
         assert not now, "a merge must be gone before the next is made"
         now.append(merge)
         with real(self, merge):
-            made.append((self._layer.index, sum(buffer.nbytes for buffer in self._buffers.values())))
+            made.append((self._layer.index, self._buffers.nbytes))
             yield
         now.clear()
 
-    monkeypatch.setattr(MergedExperts, "standing", standing)
+    monkeypatch.setattr(MergedExperts, "_standing", standing_alone)
     return made
 
 
@@ -64,7 +69,7 @@ def test_every_merge_is_made_once_a_layer_in_one_buffer(standing, metrics, compa
     """Whatever the number of sequences, units and batches; a merge that two candidates share, once for both."""
     model, batches = tiny_model("qwen2_moe"), short_sequences()
     plans = merges(model)
-    plans.append(MergedPlan({**plans[0].merges, 3: plans[1].merges[3]}))
+    plans.append(mp.PruningPlan.from_merges({**plans[0].merges, 3: plans[1].merges[3]}))
     if company == "masks too":
         plans.append(mask(model, batches))
     evaluator = mp.CandidateEvaluator(model, batches, least_units=4)
@@ -86,10 +91,10 @@ def test_experts_taken_as_they_are_are_not_made(standing):
         router = random_merge(index).router
         mapped[index] = Merge(identity[ids], router)
     evaluator = mp.CandidateEvaluator(model, batches)
-    as_they_are = evaluator.evaluate([MergedPlan(mapped)], ANSWERS)[0]
+    as_they_are = evaluator.evaluate([mp.PruningPlan.from_merges(mapped)], ANSWERS)[0]
     assert standing == []
     nearly = {i: Merge(m.experts + 1e-9 * (m.experts == 0), m.router) for i, m in mapped.items()}
-    made = evaluator.evaluate([MergedPlan(nearly)], ANSWERS)[0]
+    made = evaluator.evaluate([mp.PruningPlan.from_merges(nearly)], ANSWERS)[0]
     assert len(standing) == len(mapped)
     assert made.nll == pytest.approx(as_they_are.nll, abs=1e-5)
 
@@ -193,7 +198,7 @@ def test_merges_stay_within_the_budget_or_are_refused_with_the_numbers():
     with pytest.raises(
         ValueError, match=r"leaves 0.0\d MiB .* one layer would take 0.07 MiB .*: 0.0\d MiB are missing"
     ) as refusal:
-        evaluator.evaluate([MergedPlan(everyone)])
+        evaluator.evaluate([mp.PruningPlan.from_merges(everyone)])
     with pytest.raises(ValueError) as known_before:
         evaluator.check_merged(dict.fromkeys(everyone, 8))
     assert str(known_before.value) == str(refusal.value)
@@ -206,6 +211,40 @@ def test_merges_stay_within_the_budget_or_are_refused_with_the_numbers():
 
         assert peak_bytes(work, torch.device("cpu")) <= budget
     assert [s.esap for s in results[0]] == pytest.approx([s.esap for s in results[1]], abs=1e-6)
+
+
+def averages(model, batches):
+    """Plans that average experts behind sliced routers, alike in the first layer, one of them with the others as they are."""
+    plan = mask(model, batches)
+    first, plans = min(plan.kept), []
+    for share in (0.25, 0.75):
+        merges = {}
+        for index, kept in plan.kept.items():
+            gone = next(e for e in range(8) if e not in kept)
+            part = 0.5 if index == first else share
+            merges[index] = Merge.averages(kept, {kept[1]: {kept[1]: part, gone: 1 - part}}, 8)
+        plans.append(dataclasses.replace(plan, merges=merges))
+    return [*plans, dataclasses.replace(plan, merges={first: plans[0].merges[first]})]
+
+
+@pytest.mark.parametrize("router", ["auto", "sliced"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen2_moe", "deepseek_v3"])
+def test_averages_are_swept_beside_masks_and_maps(family, router, tmp_path):
+    """As whole forwards and as the exported checkpoint score, streamed or not."""
+    model, batches = tiny_model(family).requires_grad_(False), short_sequences()
+    plans = [mask(model, batches), *averages(model, batches), *(merges(model) if family == "olmoe" else ())]
+    swept = mp.CandidateEvaluator(model, batches, router=router, least_units=3)
+    assert swept.method.startswith("layer sweep")
+    scores = swept.evaluate(plans, ("esap", "nll"))
+    whole = mp.CandidateEvaluator(model, batches, method="whole").evaluate(plans, ("esap", "nll"))
+    model.save_pretrained(tmp_path / "full")
+    streamed = mp.CandidateEvaluator(load_streamed(tmp_path / "full", source="disk"), batches, least_units=3)
+    for other in (whole, streamed.evaluate(plans, ("esap", "nll"))):
+        assert [s.esap for s in scores] == pytest.approx([s.esap for s in other], abs=1e-5)
+        assert [s.nll for s in scores] == pytest.approx([s.nll for s in other], abs=1e-5)
+    assert scores[0].esap != scores[1].esap != scores[2].esap
+    exported = mp.load(mp.export(tmp_path / "full", plans[1], tmp_path / "out"))
+    assert math.log(mp.perplexity(exported, batches)) == pytest.approx(scores[1].nll, abs=1e-5)
 
 
 @pytest.mark.parametrize("source", ["host", "disk"])

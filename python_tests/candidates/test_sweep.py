@@ -14,6 +14,7 @@ from moeprune_ext.allocation.patterns import allocate, mutate, pattern_weights
 from moeprune_ext.candidates.memory import peak_bytes
 from moeprune_ext.candidates.tree import grow
 from moeprune_ext.demo.run import domain_batches, load_demo
+from moeprune_ext.models.merging import Treatment
 from moeprune_ext.models.moe import find_moe_layers
 from moeprune_ext.models.routers import routed_layer
 
@@ -153,16 +154,17 @@ def test_common_beginnings_are_computed_once():
 
 
 def test_the_tree_has_one_state_for_each_common_beginning():
-    candidates = [{0: (0, 1), 1: (2, 3)}, {0: (0, 2), 1: (2, 3)}, {0: (0, 1), 1: (1, 3)}, {0: (0, 1), 1: (2, 3)}]
-    tree = grow(candidates, [0, 1])
+    kept = [((0, 1), (2, 3)), ((0, 2), (2, 3)), ((0, 1), (1, 3)), ((0, 1), (2, 3))]
+    candidates = [{0: Treatment(first), 1: Treatment(second)} for first, second in kept]
+    tree = grow(candidates)
     assert [len(level.parent) for level in tree.levels.values()] == [2, 3]
     assert tree.levels[1].parent.tolist() == [0, 0, 1] and tree.states == 3
     assert tree.leaf[0] == tree.leaf[3] and len(set(tree.leaf.tolist())) == 3
     for candidate, leaf in zip(candidates, tree.leaf.tolist(), strict=True):
         level = tree.levels[1]
-        assert level.masks[level.mask[leaf]] == candidate[1]
+        assert level.treatments[level.treatment[leaf]] == candidate[1]
         above = tree.levels[0]
-        assert above.masks[above.mask[level.parent[leaf]]] == candidate[0]
+        assert above.treatments[above.treatment[level.parent[leaf]]] == candidate[0]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -217,7 +219,9 @@ def test_a_router_without_the_usual_answer_runs_block_by_block(monkeypatch):
         return self.experts(flat, ids, probabilities.gather(1, ids)).view_as(hidden)
 
     monkeypatch.setattr(block_class, "forward", forward)
-    monkeypatch.setattr("moeprune_ext.models.probing.check_slicing", lambda layers: None)  # it wants ids of the router
+    monkeypatch.setattr(
+        "moeprune_ext.candidates.evaluator.check_slicing", lambda layers: None
+    )  # it wants ids of the router
     for layer in model.model.layers:
         layer.mlp.register_buffer("e_score_correction_bias", torch.randn(8))
     scores, tokens = prepared(model)

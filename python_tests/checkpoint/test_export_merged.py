@@ -34,7 +34,7 @@ def merged_plan(model, active=None, seed=0):
         noise[0][0] = 0
         noise[1][:, 5] = -keep[:, 5]
         merges[index] = Merge(keep + noise[0], (keep + noise[1].abs() * (keep + noise[1] != 0)))
-    return MergedPlan(merges, MoeModel.of(model).fingerprint, active)
+    return mp.PruningPlan.from_merges(merges, MoeModel.of(model).fingerprint, active=active)
 
 
 def logits_of(model, tokens):
@@ -118,7 +118,7 @@ def test_a_plan_of_different_counts_loads_with_transformers_alone_too(tmp_path, 
     for loaded in (mp.load(out), from_transformers(out, monkeypatch, tmp_path)):
         torch.testing.assert_close(logits_of(loaded, tokens), expected, rtol=0, atol=1e-5)
         assert [layer.shape.num_experts for layer in find_moe_layers(loaded).values()] == [3, 6, E, 2]
-    assert load_plan(out / "pruning_plan.json") == plan
+    assert mp.PruningPlan.load(out / "pruning_plan.json") == plan
     with pytest.raises(Exception, match="size|shape|mismatch"):  # without its code it is no stock checkpoint
         AutoModelForCausalLM.from_pretrained(out)
 
@@ -199,7 +199,7 @@ def test_a_merged_model_can_be_streamed_calibrated_and_pruned_in_memory(tmp_path
         index: Merge(m.experts[plan.kept[index]], m.router[plan.kept[index]])
         for index, m in merged_plan(model).merges.items()
     }
-    with mp.applied(model, MergedPlan(rows)):
+    with mp.applied(model, mp.PruningPlan.from_merges(rows)):
         torch.testing.assert_close(masked, logits_of(model, tokens), rtol=0, atol=5e-5)
     with pytest.raises(ValueError, match="the model it was made of"):
         mp.export(out, plan, tmp_path / "twice")
@@ -331,16 +331,16 @@ def test_a_merged_router_whose_matrix_lies_deeper_can_be_searched_again(tmp_path
 
 def test_plans_of_merges_are_read_back(tmp_path):
     plan = merged_plan(tiny_model("olmoe"), active=1)
-    plan.save(tmp_path / "merged.safetensors")
-    assert load_plan(tmp_path / "merged.safetensors") == plan
+    plan.save(tmp_path / "merged.json")
+    assert mp.PruningPlan.load(tmp_path / "merged.json") == plan
     pruning = mp.PruningPlan({0: [1, 2]}, {0: 8}, active=2)
     pruning.save(tmp_path / "plan.json")
-    assert load_plan(tmp_path / "plan.json") == pruning
+    assert mp.PruningPlan.load(tmp_path / "plan.json") == pruning
     save_file({"0.experts": torch.eye(2)}, tmp_path / "other.safetensors")
     (tmp_path / "text").write_text("no plan")
     for name in ("other.safetensors", "text", "absent"):
         with pytest.raises(ValueError, match=name):
-            load_plan(tmp_path / name)
+            mp.PruningPlan.load(tmp_path / name)
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):
@@ -349,22 +349,27 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path)
     grouped = tiny_model("deepseek_v3")
     grouped.save_pretrained(tmp_path / "grouped")
     good = merged_plan(model)
-    few = MergedPlan({0: Merge(good.merges[0].experts[:1], good.merges[0].router[:1])})
+    few = mp.PruningPlan.from_merges({0: Merge(good.merges[0].experts[:1], good.merges[0].router[:1])})
     everyone = {index: list(range(E)) for index in range(4)}
     cases = [
-        ("full", MergedPlan(good.merges, "other:0"), "another model"),
+        ("full", mp.PruningPlan.from_merges(good.merges, "other:0"), "another model"),
         ("full", few, "selects 2"),
-        ("full", MergedPlan({i: Merge(torch.eye(E), torch.eye(E)) for i in range(4)}), "fewer experts"),
-        ("full", MergedPlan({0: Merge(good.merges[0].experts, torch.zeros(KEPT, E))}), "must refer to some"),
-        ("full", MergedPlan({0: Merge(torch.ones(9, E), torch.ones(9, E))}), "not be more than before"),
+        ("full", mp.PruningPlan.from_merges({i: Merge(torch.eye(E), torch.eye(E)) for i in range(4)}), "fewer experts"),
+        (
+            "full",
+            mp.PruningPlan.from_merges({0: Merge(good.merges[0].experts, torch.zeros(KEPT, E))}),
+            "must refer to some",
+        ),
         ("full", mp.PruningPlan({0: [0]}, {0: E}), "needs at least 2"),
         ("full", mp.PruningPlan(everyone, dict.fromkeys(everyone, E), active=3), "3 experts active"),
-        ("grouped", MergedPlan({1: good.merges[1]}), "groups"),
+        ("grouped", mp.PruningPlan.from_merges({1: good.merges[1]}), "groups"),
     ]
     for source, plan, message in cases:
         with pytest.raises(ValueError, match=message):
             mp.export(tmp_path / source, plan, tmp_path / "out")
         assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+    with pytest.raises(ValueError, match="distinct and in"):  # more than before
+        mp.PruningPlan.from_merges({0: Merge(torch.ones(9, E), torch.ones(9, E))})
     with pytest.raises(ValueError, match="5 experts active"):
         mp.PruningPlan({0: [0, 1]}, {0: E}, active=5)
     with pytest.raises(ValueError, match="not finite"):

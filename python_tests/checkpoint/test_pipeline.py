@@ -12,6 +12,7 @@ from tiny_models import CONFIGS, VOCABULARY, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, GptOssConfig, OlmoeConfig
 
 import moeprune_ext as mp
+from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.models.moe import MoeModel, find_moe_layers
 from moeprune_ext.models.probing import check_slicing
 
@@ -123,7 +124,8 @@ def test_merged_experts_are_averages_wherever_a_plan_is_carried_out(family, plan
     first = next(layer for layer, count in uneven.pruned_counts.items() if count)
     gone = next(e for e in range(8) if e not in uneven.kept[first])
     into, other = uneven.kept[first][:2]
-    plan = dataclasses.replace(uneven, merged={first: {into: {into: 0.6, gone: 0.3, other: 0.1}}})
+    average = Merge.averages(uneven.kept[first], {into: {into: 0.6, gone: 0.3, other: 0.1}}, 8)
+    plan = dataclasses.replace(uneven, merges={first: average})
     tokens = random_tokens(seed=6)
     full = logits_of(model, tokens)
     with mp.applied(model, plan):
@@ -183,7 +185,7 @@ def test_bfloat16_score_agrees_with_bfloat16_checkpoint(family, plans, tmp_path)
 def test_fingerprint_survives_dtypes_and_tells_models_apart(family, tmp_path):
     name, model, _ = family
     fingerprint = MoeModel.of(model).fingerprint
-    assert MoeModel.of(copy.deepcopy(model).fingerprint.bfloat16()) == fingerprint
+    assert MoeModel.of(copy.deepcopy(model).bfloat16()).fingerprint == fingerprint
     assert MoeModel.of(copy.deepcopy(model).half()).fingerprint == fingerprint
     assert MoeModel.of(tiny_model(name, seed=1)).fingerprint != fingerprint
 
@@ -281,18 +283,24 @@ def test_a_failure_on_the_way_leaves_no_merged_weight_behind(monkeypatch):
     model = tiny_model("olmoe")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kept = {layer: list(range(8)) for layer in range(4)}
-    plan = mp.PruningPlan(kept, dict.fromkeys(kept, 8), merged={layer: {0: {0: 0.5, 1: 0.5}} for layer in kept})
-    masking = importlib.import_module("moeprune_ext.models.merging")
-    calls, average = [], masking.weighted_average
+    average = Merge.averages(list(range(8)), {0: {0: 0.5, 1: 0.5}}, 8)
+    plan = mp.PruningPlan(kept, dict.fromkeys(kept, 8), merges=dict.fromkeys(kept, average))
+    merging = importlib.import_module("moeprune_ext.models.merging")
+    calls, real = [], merging.combined
 
     def failing(*arguments):
         calls.append(arguments)
         if len(calls) % 4 == 3:
             raise MemoryError
-        return average(*arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(masking, "weighted_average", failing)
-    for attempt in (lambda: mp.prune_(model, plan), lambda: mp.applied(model, plan).__enter__()):
+    monkeypatch.setattr(merging, "combined", failing)
+
+    def run_applied():
+        with mp.applied(model, plan):
+            model(random_tokens())
+
+    for attempt in (lambda: mp.prune_(model, plan), run_applied):
         with pytest.raises(MemoryError):
             attempt()
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -382,9 +390,9 @@ def test_mxfp4_checkpoints_are_loaded_dequantised_and_exported_as_stored(tmp_pat
     scores = mp.score_experts(mp.calibrate(full, [random_tokens()]))
     evaluator = mp.CandidateEvaluator(full, [random_tokens(seed=2)])
     for plan in (mp.uniform_plan(scores, 0.5), mp.PruningPlan.from_pruned_counts(scores, {0: 3, 2: 5})):
-        sums = {index: {ids[0]: {ids[0]: 0.5, ids[1]: 0.5}} for index, ids in plan.kept.items()}
+        merges = {i: Merge.averages(ids, {ids[0]: {ids[0]: 0.5, ids[1]: 0.5}}, 8) for i, ids in plan.kept.items()}
         with pytest.raises(ValueError, match="quantised experts cannot be merged"):
-            mp.export(tmp_path / "full", dataclasses.replace(plan, merged=sums), tmp_path / "refused")
+            mp.export(tmp_path / "full", dataclasses.replace(plan, merges=merges), tmp_path / "refused")
         out = mp.export(tmp_path / "full", plan, tmp_path / f"out-{plan.is_uniform}")
         stored = load_file(out / "model.safetensors")["model.layers.0.mlp.experts.down_proj_blocks"]
         assert stored.dtype == torch.uint8 and len(stored) == len(plan.kept[0])

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig, Qwen3Mo
 
 import moeprune_ext as mp
 from moeprune_ext.checkpoint import streaming
+from moeprune_ext.checkpoint.prune import slice_layers_
 from moeprune_ext.checkpoint.streaming import load_streamed
 from moeprune_ext.models.moe import MoeModel, find_moe_layers, router_tensors
 from moeprune_ext.models.probing import check_slicing
@@ -323,7 +324,7 @@ def test_copying_and_pruning_in_place_are_refused(olmoe, source):
     plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.5)
     with pytest.raises(ValueError, match="export the plan"):
         mp.prune_(streamed, plan)
-    resize_(streamed, plan.kept)  # whoever goes past that refusal
+    slice_layers_(MoeModel.of(streamed), plan.kept)  # whoever goes past that refusal
     for _ in range(2):
         with pytest.raises(ValueError, match="export the plan"):
             logits_of(streamed)
@@ -434,7 +435,7 @@ UNDER_A_LIMIT = (
     + """
 import resource, sys, torch
 from transformers import AutoModelForCausalLM, OlmoeForCausalLM
-import moeprune_ext.streaming
+import moeprune_ext.checkpoint.streaming
 how, folder, spare = sys.argv[1], sys.argv[2], int(sys.argv[3])
 used = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) << 10
 resource.setrlimit(resource.RLIMIT_DATA, (used + spare, used + spare))
@@ -449,7 +450,7 @@ if how == "plain":
     except (MemoryError, RuntimeError) as error:
         print("failed:", error)
 else:
-    model = moeprune_ext.streaming.load_streamed(folder, source="disk")
+    model = moeprune_ext.checkpoint.streaming.load_streamed(folder, source="disk")
     with torch.no_grad():
         print("norm", model(torch.arange(2, 8)[None], use_cache=False).logits.double().norm().item())
     print("found", *searched(model))

@@ -9,9 +9,11 @@ from tiny_models import random_tokens, tiny_model
 
 import moeprune_ext as mp
 from moeprune_ext.artifacts.plan import Merge
+from moeprune_ext.models.apply import planned
 from moeprune_ext.models.merging import MergedExperts, mapped_layer
 from moeprune_ext.models.moe import find_moe_layers
 from moeprune_ext.models.patches import fewer_active
+from moeprune_ext.models.scratch import Scratch
 
 RENORMALISED = ["mixtral", "qwen3_moe", "gpt_oss"]
 FAMILIES = [*RENORMALISED, "olmoe", "qwen2_moe"]  # mapped as section 4 of the method says, equal to masks if one-hot
@@ -68,16 +70,16 @@ def family(request):
 @pytest.fixture(scope="module")
 def plans(family):
     layers = find_moe_layers(tiny_model(family[0]))
-    return [MergedPlan({index: random_merge(7 * n + index) for index in layers}) for n in range(3)]
+    return [mp.PruningPlan.from_merges({index: random_merge(7 * n + index) for index in layers}) for n in range(3)]
 
 
 def test_merged_model_computes_what_merging_by_hand_does(family, plans):
     name, tokens = family
     model = tiny_model(name)
     full = logits_of(model, tokens)
-    routed = {index: mapped_layer(layer) for index, layer in find_moe_layers(model).items()}
+    layers = find_moe_layers(model)
     for plan in plans:
-        with merged_model(routed, plan):
+        with planned(layers, plan):
             merged = logits_of(model, tokens)
         expected = by_definition(tiny_model(name), plan, tokens)
         torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
@@ -111,7 +113,7 @@ def test_one_hot_merges_are_masks(family):
     scores = mp.score_experts(mp.calibrate(model, [tokens]), "reap")
     plan = mp.PruningPlan.from_pruned_counts(scores, {layer: 4 if layer % 2 else 2 for layer in scores})
     merges = {layer: Merge(one_hot(ids), one_hot(ids)) for layer, ids in plan.kept.items()}
-    mask, merged = evaluator.evaluate([plan, MergedPlan(merges)], ("esap", "nll"))
+    mask, merged = evaluator.evaluate([plan, mp.PruningPlan.from_merges(merges)], ("esap", "nll"))
     assert merged.esap == pytest.approx(mask.esap, abs=1e-6)
     assert merged.nll == pytest.approx(mask.nll, abs=1e-5)
 
@@ -123,9 +125,8 @@ def test_fewer_active_experts_are_a_smaller_top_k(family):
     for layer in find_moe_layers(smaller).values():
         layer.router.top_k = 1
     everyone = one_hot(range(E))
-    plan = MergedPlan({index: Merge(everyone, everyone) for index in find_moe_layers(model)}, active=1)
-    routed = {index: mapped_layer(layer) for index, layer in find_moe_layers(model).items()}
-    with merged_model(routed, plan):
+    plan = mp.PruningPlan.from_merges({index: Merge(everyone, everyone) for index in find_moe_layers(model)}, active=1)
+    with planned(find_moe_layers(model), plan):
         torch.testing.assert_close(logits_of(model, tokens), logits_of(smaller, tokens), rtol=0, atol=1e-5)
 
 
@@ -133,7 +134,7 @@ def test_a_router_is_mapped_by_its_own_formula_however_few_experts_are_active(tm
     """Flint's: a sigmoid, renormalised, of which one active expert tells nothing."""
     model, data = every_model.tiny("flint"), [every_model.tokens(4, 24)]
     layers = find_moe_layers(model)
-    plan = MergedPlan({index: random_merge(index) for index in layers}, active=1)
+    plan = mp.PruningPlan.from_merges({index: random_merge(index) for index in layers}, active=1)
     expected = mp.CandidateEvaluator(model, data, method="whole").evaluate([plan], ("nll",))[0].nll
     swept = mp.CandidateEvaluator(model, data)
     assert swept.method.startswith("layer sweep")
@@ -161,7 +162,7 @@ def test_bfloat16_sums_are_rounded_once(plans, family):
     layer = find_moe_layers(model)[index]
     stored = layer.experts.down_proj.detach()
     expected = torch.einsum("ie,e...->i...", merge.experts.double(), stored.double()).bfloat16()
-    with MergedExperts(mapped_layer(layer), {}, {}).standing(merge):
+    with MergedExperts(layer, Scratch(), Scratch()).held(merge):
         torch.testing.assert_close(layer.experts.down_proj.detach(), expected, rtol=2e-2, atol=1e-6)
         assert layer.experts.num_experts == KEPT
     assert layer.experts.down_proj.detach().equal(stored) and layer.experts.num_experts == E
@@ -174,22 +175,22 @@ def test_merges_that_cannot_be_are_refused_before_work():
     few = Merge(good.experts[:1], good.router[:1])
     narrow = Merge(good.experts[:, :6].contiguous(), good.router[:, :6].contiguous())
     cases = {
-        "made for another|another model's": MergedPlan({0: good}, model="other:0"),
-        r"name layers \[9\]": MergedPlan({9: good}),
-        "1 merged experts, but its router selects 2": MergedPlan({0: few}),
-        "merges of 6 experts, it has 8": MergedPlan({0: narrow}),
-        "3 experts active": MergedPlan({0: good}, active=3),
+        "made for another": mp.PruningPlan.from_merges({0: good}, model="other:0"),
+        r"names layers \[9\]": mp.PruningPlan.from_merges({9: good}),
+        "1 merged experts, but its router selects 2": mp.PruningPlan.from_merges({0: few}),
+        "made for 6 experts, the model has 8": mp.PruningPlan.from_merges({0: narrow}),
+        "3 experts active": mp.PruningPlan.from_merges({0: good}, active=3),
     }
     for message, plan in cases.items():
         with pytest.raises(ValueError, match=message):
             evaluator.evaluate([plan])
     grouped = mp.CandidateEvaluator(tiny_model("deepseek_v3"), [random_tokens()])
     with pytest.raises(ValueError, match="groups"):
-        grouped.evaluate([MergedPlan({1: good})])
+        grouped.evaluate([mp.PruningPlan.from_merges({1: good})])
     with pytest.raises(ValueError, match="float32"):
         Merge(good.experts.double(), good.router)
-    with pytest.raises(ValueError, match="5 experts active per token of 4"):
-        MergedPlan({0: good}, active=5)
+    with pytest.raises(ValueError, match="5 experts active per token"):
+        mp.PruningPlan.from_merges({0: good}, active=5)
 
 
 def test_a_sweep_finds_which_answers_are_right():

@@ -165,7 +165,7 @@ def merged(layers):
         keep = torch.eye(count)[:: max(1, count // 4)]
         noise = [0.2 * torch.rand(keep.shape, generator=generator) for _ in range(2)]
         merges[index] = Merge(keep + noise[0], keep + noise[1])
-    return MergedPlan(merges)
+    return mp.PruningPlan.from_merges(merges)
 
 
 def compare_with_export(model, plan, evaluator, tokens, folder, name):
