@@ -30,8 +30,8 @@ from moeprune_ext.data.batches import as_batches, without_padding
 from moeprune_ext.models.masking import masked
 from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.patches import evaluating
-from moeprune_ext.models.probing import check_slicing
 from moeprune_ext.models.routers import RoutedLayer, routed_layer
+from moeprune_ext.models.slicing import check_slicing
 from moeprune_ext.ops.backend import row_chunks
 from moeprune_ext.ops.masked_router import masked_router
 

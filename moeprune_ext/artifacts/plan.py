@@ -127,12 +127,12 @@ class PruningPlan:
         for layer, merge in self.merges.items():
             if layer not in self.kept:
                 raise ValueError(f"a plan merges experts of layer {layer}, which it does not name")
-            shape = (len(self.kept[layer]), self.num_experts[layer])
-            if tuple(merge.experts.shape) != shape:
+            kept, before = len(self.kept[layer]), self.num_experts[layer]
+            if tuple(merge.experts.shape) != (kept, before):
                 raise ValueError(
-                    f"layer {layer}: a merge of {list(merge.experts.shape)} cannot make {shape[0]} experts of {shape[1]}"
+                    f"layer {layer}: a merge of {list(merge.experts.shape)} cannot make {kept} experts of {before}"
                 )
-            if merge.router is not None and list(self.kept[layer]) != list(range(shape[0])):
+            if merge.router is not None and list(self.kept[layer]) != list(range(kept)):
                 raise ValueError(f"layer {layer}: behind a mapped router experts are numbered from 0")
 
     @property
@@ -203,7 +203,7 @@ class PruningPlan:
         return cls(kept, num_experts, scores.model, scores.criterion)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, beside the target and then renamed; matrices as the shortest numbers that are read back alike."""
+        """Writes JSON, beside the target and then renamed; matrices in the shortest numbers that are read back alike."""
         content: dict[str, Any] = {
             "format": FORMAT,
             "model": self.model,
@@ -247,6 +247,24 @@ class PruningPlan:
 def _as_lists(matrix: Tensor) -> list[list[float]]:
     """Rows of numbers that become the same float32 again: the shortest such, 0.1 instead of 0.10000000149011612."""
     return [[float(str(value)) for value in row] for row in matrix.detach().cpu().numpy()]
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What a plan does to one layer.
+
+    Attributes:
+        kept: ascending ids of the experts kept, all of them where the layer stays as it is.
+        merge: what makes the kept experts; None: they stay as they are.
+    """
+
+    kept: tuple[int, ...]
+    merge: Merge | None = None
+
+    @property
+    def order(self) -> tuple[bool, str, tuple[int, ...]]:
+        """Sorts treatments, masks first; equal ones become neighbours."""
+        return self.merge is not None, "" if self.merge is None else self.merge.digest, self.kept
 
 
 class HasPlan(Protocol):

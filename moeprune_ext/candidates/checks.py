@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from moeprune_ext import distributed
-from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.artifacts.plan import PruningPlan, Treatment
 from moeprune_ext.candidates.blocks import BlockRunner
 from moeprune_ext.candidates.tree import grow, treatments
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.models.apply import planned
-from moeprune_ext.models.merging import Treatment
 from moeprune_ext.models.probing import half_kept
 from moeprune_ext.models.replay import NotReplayable
 from moeprune_ext.models.routers import routed_layer
@@ -67,7 +66,7 @@ def ignores_what_follows(runner: BlockRunner, sequence: TokenBatch) -> bool:
 
 
 def fused_difference(runner: BlockRunner, sequence: TokenBatch) -> float:
-    """Returns 1 - ESAP between two half-pruned models: tied half-precision logits resolved by the kernel and by slicing."""
+    """Returns 1 - ESAP between half-pruned models whose tied half-precision logits the kernel and slicing resolve."""
     replay = runner.replay
     layers = replay.moe.layers
     inputs = replay.inputs(sequence.model_inputs(replay.moe.device))

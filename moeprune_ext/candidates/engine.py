@@ -41,6 +41,47 @@ class EngineOptions:
                 raise ValueError(f"{name} is {value!r}; choose from {', '.join(names)}")
 
 
+@dataclass(frozen=True)
+class Division:
+    """What a memory budget allows.
+
+    Attributes:
+        head: bytes for logits in flight.
+        row_bytes: bytes that a row of logits takes meanwhile.
+        tokens: in one call of a layer.
+        state_tokens: tokens of hidden states that the sweep holds.
+        token_bytes: bytes of a token's hidden states.
+        teacher_place: where the teacher's rows are kept, see teacher.py.
+    """
+
+    head: int
+    row_bytes: int
+    tokens: int
+    state_tokens: int
+    token_bytes: int
+    teacher_place: str
+
+    def room_beside(self, merged_bytes: int, longest: int) -> int:
+        """Returns the tokens of states that fit beside one layer's merged experts, in whole sequences.
+
+        Args:
+            merged_bytes: of the merged experts.
+            longest: tokens of the longest sequence.
+
+        Raises:
+            ValueError: where not even the states of one sequence fit, with the numbers.
+        """
+        room = (self.state_tokens - -(-merged_bytes // self.token_bytes)) // longest * longest
+        if room < longest:
+            own, there = longest * self.token_bytes, self.state_tokens * self.token_bytes
+            mib = [f"{n / 2**20:,.2f} MiB" for n in (there, merged_bytes, own, merged_bytes + own - there)]
+            raise ValueError(
+                f"memory_budget leaves {mib[0]} for hidden states; the merged experts of one layer would take {mib[1]} "
+                f"of it, and a candidate's states need {mib[2]}: {mib[3]} are missing"
+            )
+        return room
+
+
 class Engine(Protocol):
     """Computes candidates' rows; called in eval mode without gradients.
 

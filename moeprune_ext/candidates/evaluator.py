@@ -32,12 +32,13 @@ from moeprune_ext.candidates.metrics import METRICS, NEXT_TOKEN, CandidateScore,
 from moeprune_ext.candidates.sweep import LayerSweep
 from moeprune_ext.candidates.whole import WholeForwards
 from moeprune_ext.data.batches import as_batches, data_fingerprint, split_sequences
+from moeprune_ext.models.active import fewer_active
 from moeprune_ext.models.apply import check_plan
 from moeprune_ext.models.merging import mapped_layer
 from moeprune_ext.models.moe import MoeLayer, MoeModel
-from moeprune_ext.models.patches import evaluating, fewer_active
-from moeprune_ext.models.probing import check_slicing
+from moeprune_ext.models.patches import evaluating
 from moeprune_ext.models.replay import NotReplayable
+from moeprune_ext.models.slicing import check_slicing
 
 UNIT_TOKENS = 2048
 

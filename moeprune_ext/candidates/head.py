@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from moeprune_ext.candidates.engine import EngineOptions
-from moeprune_ext.candidates.memory import Division
+from moeprune_ext.candidates.engine import Division, EngineOptions
 from moeprune_ext.candidates.metrics import NEXT_TOKEN
 from moeprune_ext.candidates.teacher import TeacherCache
 from moeprune_ext.data.batches import TokenBatch

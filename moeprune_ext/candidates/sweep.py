@@ -23,8 +23,7 @@ from moeprune_ext.candidates.memory import divide
 from moeprune_ext.candidates.teacher import TeacherCache, TeacherRows
 from moeprune_ext.candidates.tree import grow, treatments
 from moeprune_ext.data.batches import TokenBatch
-from moeprune_ext.models.apply import MapRouter
-from moeprune_ext.models.merging import bytes_while_merged
+from moeprune_ext.models.merging import MapRouter, bytes_while_merged
 from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay, alike
 from moeprune_ext.models.routers import routed_layer

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeprune_ext.artifacts.plan import PruningPlan
-from moeprune_ext.models.merging import Treatment
+from moeprune_ext.artifacts.plan import PruningPlan, Treatment
 from moeprune_ext.models.moe import MoeLayer
 
 

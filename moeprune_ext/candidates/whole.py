@@ -10,7 +10,8 @@ from torch import Tensor
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.candidates.engine import EngineOptions, Values
 from moeprune_ext.data.batches import TokenBatch
-from moeprune_ext.models.apply import MapRouter, planned
+from moeprune_ext.models.apply import planned
+from moeprune_ext.models.merging import MapRouter
 from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.ops.overlap import label_top1, log_sum_exp, overlap
 

@@ -37,9 +37,9 @@ from moeprune_ext.checkpoint.read import (
 from moeprune_ext.checkpoint.record import differences, mapped_parameters, router_rule
 from moeprune_ext.checkpoint.weights import PlannedWeights, Siblings
 from moeprune_ext.modeling import CONFIG_KEY
+from moeprune_ext.models.active import lowered
 from moeprune_ext.models.apply import check_plan
 from moeprune_ext.models.moe import EXPERT_COUNT_NAMES, TOP_K_CONFIG_NAMES, MoeModel
-from moeprune_ext.models.patches import lowered
 
 REPLACED = {"config.json", INDEX, "README.md", "pruning_plan.json"}  # written anew, not copied
 

@@ -12,6 +12,7 @@ from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
 from moeprune_ext.checkpoint.read import skeleton
 from moeprune_ext.checkpoint.record import differences, mapped_parameters, router_rule
 from moeprune_ext.modeling import CONFIG_KEY, map_router_
+from moeprune_ext.models.active import lowered, set_active_
 from moeprune_ext.models.apply import check_plan
 from moeprune_ext.models.masking import expert_counters, own_config, slice_
 from moeprune_ext.models.merging import Replaced, mapped_layer, merge_rows_, undone_on_failure
@@ -24,7 +25,6 @@ from moeprune_ext.models.moe import (
     router_tensors,
     text_config,
 )
-from moeprune_ext.models.patches import lowered, set_active_
 
 
 def prune_(model: nn.Module | MoeModel, plan: PruningPlan | HasPlan) -> None:

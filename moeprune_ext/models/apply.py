@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
-from moeprune_ext.artifacts.plan import HasPlan, Merge, PruningPlan, plan_of
+from moeprune_ext.artifacts.plan import HasPlan, Merge, PruningPlan, Treatment, plan_of
 from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.models.active import fewer_active
 from moeprune_ext.models.masking import masked
-from moeprune_ext.models.merging import MergedExperts, Treatment, mapped_layer, merged
+from moeprune_ext.models.merging import MapRouter, MergedExperts, mapped_layer, merged
 from moeprune_ext.models.moe import MoeLayer, MoeModel
-from moeprune_ext.models.patches import fewer_active
-from moeprune_ext.models.routers import RoutedLayer, routed_layer
+from moeprune_ext.models.routers import routed_layer
 from moeprune_ext.models.scratch import Scratch
-
-MapRouter = Callable[[MoeLayer], RoutedLayer]  # finds how a layer's router can map its scores, as merging.mapped_layer
 
 
 @contextmanager

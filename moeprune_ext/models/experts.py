@@ -78,20 +78,20 @@ class PairOutputs:
         for expert, count in enumerate(counts):
             if count == 0:
                 continue
-            mine = slice(start, start + count)
+            pairs = slice(start, start + count)
             up, down = (w[expert] if experts.is_transposed else w[expert].T for w in (ups, downs))
-            inner = hidden.index_select(0, rows[mine]) @ up
+            inner = hidden.index_select(0, rows[pairs]) @ up
             if experts.has_bias:
                 inner += getattr(experts, f"{up_name}_bias")[expert]
             inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-            torch.mm(inner, down, out=outputs[mine])
+            torch.mm(inner, down, out=outputs[pairs])
             if experts.has_bias:
-                outputs[mine] += experts.down_proj_bias[expert]
+                outputs[pairs] += experts.down_proj_bias[expert]
             start += count
         return experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs
 
     def _agrees(self) -> bool:
-        """Whether the products are what the module computes: two rows for each of its first experts."""
+        """Tells whether the products are what the module computes: two rows for each of its first experts."""
         experts = self._experts
         try:
             width = experts.down_proj.shape[2 if experts.is_transposed else 1]
@@ -123,10 +123,17 @@ def _is_standard(experts: Any) -> bool:
 def distinct_pairs(
     ids: Tensor, first_of: Tensor, node_of: Tensor, num_experts: int
 ) -> tuple[Tensor, list[int], Tensor]:
-    """The distinct (row, expert) pairs of M states that stand for N nodes' hidden states.
+    """Finds the distinct (row, expert) pairs of M states that stand for N nodes' hidden states.
 
-    ids: [M * S, K] expert ids of every state's rows. first_of: [N], a state of each node. node_of: [M], each state's
-    node. Returns rows [P] (into the M * S, in order of expert), pairs per expert, and the pair of every entry of ids.
+    Args:
+        ids: [M * S, K], expert ids of every state's rows.
+        first_of: [N], a state of each node.
+        node_of: [M], each state's node.
+        num_experts: ids lie below this.
+
+    Returns:
+        Rows [P], into the M * S and in order of expert; the number of pairs of each expert; and the pair of every entry
+        of `ids`.
     """
     states, nodes = len(node_of), len(first_of)
     length = len(ids) // states
@@ -143,9 +150,17 @@ def distinct_pairs(
 
 
 def weighted_sum(outputs: Tensor, pair_of: Tensor, weights: Tensor) -> Tensor:
-    """outputs [P, H], pair_of [R, K], weights [R, K] -> [R, H]: every row's pairs, weighted and added.
+    """Adds up every row's pairs, weighted.
 
     In half precision the arithmetic is that of transformers' experts functions, which round each product.
+
+    Args:
+        outputs: [P, H].
+        pair_of: [R, K], numbers of pairs.
+        weights: [R, K].
+
+    Returns:
+        [R, H].
     """
     if outputs.dtype == torch.float32:
         return F.embedding_bag(pair_of, outputs, mode="sum", per_sample_weights=weights.to(outputs.dtype))

@@ -6,43 +6,26 @@ experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moeprune_ext.artifacts.plan import Merge
+from moeprune_ext.artifacts.plan import Merge, Treatment
+from moeprune_ext.models.active import fewer_active
 from moeprune_ext.models.experts import PairOutputs, distinct_pairs, weighted_sum
 from moeprune_ext.models.moe import EXPERT_COUNT_NAMES, MoeLayer, expert_tensors
-from moeprune_ext.models.patches import ExpertsFunction, fewer_active, intercepted, replaced_forward
+from moeprune_ext.models.patches import ExpertsFunction, intercepted, replaced_forward
 from moeprune_ext.models.probing import half_kept
 from moeprune_ext.models.routers import Kept, RoutedLayer, many_masks, routed_layer, router_logits
 from moeprune_ext.models.scratch import Scratch
 from moeprune_ext.ops.backend import row_chunks
 from moeprune_ext.ops.masked_router import masked_router
 
+MapRouter = Callable[[MoeLayer], RoutedLayer]  # finds how a layer's router can map its scores, as `mapped_layer`
 CHUNK_BYTES = 64 * 2**20  # of the layer's weights as float32, where they are of another dtype
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """What a plan does to one layer.
-
-    Attributes:
-        kept: ascending ids of the experts kept, all of them where the layer stays as it is.
-        merge: what makes the kept experts; None: they stay as they are.
-    """
-
-    kept: Kept
-    merge: Merge | None = None
-
-    @property
-    def order(self) -> tuple[bool, str, Kept]:
-        """Sorts treatments, masks first; equal ones become neighbours."""
-        return self.merge is not None, "" if self.merge is None else self.merge.digest, self.kept
 
 
 def mapped_layer(layer: MoeLayer) -> RoutedLayer:

@@ -73,8 +73,19 @@ FIXED_TOP_K = frozenset({"PhimoeTopKRouter"})
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One decoder layer's router and experts; `index` is the decoder layer's number, `name` the path of their parent.
-    trailing: rows of the router beyond its experts', whose ids follow theirs."""
+    """One decoder layer's router and experts.
+
+    Attributes:
+        index: the decoder layer's number.
+        name: path of `block` in the model.
+        block: the parent of router and experts.
+        router: the module that chooses.
+        experts: the module that is called with hidden states, expert ids and weights.
+        router_name: path of the router in the block.
+        experts_name: path of the experts in the block.
+        shape: what pruning must respect.
+        trailing: rows of the router beyond its experts', whose ids follow theirs.
+    """
 
     index: int
     name: str
@@ -88,7 +99,7 @@ class MoeLayer:
 
     @property
     def active(self) -> int:
-        """Experts that the router selects per token now; `shape.top_k` is how many it did when the layer was found."""
+        """Experts that the router selects per token now; `shape.top_k` says how many when the layer was found."""
         now = _top_k(self.router, self.block)
         return self.shape.top_k if now is None else now
 
@@ -100,25 +111,26 @@ class MoeLayer:
         return 2 if type(self.experts).__name__ in WANT_TWO else 1
 
     def shape_with(self, active: int | None) -> LayerShape:
-        """What pruning must respect when the router selects `active` experts per token; None: as many as it did."""
+        """Returns what pruning must respect with `active` experts per token; None: as many as the router selected."""
         if active is None:
             return self.shape
         return _layer_shape(self.block, self.router, self.experts, self.name, active)
 
     @property
     def router_rows(self) -> int:
-        """Ids that the router can answer lie below this."""
+        """The router's rows, trailing ones included; the ids that it answers lie below this."""
         return self.shape.num_experts + self.trailing
 
     def with_trailing(self, kept: Sequence[int]) -> list[int]:
-        """The router's rows that remain when it keeps these experts."""
+        """Returns the router's rows that remain when it keeps these experts."""
         return [*kept, *range(self.shape.num_experts, self.router_rows)]
 
 
 def find_moe_layers(model: nn.Module) -> dict[int, MoeLayer]:
-    """The model's MoE layers by decoder-layer index, in order.
+    """Finds a model's MoE layers, {decoder layer: MoeLayer}, in order; `MoeModel.of` is where it is called.
 
-    Raises ValueError when there is none, when a layer's router cannot be told, or when a mask is applied.
+    Raises:
+        ValueError: when there is none, when a layer's router cannot be told, or when a mask is applied.
     """
     layers: dict[int, MoeLayer] = {}
     for name, experts in model.named_modules():
@@ -159,21 +171,22 @@ def find_moe_layers(model: nn.Module) -> dict[int, MoeLayer]:
 
 
 def _list_paths(layers: Mapping[int, MoeLayer]) -> list[str]:
-    """Paths of the lists in which the layers stand."""
+    """Returns the paths of the lists in which the layers stand."""
     return sorted({re.split(r"(?:^|\.)\d+(?=\.|$)", layer.name)[0] for layer in layers.values()})
 
 
 def decoder_layers(moe: MoeModel) -> tuple[str, nn.ModuleList]:
-    """The path and the list of the model's decoder layers, dense ones included.
+    """Returns the path and the list of the model's decoder layers, dense ones included.
 
-    Raises ValueError when the MoE layers do not stand in one list.
+    Raises:
+        ValueError: when the MoE layers do not stand in one list.
     """
     layers = moe.layers
     paths = _list_paths(layers)
-    found = moe.model.get_submodule(path) if len(paths) == 1 and (path := paths[0]) else None
-    if not isinstance(found, nn.ModuleList) or max(layers) >= len(found):
+    stack = moe.model.get_submodule(path) if len(paths) == 1 and (path := paths[0]) else None
+    if not isinstance(stack, nn.ModuleList) or max(layers) >= len(stack):
         raise ValueError(f"its MoE layers do not stand in one list of decoder layers but in {', '.join(sorted(paths))}")
-    return path, found
+    return path, stack
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -221,7 +234,15 @@ def _first_integer(names: Sequence[str], *modules: object) -> int | None:
 def _layer_shape(
     block: nn.Module, router: nn.Module, experts: nn.Module, name: str, active: int | None = None
 ) -> LayerShape:
-    """active: experts per token, None: as many as the router selects."""
+    """Returns what pruning must respect in a layer.
+
+    Args:
+        block: the parent of router and experts.
+        router: its router.
+        experts: its experts.
+        name: the block's path, for errors.
+        active: experts per token; None: as many as the router selects.
+    """
     count = _expert_count(experts)
     assert count is not None
     top_k = _top_k(router, block) if active is None else active
@@ -254,14 +275,21 @@ def _has_correction_bias(router: nn.Module) -> bool:
 
 
 def _expert_axis(tensor: Tensor, count: int, trailing: int = 0) -> int | None:
-    """The axis that counts experts: the first of that size ([E, H] weights), which may be the last ([1, E] biases)."""
+    """Returns the axis that counts experts: the first of that size, which may be the last (of [1, E] biases)."""
     return next((axis for axis, size in enumerate(tensor.shape) if size in (count, count + trailing)), None)
 
 
 @dataclass(frozen=True)
 class PerExpertTensor:
-    """A parameter or buffer with one slice per expert: `owner.name`, its path inside the block, and that axis.
-    trailing: slices of it beyond the experts'."""
+    """A parameter or buffer with one slice per expert.
+
+    Attributes:
+        owner: the module that has it.
+        name: its name there.
+        path: its path inside the layer's block.
+        axis: of the slices.
+        trailing: slices beyond the experts'.
+    """
 
     owner: nn.Module
     name: str
@@ -270,13 +298,15 @@ class PerExpertTensor:
     trailing: int = 0
 
     def slices(self, kept: Sequence[int], size: int) -> list[int]:
-        """Of `size` slices along the axis, those that remain when these experts are kept."""
+        """Returns which of `size` slices along the axis remain when these experts are kept."""
         return [*kept, *range(size - self.trailing, size)]
 
 
 def router_tensors(layer: MoeLayer) -> list[PerExpertTensor]:
-    """Every per-expert tensor of the routing decision: the router's own, at any depth, and the parent block's direct
-    ones. Of a mapped router (modeling.py), whose other tensors are those of the experts that it scores, its maps."""
+    """Finds every per-expert tensor of the routing decision: the router's, at any depth, and the block's direct ones.
+
+    Of a mapped router (modeling.py) only its maps count: its other tensors are those of the experts that it scores.
+    """
     if hasattr(layer.router, MAPPED[0]):
         own = [name for name in MAPPED if hasattr(layer.router, name)]
         return [PerExpertTensor(layer.router, name, f"{layer.router_name}.{name}", 0) for name in own]
@@ -285,7 +315,7 @@ def router_tensors(layer: MoeLayer) -> list[PerExpertTensor]:
 
 
 def expert_tensors(layer: MoeLayer) -> list[PerExpertTensor]:
-    """Every per-expert tensor of the experts module: weights, biases, scales, stacked along axis 0."""
+    """Finds every per-expert tensor of the experts module: weights, biases, scales, stacked along axis 0."""
     found = _per_expert_tensors([(layer.experts_name, layer.experts)], layer)
     return [tensor for tensor in found if tensor.axis == 0]
 

@@ -38,7 +38,9 @@ class NotReplayable(Exception):
 class LayerInputs:
     """What one sequence's decoder layers are called with.
 
-    hidden: [1, S, H], the first layer's input. arguments: per layer, the rest of its call.
+    Attributes:
+        hidden: [1, S, H], the first layer's input.
+        arguments: per layer, the rest of its call.
     """
 
     hidden: Tensor
@@ -46,7 +48,7 @@ class LayerInputs:
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two arguments are the same tensors and values: their sequences may go through a layer as one batch."""
+    """Tells whether two arguments are the same tensors and values, so that one batch may have both sequences."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a is b
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
@@ -61,11 +63,19 @@ class _Captured(Exception):
 
 
 class Replay:
-    """The decoder layers of a model as functions of their hidden states, to be called in eval mode without gradients
-    (moe.evaluating).
+    """Runs a model's decoder layers one by one; to be called in eval mode without gradients (patches.evaluating).
 
-    head: the weight [V, H] of a plain linear head, or else a function from last hidden states [n, H] to logits [n, V];
-    either takes what `head_inputs` returns. Raises NotReplayable for a model without one list of decoder layers.
+    Args:
+        moe: the model.
+
+    Attributes:
+        moe: the model.
+        layers: its decoder layers, dense ones included.
+        head: the weight [V, H] of a plain linear head, or else a function from last hidden states [n, H] to logits
+            [n, V]; either takes what `head_inputs` returns.
+
+    Raises:
+        NotReplayable: for a model without one list of decoder layers.
     """
 
     def __init__(self, moe: MoeModel) -> None:
@@ -108,39 +118,39 @@ class Replay:
 
     @staticmethod
     def argument_bytes(inputs: LayerInputs) -> int:
-        """Bytes of a sequence's other inputs; layers mostly share them."""
+        """Returns the bytes of a sequence's other inputs; layers mostly share them."""
         return sum({t.data_ptr(): t.nbytes for t in tensors_in(inputs.arguments)}.values())
 
     def run(self, index: int, hidden: Tensor, inputs: LayerInputs) -> Tensor:
-        """One decoder layer on hidden states [B, S, H]: each row a state of the same sequence."""
+        """Runs one decoder layer on hidden states [B, S, H], each a state of the same sequence."""
         args, kwargs = inputs.arguments[index]
         output = self.layers[index](hidden, *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
     def head_inputs(self, hidden: Tensor) -> Tensor:
-        """[n, H], rows of the last layer's output -> [n, H] as `head` takes them (after the final norm)."""
+        """Turns rows of the last layer's output, [n, H], into what `head` takes (after the final norm), [n, H]."""
         if self._head_module is None:
             return hidden
-        found: list[Tensor] = []
+        captured: list[Tensor] = []
 
         def capture(_: Any, normed: Tensor) -> Tensor:
-            found.append(normed)
+            captured.append(normed)
             return normed[..., :1]  # what a head would make of it is not looked at
 
         with replaced_forward(self._head_module, capture):
             self._after_layers(hidden)
-        return found[0][:, 0]
+        return captured[0][:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, H], rows of the last layer's output -> [n, V], by the model's own way."""
+        """Turns rows of the last layer's output, [n, H], into logits [n, V], by the model's own way."""
         return self._after_layers(hidden)[:, 0]
 
     def project(self, head_inputs: Tensor) -> Tensor:
-        """[n, H] -> [n, V] logits, by the head."""
+        """Turns the head's inputs [n, H] into logits [n, V]."""
         return head_inputs @ self.head.T if isinstance(self.head, Tensor) else self.head(head_inputs)
 
     def _after_layers(self, hidden: Tensor) -> Tensor:
-        """The model's forward with its layers passed over: every row a sequence of one token."""
+        """Runs the model's forward with its layers passed over; every row is a sequence of one token."""
         last = len(self.layers) - 1
 
         def give(index: int, _: Any, *args: Any, **kwargs: Any) -> Any:
@@ -156,11 +166,15 @@ class Replay:
         return hidden if tail is None else (hidden, *tail)
 
     def check(self, model_inputs: dict[str, Tensor]) -> None:
-        """Compares the replay of one sequence, alone and twice side by side, and of it backwards, with the model's own
-        forward.
+        """Compares the replay of a sequence with the model's own forward: alone, twice side by side, and backwards.
 
-        Learns on the way what the layers return and whether the head is one matrix product. Raises NotReplayable, with
-        the reason, when the two differ.
+        It learns on the way what the layers return and whether the head is one matrix product.
+
+        Args:
+            model_inputs: of one sequence, [1, S].
+
+        Raises:
+            NotReplayable: with the reason, when the two differ.
         """
         outputs: list[Any] = []
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
@@ -214,7 +228,7 @@ class Replay:
             raise NotReplayable(f"replaying it fails: {' '.join(str(error).split())[:200]}") from error
 
     def compare(self, got: Tensor, expected: Tensor) -> None:
-        """Raises NotReplayable when two [S, V] logits of the same sequence differ."""
+        """Raises NotReplayable when two logits [S, V] of the same sequence differ."""
         got, expected = got.detach(), expected.detach()
         if not bool(torch.isfinite(expected).all()):
             return  # the evaluator refuses such a teacher with a better message
@@ -236,7 +250,7 @@ def _all_replaced(layers: Sequence[nn.Module], function: Callable[..., Any]) -> 
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """A layer's call -> its hidden states, and the rest."""
+    """Parts a layer's call into its hidden states and the rest."""
     if args:
         return args[0], args[1:], dict(kwargs)
     if "hidden_states" not in kwargs:
@@ -246,9 +260,12 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
 
 
 def _keep_once(value: Any, before: Any, compared: dict[tuple[int, int], Tensor]) -> Any:
-    """`value` with every tensor that equals its counterpart in `before` replaced by that one.
+    """Returns `value` with every tensor that equals its counterpart in `before` replaced by that one.
 
-    compared: what was found out so far; layers mostly share their arguments.
+    Args:
+        value: nested tuples, lists and dicts.
+        before: likewise, of the sequence before.
+        compared: pairs that have been compared; layers mostly share their arguments.
     """
     if isinstance(value, Tensor):
         pair = id(value), id(before)
@@ -260,13 +277,13 @@ def _keep_once(value: Any, before: Any, compared: dict[tuple[int, int], Tensor])
         parts = before if isinstance(before, tuple | list) and len(before) == len(value) else [None] * len(value)
         return type(value)([_keep_once(v, part, compared) for v, part in zip(value, parts, strict=True)])
     if isinstance(value, dict):
-        known = before if isinstance(before, dict) else {}
-        return {name: _keep_once(v, known.get(name), compared) for name, v in value.items()}
+        others = before if isinstance(before, dict) else {}
+        return {name: _keep_once(v, others.get(name), compared) for name, v in value.items()}
     return value
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
+    """Yields every tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
@@ -277,15 +294,19 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def replay_of_streamed(moe: MoeModel, batch: TokenBatch) -> Replay | None:
-    """The model taken apart, where its layers are streamed and it can be; None elsewhere. batch: a few tokens of it are
-    tried."""
+    """Takes a model apart whose layers are streamed; returns None where they are not, or where it cannot be.
+
+    Args:
+        moe: the model.
+        batch: a few tokens of it are tried.
+    """
     if moe.stream is None:
         return None
-    few = batch.input_ids[:1, batch.attention_mask[0]][:, :TRIED_TOKENS]
+    tokens = batch.input_ids[:1, batch.attention_mask[0]][:, :TRIED_TOKENS]
     try:
         replay = Replay(moe)
         with evaluating(moe.model):
-            replay.check({"input_ids": few.to(moe.device)})
+            replay.check({"input_ids": tokens.to(moe.device)})
     except NotReplayable:
         return None
     return replay
@@ -301,9 +322,13 @@ def run_batches(
 ) -> None:
     """Runs every batch through the decoder layers, for whoever observes them; no logits are computed.
 
-    replay: from `replay_of_streamed`. With it all batches go through one layer, then through the next, so that each
-    layer is brought in once, and their hidden states wait in host memory. before: called ahead of a batch, or of its
-    part in a layer.
+    Args:
+        moe: the model.
+        replay: from `replay_of_streamed`. With it all batches go through one layer, then through the next, so that each
+            layer is brought in once; their hidden states wait in host memory.
+        batches: of tokens.
+        bar: of progress.
+        before: called ahead of a batch, or of its part in a layer.
     """
     device = moe.device
     if replay is None:

@@ -38,9 +38,12 @@ Kept = tuple[int, ...]  # ascending ids of the experts that a mask keeps
 class RoutedLayer:
     """How to route one layer's rows under many masks.
 
-    places: where its router's answer, a tuple, holds logits, weights and ids; None: it answers otherwise,
-    and the whole block is run mask by mask. spec: the router's formula for the fused kernel, None: sliced.
-    logits_dtype: that of the router's matrix product.
+    Attributes:
+        layer: of a model.
+        places: numbers of logits, weights and ids in the tuple that the router answers; None: it answers otherwise, and
+            the whole block is run mask by mask.
+        spec: the router's formula for the fused kernel; None: the router is sliced.
+        logits_dtype: of the router's matrix product.
     """
 
     layer: MoeLayer
@@ -50,13 +53,16 @@ class RoutedLayer:
 
     @property
     def way(self) -> str:
+        """How rows are routed, in words."""
         return "fused" if self.spec is not None else "sliced" if self.places is not None else "block by block"
 
 
 def routed_layer(layer: MoeLayer, router: str = "auto") -> RoutedLayer:
-    """Finds out how this layer's router can be run under many masks.
+    """Finds how a layer's router can be run under many masks.
 
-    router: "auto", "fused" (wherever a specification fits, half-precision logits included) or "sliced".
+    Args:
+        layer: of a model.
+        router: "auto", "fused" (wherever a specification fits, half-precision logits included) or "sliced".
     """
     by_itself = RoutedLayer(layer, None, None)
     hidden = probe(layer, 64)
@@ -77,34 +83,37 @@ def routed_layer(layer: MoeLayer, router: str = "auto") -> RoutedLayer:
 
 
 def _weights_dtype(layer: MoeLayer, places: tuple[int, int, int], hidden: Tensor) -> torch.dtype:
-    """That of the weights which the router gives the experts; it may be float32 itself in a model that is not."""
+    """Returns the dtype of the weights that the router gives the experts.
+
+    A router may compute in float32 in a model that does not.
+    """
     dtype = next((p.dtype for p in layer.experts.parameters() if p.is_floating_point()), hidden.dtype)
     answer = router_answer(layer, hidden.to(dtype))
     return torch.float32 if answer is None else answer[places[1]].dtype
 
 
 def _takes_hidden_alone(router: nn.Module) -> bool:
-    """Whether hidden states are all that a router is given: what else a block passes on may count experts, too."""
+    """Tells whether a router is given hidden states only; what else a block passes on may count experts, too."""
     return len(inspect.signature(type(router).forward).parameters) == 2  # self and the hidden states
 
 
 def _places(answer: tuple[Tensor, ...], layer: MoeLayer) -> tuple[int, int, int] | None:
-    """Where logits [T, E], weights [T, K] and ids [T, K] stand in a router's answer."""
+    """Finds the numbers of logits [T, E], weights [T, K] and ids [T, K] in a router's answer."""
     count, top_k = layer.shape.num_experts, layer.active
 
-    def place(width: int, floating: bool) -> list[int]:
+    def of_width(width: int, floating: bool) -> list[int]:
         return [i for i, t in enumerate(answer) if t.shape[-1] == width and t.is_floating_point() == floating]
 
-    logits, weights, ids = place(count, True), place(top_k, True), place(top_k, False)
+    logits, weights, ids = of_width(count, True), of_width(top_k, True), of_width(top_k, False)
     if not logits and layer.trailing:
-        logits = place(layer.router_rows, True)
+        logits = of_width(layer.router_rows, True)
     if count == top_k and len(weights) == 2:  # every expert is chosen: by the order that all routers of this kind have
         logits, weights = weights[:1], weights[1:]
     return (logits[0], weights[0], ids[0]) if len(logits) == len(weights) == len(ids) == 1 else None
 
 
 def router_logits(layer: MoeLayer, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """The router's matrix product, [T, H] -> [T, E]."""
+    """Computes the router's matrix product, [T, H] -> [T, E]."""
     bias = getattr(layer.router, "bias", None)
     bias = bias.to(dtype) if isinstance(bias, Tensor) else None
     return F.linear(hidden.to(dtype), router_weight(layer.router).to(dtype), bias)
@@ -113,7 +122,17 @@ def router_logits(layer: MoeLayer, hidden: Tensor, dtype: torch.dtype) -> Tensor
 def fit_spec(
     layer: MoeLayer, places: tuple[int, int, int], hidden: Tensor, answer: tuple[Tensor, ...]
 ) -> RouterSpec | None:
-    """The RouterSpec that gives this router's answers on `hidden` [T, H], with all experts and with half of them."""
+    """Finds the RouterSpec that gives a router's answers, with all experts and with half of them.
+
+    Args:
+        layer: of a model.
+        places: see RoutedLayer.
+        hidden: [T, H].
+        answer: the router's, on `hidden`.
+
+    Returns:
+        None where no specification does.
+    """
     logits, weights, ids = (answer[place] for place in places)
     if router_weight(layer.router).shape[0] != layer.shape.num_experts:
         return None
@@ -138,7 +157,7 @@ def fit_spec(
 
 
 def _specs(layer: MoeLayer, weights_dtype: torch.dtype) -> Iterator[RouterSpec]:
-    """The specifications that a router with these tensors and numbers may have, simpler ones first."""
+    """Yields the specifications that a router with these tensors and numbers may have, simpler ones first."""
     router, block = layer.router, layer.block
     biases = [getattr(t.owner, t.name) for t in router_tensors(layer) if "correction_bias" in t.name]
     scales = [1.0] + [
@@ -168,6 +187,7 @@ def _specs(layer: MoeLayer, weights_dtype: torch.dtype) -> Iterator[RouterSpec]:
 
 
 def _fused(spec: RouterSpec, logits: Tensor, layer: MoeLayer, kept: Kept | None) -> tuple[Tensor, Tensor]:
+    """Routes logits [T, E] by the kernel, over the kept experts or all: ids and weights [T, K]."""
     keep = torch.ones(1, layer.shape.num_experts, dtype=torch.bool, device=logits.device)
     if kept is not None:
         keep[:] = False
@@ -177,7 +197,7 @@ def _fused(spec: RouterSpec, logits: Tensor, layer: MoeLayer, kept: Kept | None)
 
 
 def _agree(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
-    """Whether two (ids, weights) [T, K] choose the same experts with the same weights on nearly all rows."""
+    """Tells whether two (ids, weights) [T, K] choose the same experts with the same weights on nearly all rows."""
     dense = []
     for ids, weights in (a, b):
         table = torch.zeros(len(ids), int(max(a[0].max(), b[0].max())) + 1, dtype=torch.float32, device=ids.device)
@@ -189,9 +209,14 @@ def _agree(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
 
 @contextmanager
 def many_masks(routed: RoutedLayer, masks: Sequence[Kept], of_state: Tensor) -> Iterator[None]:
-    """Inside, the layer's block takes M states [M, S, H] and treats state m under the mask masks[of_state[m]].
+    """Inside, the layer's block takes M states [M, S, H] and routes each under its own mask.
 
-    of_state: int64 [M], on the CPU. The experts see all rows in one call, except where the block runs mask by mask.
+    The experts see all rows in one call, except where the block runs mask by mask.
+
+    Args:
+        routed: the layer.
+        masks: kept experts.
+        of_state: int64 [M], on the CPU: each state's mask.
     """
     layer = routed.layer
     full = tuple(range(layer.shape.num_experts))
@@ -213,7 +238,7 @@ def many_masks(routed: RoutedLayer, masks: Sequence[Kept], of_state: Tensor) -> 
 
 
 def _route(routed: RoutedLayer, masks: Sequence[Kept], of_state: Tensor) -> Any:
-    """A router's forward in which every state's rows are routed under its own mask."""
+    """Makes the router's forward in which every state's rows are routed under its own mask."""
     assert routed.places is not None
     layer, states = routed.layer, len(of_state)
     place_of_logits, place_of_weights, place_of_ids = routed.places
@@ -237,38 +262,38 @@ def _route(routed: RoutedLayer, masks: Sequence[Kept], of_state: Tensor) -> Any:
         by_state = hidden.reshape(states, -1, hidden.shape[-1])
         answer: list[Tensor] = []
         for mask, kept in enumerate(masks):
-            mine = (of_state == mask).nonzero()[:, 0].to(hidden.device)
+            members = (of_state == mask).nonzero()[:, 0].to(hidden.device)
             with masked(layer, kept):
                 # masked() replaces the experts' forward, not the router's: this calls the sliced router itself.
-                part = list(original(by_state[mine].flatten(0, 1), *args, **kwargs))
+                part = list(original(by_state[members].flatten(0, 1), *args, **kwargs))
             rows = torch.tensor(layer.with_trailing(kept), device=hidden.device)
             part[place_of_ids] = rows[part[place_of_ids]]
             part[place_of_logits] = part[place_of_weights]  # of another width for every mask, and not looked at
             if not answer:
                 answer = [p.new_empty(states, by_state.shape[1], p.shape[-1]) for p in part]
             for whole, piece in zip(answer, part, strict=True):
-                whole[mine] = piece.view(len(mine), -1, piece.shape[-1])
+                whole[members] = piece.view(len(members), -1, piece.shape[-1])
         return tuple(whole.flatten(0, 1) for whole in answer)
 
     return fused if routed.spec is not None else sliced
 
 
 def _mask_by_mask(layer: MoeLayer, masks: Sequence[Kept], of_state: Tensor) -> Any:
-    """A block's forward in which the states of one mask after the other go through the masked block."""
+    """Makes the block's forward in which the states of one mask after the other go through the masked block."""
 
     def forward(original: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         answer: list[Tensor] = []
         is_tuple = False
         for mask, kept in enumerate(masks):
-            mine = (of_state == mask).nonzero()[:, 0].to(hidden.device)
+            members = (of_state == mask).nonzero()[:, 0].to(hidden.device)
             with masked(layer, kept):
-                part = original(hidden[mine], *args, **kwargs)
+                part = original(hidden[members], *args, **kwargs)
             is_tuple = isinstance(part, tuple)
             part = part[:1] if is_tuple else (part,)  # of further outputs, a decoder layer uses none
             if not answer:
                 answer = [p.new_empty(len(of_state), *p.shape[1:]) for p in part]
             for whole, piece in zip(answer, part, strict=True):
-                whole[mine] = piece
+                whole[members] = piece
         return (*answer, None) if is_tuple else answer[0]
 
     return forward

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import moeprune_ext as mp
 from moeprune_ext.allocation.patterns import allocate, mutate, pattern_weights
+from moeprune_ext.artifacts.plan import Treatment
 from moeprune_ext.candidates.memory import peak_bytes
 from moeprune_ext.candidates.tree import grow
 from moeprune_ext.demo.run import domain_batches, load_demo
-from moeprune_ext.models.merging import Treatment
 from moeprune_ext.models.moe import find_moe_layers
 from moeprune_ext.models.routers import routed_layer
 

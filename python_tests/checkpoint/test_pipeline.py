@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, OlmoeConfig
 import moeprune_ext as mp
 from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.models.moe import MoeModel, find_moe_layers
-from moeprune_ext.models.probing import check_slicing
+from moeprune_ext.models.slicing import check_slicing
 
 FAMILIES = sorted(CONFIGS)
 

@@ -22,7 +22,7 @@ from moeprune_ext.checkpoint import streaming
 from moeprune_ext.checkpoint.prune import slice_layers_
 from moeprune_ext.checkpoint.streaming import load_streamed
 from moeprune_ext.models.moe import MoeModel, find_moe_layers, router_tensors
-from moeprune_ext.models.probing import check_slicing
+from moeprune_ext.models.slicing import check_slicing
 
 LAYERS = 4
 SOURCES = ("host", "disk")

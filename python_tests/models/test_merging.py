@@ -9,10 +9,10 @@ from tiny_models import random_tokens, tiny_model
 
 import moeprune_ext as mp
 from moeprune_ext.artifacts.plan import Merge
+from moeprune_ext.models.active import fewer_active
 from moeprune_ext.models.apply import planned
 from moeprune_ext.models.merging import MergedExperts, mapped_layer
 from moeprune_ext.models.moe import find_moe_layers
-from moeprune_ext.models.patches import fewer_active
 from moeprune_ext.models.scratch import Scratch
 
 RENORMALISED = ["mixtral", "qwen3_moe", "gpt_oss"]
