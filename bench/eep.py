@@ -45,7 +45,7 @@ from moeprune_ext.eep.operators import (
     random_mask,
 )
 from moeprune_ext.evaluate import correct, generated_matches
-from moeprune_ext.models.moe import find_moe_layers
+from moeprune_ext.models.layers import find_moe_layers
 
 SEARCH = {"starts: 30 masks": 30, "4 masks": 10, "4 merges": 160}  # evaluations of each kind in a default search
 

@@ -25,7 +25,8 @@ from moeprune_ext.artifacts.plan import Merge, PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.calibration.samples import expert_outputs, sample_layers
 from moeprune_ext.data.batches import as_batches, without_padding
-from moeprune_ext.models.moe import MoeLayer, MoeModel, expert_tensors
+from moeprune_ext.models.layers import MoeLayer, expert_tensors
+from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.patches import evaluating
 from moeprune_ext.ops.backend import row_chunks
 

@@ -203,7 +203,7 @@ class PruningPlan:
         return cls(kept, num_experts, scores.model, scores.criterion)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, beside the target and then renamed; matrices in the shortest numbers that are read back alike."""
+        """Writes JSON, beside the target and then renamed; matrices in the shortest numbers that read back alike."""
         content: dict[str, Any] = {
             "format": FORMAT,
             "model": self.model,

@@ -19,7 +19,8 @@ from moeprune_ext import distributed
 from moeprune_ext.artifacts.stats import RoutingStats
 from moeprune_ext.data.batches import TokenBatch, as_batches, without_padding
 from moeprune_ext.models.experts import PairOutputs, distinct_pairs, weighted_sum
-from moeprune_ext.models.moe import MoeLayer, MoeModel
+from moeprune_ext.models.layers import MoeLayer
+from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.patches import ExpertsFunction, evaluating, intercepted
 from moeprune_ext.models.replay import replay_of_streamed, run_batches
 from moeprune_ext.models.scratch import Scratch

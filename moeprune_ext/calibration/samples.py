@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.models.experts import PairOutputs
-from moeprune_ext.models.moe import MoeLayer, MoeModel
+from moeprune_ext.models.layers import MoeLayer
+from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.patches import ExpertsFunction, evaluating, intercepted, replaced_forward
 from moeprune_ext.models.replay import replay_of_streamed, run_batches
 

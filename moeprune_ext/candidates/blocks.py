@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from moeprune_ext.artifacts.plan import Treatment
 from moeprune_ext.candidates.tree import Level, Tree
 from moeprune_ext.models.experts import PairOutputs, distinct_pairs, weighted_sum
+from moeprune_ext.models.layers import MoeLayer
 from moeprune_ext.models.merging import MapRouter, MergedExperts, mapped_layer, merged
-from moeprune_ext.models.moe import MoeLayer
 from moeprune_ext.models.patches import ExpertsFunction, intercepted, replaced_forward
 from moeprune_ext.models.replay import LayerInputs, Replay, tensors_in
 from moeprune_ext.models.routers import RoutedLayer, many_masks

@@ -34,8 +34,9 @@ from moeprune_ext.candidates.whole import WholeForwards
 from moeprune_ext.data.batches import as_batches, data_fingerprint, split_sequences
 from moeprune_ext.models.active import fewer_active
 from moeprune_ext.models.apply import check_plan
+from moeprune_ext.models.layers import MoeLayer
 from moeprune_ext.models.merging import mapped_layer
-from moeprune_ext.models.moe import MoeLayer, MoeModel
+from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.patches import evaluating
 from moeprune_ext.models.replay import NotReplayable
 from moeprune_ext.models.slicing import check_slicing

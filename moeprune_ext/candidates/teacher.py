@@ -23,7 +23,13 @@ PLACES = ("auto", "device", "host", "disk")
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """One sequence. start: [1, S, H], in front of the first MoE layer. head_inputs: [T, H]. lse: float64 [T]."""
+    """The unpruned model's rows of one sequence.
+
+    Attributes:
+        start: [1, S, H], hidden states in front of the first MoE layer.
+        head_inputs: [T, H], at the wanted positions.
+        lse: float64 [T], log-sum-exps of their logits.
+    """
 
     start: Tensor
     head_inputs: Tensor
@@ -31,8 +37,20 @@ class TeacherRows:
 
 
 def choose_place(wanted: str, size: int, device: torch.device, budget: int) -> str:
-    """Where `size` bytes go: on the device within a quarter of the budget, else to the host where that is another
-    memory and has twice the room, else to disk."""
+    """Chooses where the teacher's rows are kept.
+
+    "auto" is on the device within a quarter of the budget, else in host memory where that is another memory and has
+    twice the room, else on disk.
+
+    Args:
+        wanted: a name of PLACES.
+        size: bytes of all rows.
+        device: of the model.
+        budget: bytes.
+
+    Returns:
+        "device", "host" or "disk".
+    """
     if wanted != "auto":
         return "host" if wanted == "device" and device.type == "cpu" else wanted
     if size <= budget // 4:
@@ -48,7 +66,12 @@ def _free_host_bytes() -> int:
 
 
 class TeacherCache:
-    """{sequence number: TeacherRows}, kept in one place; files on disk go with the object."""
+    """Keeps {sequence number: TeacherRows} in one place; files on disk go with the object.
+
+    Args:
+        place: from `choose_place`.
+        device: where rows are wanted.
+    """
 
     def __init__(self, place: str, device: torch.device) -> None:
         self.place = place

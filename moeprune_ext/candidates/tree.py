@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeprune_ext.artifacts.plan import PruningPlan, Treatment
-from moeprune_ext.models.moe import MoeLayer
+from moeprune_ext.models.layers import MoeLayer
 
 
 def treatments(layers: Mapping[int, MoeLayer], plan: PruningPlan | None = None) -> dict[int, Treatment]:

@@ -39,7 +39,8 @@ from moeprune_ext.checkpoint.weights import PlannedWeights, Siblings
 from moeprune_ext.modeling import CONFIG_KEY
 from moeprune_ext.models.active import lowered
 from moeprune_ext.models.apply import check_plan
-from moeprune_ext.models.moe import EXPERT_COUNT_NAMES, TOP_K_CONFIG_NAMES, MoeModel
+from moeprune_ext.models.layers import EXPERT_COUNT_NAMES, TOP_K_CONFIG_NAMES
+from moeprune_ext.models.moe import MoeModel
 
 REPLACED = {"config.json", INDEX, "README.md", "pruning_plan.json"}  # written anew, not copied
 

@@ -14,17 +14,16 @@ from moeprune_ext.checkpoint.record import differences, mapped_parameters, route
 from moeprune_ext.modeling import CONFIG_KEY, map_router_
 from moeprune_ext.models.active import lowered, set_active_
 from moeprune_ext.models.apply import check_plan
-from moeprune_ext.models.masking import expert_counters, own_config, slice_
-from moeprune_ext.models.merging import Replaced, mapped_layer, merge_rows_, undone_on_failure
-from moeprune_ext.models.moe import (
+from moeprune_ext.models.layers import (
     EXPERT_COUNT_NAMES,
     READS_CONFIG,
     TOP_K_CONFIG_NAMES,
-    MoeModel,
     expert_tensors,
     router_tensors,
-    text_config,
 )
+from moeprune_ext.models.masking import expert_counters, own_config, slice_
+from moeprune_ext.models.merging import Replaced, mapped_layer, merge_rows_, undone_on_failure
+from moeprune_ext.models.moe import MoeModel, text_config
 
 
 def prune_(model: nn.Module | MoeModel, plan: PruningPlan | HasPlan) -> None:

@@ -18,16 +18,9 @@ from torch import Tensor, nn
 
 from moeprune_ext.files import read_json
 from moeprune_ext.modeling import CONFIG_KEY, MAPPED, auto_class, reshape_
+from moeprune_ext.models.layers import MoeLayer, router_tensors
 from moeprune_ext.models.merging import mapped_layer
-from moeprune_ext.models.moe import (
-    MoeLayer,
-    MoeModel,
-    decoder_layers,
-    fingerprint_text,
-    router_tensors,
-    text_config,
-    update_fingerprint,
-)
+from moeprune_ext.models.moe import MoeModel, decoder_layers, fingerprint_text, text_config, update_fingerprint
 from moeprune_ext.models.routers import RoutedLayer
 
 INDEX = "model.safetensors.index.json"

@@ -35,7 +35,8 @@ from moeprune_ext.checkpoint.read import (
     skeleton,
 )
 from moeprune_ext.modeling import model_class
-from moeprune_ext.models.moe import MoeModel, decoder_layers, router_tensors
+from moeprune_ext.models.layers import router_tensors
+from moeprune_ext.models.moe import MoeModel, decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -30,8 +30,8 @@ from moeprune_ext.eep.search import Fitness, SearchOutcome, check_settings, layo
 from moeprune_ext.eep.starts import starting_masks
 from moeprune_ext.files import write_text
 from moeprune_ext.models.apply import check_active, full_plan
+from moeprune_ext.models.layers import MoeLayer, find_moe_layers
 from moeprune_ext.models.merging import mapped_layer
-from moeprune_ext.models.moe import MoeLayer, find_moe_layers
 from moeprune_ext.models.routers import RoutedLayer
 
 FITNESSES = ("accuracy", "esap", "nll")

@@ -39,8 +39,8 @@ from moeprune_ext.eep.starts import starting_masks
 from moeprune_ext.files import write_text
 from moeprune_ext.models.apply import full_plan
 from moeprune_ext.models.costs import costs
+from moeprune_ext.models.layers import find_moe_layers
 from moeprune_ext.models.merging import mapped_layer
-from moeprune_ext.models.moe import find_moe_layers
 from moeprune_ext.tables import markdown_table
 
 RANDOM_MASKS = 5

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from moeprune_ext.models.moe import TOP_K_NAMES, MoeLayer
+from moeprune_ext.models.layers import TOP_K_NAMES, MoeLayer
 
 
 def set_active_(layer: MoeLayer, active: int) -> None:

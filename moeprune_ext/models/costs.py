@@ -13,7 +13,8 @@ from math import prod
 from torch import Tensor, nn
 
 from moeprune_ext.artifacts.plan import PruningPlan
-from moeprune_ext.models.moe import MoeLayer, MoeModel, expert_tensors, router_tensors
+from moeprune_ext.models.layers import MoeLayer, expert_tensors, router_tensors
+from moeprune_ext.models.moe import MoeModel
 
 MAP_BYTES = 4  # of an entry of a router's map, and of a bias mapped by it: float32 in a model of any dtype
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeprune_ext.models.moe import WANT_TWO, MoeLayer
+from moeprune_ext.models.layers import WANT_TWO, MoeLayer
 from moeprune_ext.models.patches import ExpertsFunction
 from moeprune_ext.models.scratch import Scratch
 from moeprune_ext.ops.backend import row_chunks

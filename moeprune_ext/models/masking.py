@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeprune_ext.models.moe import (
+from moeprune_ext.models.layers import (
     EXPERT_COUNT_NAMES,
     READS_CONFIG,
     ROW_COUNT_NAMES,

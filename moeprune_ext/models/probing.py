@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moeprune_ext.modeling import router_weight
-from moeprune_ext.models.moe import MoeLayer
+from moeprune_ext.models.layers import MoeLayer
 from moeprune_ext.models.patches import ExpertsFunction, intercepted
 
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeprune_ext.modeling import router_weight
+from moeprune_ext.models.layers import MoeLayer, router_tensors
 from moeprune_ext.models.masking import masked
-from moeprune_ext.models.moe import MoeLayer, router_tensors
 from moeprune_ext.models.patches import replaced_forward
 from moeprune_ext.models.probing import half_kept, probe, router_answer
 from moeprune_ext.ops.masked_router import masked_router

@@ -21,7 +21,8 @@ import moeprune_ext as mp
 from moeprune_ext.checkpoint import streaming
 from moeprune_ext.checkpoint.prune import slice_layers_
 from moeprune_ext.checkpoint.streaming import load_streamed
-from moeprune_ext.models.moe import MoeModel, find_moe_layers, router_tensors
+from moeprune_ext.models.layers import find_moe_layers, router_tensors
+from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.slicing import check_slicing
 
 LAYERS = 4

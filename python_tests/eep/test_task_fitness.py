@@ -14,8 +14,8 @@ from moeprune_ext.eep.fitness import TaskFitness, candidate_plan
 from moeprune_ext.eep.operators import Candidate, Layout, criterion_mask, given_mask, merge_child
 from moeprune_ext.eep.search import search
 from moeprune_ext.evaluate import correct, generated_matches
+from moeprune_ext.models.layers import find_moe_layers
 from moeprune_ext.models.merging import mapped_layer
-from moeprune_ext.models.moe import find_moe_layers
 
 
 @pytest.fixture(scope="module")
