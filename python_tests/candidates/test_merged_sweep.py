@@ -214,7 +214,7 @@ def test_merges_stay_within_the_budget_or_are_refused_with_the_numbers():
 
 
 def averages(model, batches):
-    """Plans that average experts behind sliced routers, alike in the first layer, one of them with the others as they are."""
+    """Plans that average experts behind sliced routers; they agree in the first layer, where the last one ends."""
     plan = mask(model, batches)
     first, plans = min(plan.kept), []
     for share in (0.25, 0.75):
