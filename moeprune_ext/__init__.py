@@ -78,7 +78,7 @@ _MODULES = {
     "overlap_from_hidden": "ops.overlap",
     "perplexity": "evaluate",
     "prune_": "checkpoint.prune",
-    "reference": "ops",
+    "reference": "ops.reference",
     "routing_moments_": "ops.routing_moments",
     "score_experts": "calibration.criteria",
     "super_experts": "calibration.criteria",
@@ -93,7 +93,8 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         value = import_module("moeprune_ext.ops.backend").build_info()["version"]
     elif name in _MODULES:
-        value = getattr(import_module(f"moeprune_ext.{_MODULES[name]}"), name)
+        module = import_module(f"moeprune_ext.{_MODULES[name]}")
+        value = getattr(module, name, module)  # `reference` is a module itself
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

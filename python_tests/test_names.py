@@ -10,6 +10,7 @@ import pytest
     "before",
     [
         "pass",
+        "import moeprune_ext; moeprune_ext.reference.overlap",
         "import moeprune_ext.eep",
         "from moeprune_ext.eep.search import search",
         "import moeprune_ext.eep.table, moeprune_ext.allocation.grape",
