@@ -3,69 +3,103 @@
 model + text --calibrate--> RoutingStats --score_experts--> ExpertScores --uniform_plan | global_plan | dp_plan |
 grape | evolve--> PruningPlan --export--> checkpoint --load--> model. For a task instead of text: model + task --eep-->
 PruningPlan, or merges. One step, one module; every product is a file.
+
+A name is imported when it is first used, so that `import moeprune_ext` does not wait for torch.
 """
 
-from moeprune_ext.allocation.budget import uniform_plan
-from moeprune_ext.allocation.damages import damages, dp_plan
-from moeprune_ext.allocation.evolve import SearchResult, evolve
-from moeprune_ext.allocation.grape import grape
-from moeprune_ext.allocation.naee import naee_plan
-from moeprune_ext.allocation.threshold import global_plan
-from moeprune_ext.artifacts.plan import PruningPlan
-from moeprune_ext.artifacts.scores import ExpertScores
-from moeprune_ext.artifacts.stats import RoutingStats
-from moeprune_ext.calibration.calibrate import calibrate
-from moeprune_ext.calibration.criteria import score_experts, super_experts
-from moeprune_ext.candidates.evaluator import CandidateEvaluator
-from moeprune_ext.candidates.metrics import CandidateScore
-from moeprune_ext.checkpoint.export import export
-from moeprune_ext.checkpoint.load import load
-from moeprune_ext.checkpoint.prune import prune_
-from moeprune_ext.data.tasks import load_task
-from moeprune_ext.eep.eep import EepResult, eep
-from moeprune_ext.evaluate import accuracy, perplexity
-from moeprune_ext.models.apply import applied
-from moeprune_ext.ops import reference
-from moeprune_ext.ops.backend import build_info
-from moeprune_ext.ops.masked_router import masked_router
-from moeprune_ext.ops.overlap import overlap, overlap_from_hidden
-from moeprune_ext.ops.reference import RouterSpec
-from moeprune_ext.ops.routing_moments import routing_moments_
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__: str = build_info()["version"]
+# Loaded now, because loading it later would put the package in the place of the function `eep`.
+import_module("moeprune_ext.eep")
+del globals()["eep"]
 
-__all__ = [
-    "CandidateEvaluator",
-    "CandidateScore",
-    "EepResult",
-    "ExpertScores",
-    "PruningPlan",
-    "RouterSpec",
-    "RoutingStats",
-    "SearchResult",
-    "__version__",
-    "accuracy",
-    "applied",
-    "build_info",
-    "calibrate",
-    "damages",
-    "dp_plan",
-    "eep",
-    "evolve",
-    "export",
-    "global_plan",
-    "grape",
-    "load",
-    "load_task",
-    "masked_router",
-    "naee_plan",
-    "overlap",
-    "overlap_from_hidden",
-    "perplexity",
-    "prune_",
-    "reference",
-    "routing_moments_",
-    "score_experts",
-    "super_experts",
-    "uniform_plan",
-]
+if TYPE_CHECKING:
+    from moeprune_ext.allocation.budget import uniform_plan as uniform_plan
+    from moeprune_ext.allocation.damages import damages as damages
+    from moeprune_ext.allocation.damages import dp_plan as dp_plan
+    from moeprune_ext.allocation.evolve import SearchResult as SearchResult
+    from moeprune_ext.allocation.evolve import evolve as evolve
+    from moeprune_ext.allocation.grape import grape as grape
+    from moeprune_ext.allocation.naee import naee_plan as naee_plan
+    from moeprune_ext.allocation.threshold import global_plan as global_plan
+    from moeprune_ext.artifacts.plan import PruningPlan as PruningPlan
+    from moeprune_ext.artifacts.scores import ExpertScores as ExpertScores
+    from moeprune_ext.artifacts.stats import RoutingStats as RoutingStats
+    from moeprune_ext.calibration.calibrate import calibrate as calibrate
+    from moeprune_ext.calibration.criteria import score_experts as score_experts
+    from moeprune_ext.calibration.criteria import super_experts as super_experts
+    from moeprune_ext.candidates.evaluator import CandidateEvaluator as CandidateEvaluator
+    from moeprune_ext.candidates.metrics import CandidateScore as CandidateScore
+    from moeprune_ext.checkpoint.export import export as export
+    from moeprune_ext.checkpoint.load import load as load
+    from moeprune_ext.checkpoint.prune import prune_ as prune_
+    from moeprune_ext.data.tasks import load_task as load_task
+    from moeprune_ext.eep.eep import EepResult as EepResult
+    from moeprune_ext.eep.eep import eep as eep
+    from moeprune_ext.evaluate import accuracy as accuracy
+    from moeprune_ext.evaluate import perplexity as perplexity
+    from moeprune_ext.models.apply import applied as applied
+    from moeprune_ext.ops import reference as reference
+    from moeprune_ext.ops.backend import build_info as build_info
+    from moeprune_ext.ops.masked_router import masked_router as masked_router
+    from moeprune_ext.ops.overlap import overlap as overlap
+    from moeprune_ext.ops.overlap import overlap_from_hidden as overlap_from_hidden
+    from moeprune_ext.ops.reference import RouterSpec as RouterSpec
+    from moeprune_ext.ops.routing_moments import routing_moments_ as routing_moments_
+
+    __version__: str
+
+_MODULES = {
+    "CandidateEvaluator": "candidates.evaluator",
+    "CandidateScore": "candidates.metrics",
+    "EepResult": "eep.eep",
+    "ExpertScores": "artifacts.scores",
+    "PruningPlan": "artifacts.plan",
+    "RouterSpec": "ops.reference",
+    "RoutingStats": "artifacts.stats",
+    "SearchResult": "allocation.evolve",
+    "accuracy": "evaluate",
+    "applied": "models.apply",
+    "build_info": "ops.backend",
+    "calibrate": "calibration.calibrate",
+    "damages": "allocation.damages",
+    "dp_plan": "allocation.damages",
+    "eep": "eep.eep",
+    "evolve": "allocation.evolve",
+    "export": "checkpoint.export",
+    "global_plan": "allocation.threshold",
+    "grape": "allocation.grape",
+    "load": "checkpoint.load",
+    "load_task": "data.tasks",
+    "masked_router": "ops.masked_router",
+    "naee_plan": "allocation.naee",
+    "overlap": "ops.overlap",
+    "overlap_from_hidden": "ops.overlap",
+    "perplexity": "evaluate",
+    "prune_": "checkpoint.prune",
+    "reference": "ops.reference",
+    "routing_moments_": "ops.routing_moments",
+    "score_experts": "calibration.criteria",
+    "super_experts": "calibration.criteria",
+    "uniform_plan": "allocation.budget",
+}
+
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use (PEP 562)."""
+    if name == "__version__":
+        value = import_module("moeprune_ext.ops.backend").build_info()["version"]
+    elif name in _MODULES:
+        module = import_module(f"moeprune_ext.{_MODULES[name]}")
+        value = getattr(module, name, module)  # `reference` is a module itself
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 
 def text_table(header: list[str], rows: list[list[str]]) -> str:
+    """Returns a table whose columns are padded with spaces."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]
@@ -11,7 +12,7 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """The first column to the left, the others to the right."""
+    """Returns a Markdown table: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def join(cells: list[str]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+Counts = tuple[int, ...]  # pruned experts of each layer, in units of the router's groups
+
 DEFAULT_PATTERNS = (
     "uniform",
     "random",
@@ -21,23 +23,22 @@ DEFAULT_PATTERNS = (
 )
 
 
-Counts = tuple[int, ...]  # experts pruned per layer
-
-
-def _first_generation(
-    given: Sequence[Counts],
+def first_generation(
+    init_counts: Sequence[Counts],
     patterns: Sequence[str],
     population: int,
     capacities: Sequence[int],
     budget: int,
     rng: random.Random,
 ) -> list[Counts]:
-    names = [*patterns, *["random"] * population][: population - len(given)]
-    return [*given, *(allocate(pattern_weights(name, len(capacities), rng), capacities, budget) for name in names)]
+    """Returns `population` vectors: init_counts, then one per pattern, then random ones."""
+    names = [*patterns, *["random"] * population][: population - len(init_counts)]
+    shares = (pattern_weights(name, len(capacities), rng) for name in names)
+    return [*init_counts, *(allocate(weights, capacities, budget) for weights in shares)]
 
 
 def pattern_weights(pattern: str, layers: int, rng: random.Random) -> list[float]:
-    """A share of the budget per layer, as in EvoESAP's released code."""
+    """Returns a share of the budget per layer, not normalised, as in EvoESAP's released code."""
     middle, quarter = (layers - 1) / 2, max(1, layers // 4)
     positions = range(layers)
     if pattern == "random":
@@ -59,10 +60,18 @@ def pattern_weights(pattern: str, layers: int, rng: random.Random) -> list[float
 
 
 def allocate(weights: Sequence[float], capacities: Sequence[int], budget: int) -> Counts:
-    """Integers of sum `budget` in proportion to the weights, by largest remainder within the capacities.
+    """Returns integers of sum `budget` in proportion to the weights, by largest remainder within the capacities.
 
-    Shares are rounded down and capped; what is left goes one each to the layers below capacity by descending fraction,
-    then layer index, and what is still left goes round robin from the first layer (EvoESAP's released code).
+    Shares are rounded down and capped. What is left goes one each to the layers below capacity by descending fraction,
+    then layer index; what is still left goes round robin from the first layer (EvoESAP's released code).
+
+    Args:
+        weights: a share per layer, not normalised.
+        capacities: the most that each layer can lose.
+        budget: the sum.
+
+    Raises:
+        ValueError: for a budget above the capacities' sum.
     """
     if not 0 <= budget <= sum(capacities):
         raise ValueError(f"cannot prune {budget} experts where at most {sum(capacities)} can go")
@@ -89,8 +98,16 @@ def mutate(
     max_steps: int,
     max_attempts: int,
 ) -> Counts:
-    """A copy of `parent` after min(U, U) level switches: U{1..max_delta} pruned experts move from one layer to
-    another."""
+    """Returns a copy of `parent` after some level switches, which move pruned experts from one layer to another.
+
+    Args:
+        parent: units that each layer loses.
+        capacities: the most that each layer can lose.
+        rng: source of every choice.
+        max_delta: a switch moves U{1..max_delta} units.
+        max_steps: the child makes min(U{1..max_steps}, U{1..max_steps}) switches, or fewer where tries run out.
+        max_attempts: most tries.
+    """
     child = list(parent)
     wanted, done = min(rng.randint(1, max_steps), rng.randint(1, max_steps)), 0
     for _ in range(max_attempts):

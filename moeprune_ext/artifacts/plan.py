@@ -77,6 +77,11 @@ class Merge:
         """The matrices that there are, by name."""
         return {"experts": self.experts} | ({} if self.router is None else {"router": self.router})
 
+    @property
+    def sums(self) -> int:
+        """New experts that are sums of several."""
+        return int(((self.experts != 0).sum(1) > 1).sum())
+
     @cached_property
     def digest(self) -> str:
         """Identifies the content."""

@@ -240,7 +240,7 @@ def _model_card(checkpoint: Checkpoint, plan: PruningPlan, result: _Result, tota
         changed = "Experts are sums of the original ones, and routers map their scores to them."
     else:
         how = f"criterion {plan.criterion or 'unknown'}"
-        merges = sum(int((m.experts != 0).sum(1).gt(1).sum()) for m in plan.merges.values())
+        merges = sum(merge.sums for merge in plan.merges.values())
         changed = f"{merges} experts are averages of merged ones." if merges else "No weight was retrained or changed."
     if plan.active is not None:
         changed += f" Every token is given to {plan.active} experts."

@@ -1,60 +1,65 @@
-"""From the command line's options to what the verbs work on: a model, its tokenizer, data, scores.
-
-Imports stand inside the functions, so that `moeprune --help` and a refusal do not wait for transformers.
-"""
+"""Loads what verbs work on: a model, its tokenizer, data, scores. Writes plans."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from moeprune_ext.artifacts.scores import ExpertScores
-    from moeprune_ext.artifacts.stats import RoutingStats
+import torch
+
+from moeprune_ext import distributed
+from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.artifacts.scores import ExpertScores
+from moeprune_ext.artifacts.stats import RoutingStats
+from moeprune_ext.calibration.criteria import score_experts, super_experts
+from moeprune_ext.checkpoint.load import load
+from moeprune_ext.checkpoint.read import read_checkpoint, read_config
+from moeprune_ext.cli.arguments import Common, Data, Limits, Scored, Streaming
+from moeprune_ext.data.batches import TokenBatch, load_batches
 
 
-def load_scores(options: argparse.Namespace) -> ExpertScores:
-    """The scores that --stats and --criterion make, or --scores holds, under the user's minima and protection.
+def load_scores(options: Scored) -> ExpertScores:
+    """Loads the scores of --scores, or makes them of --stats by --criterion, under the user's limits.
 
-    Refuses those of another model than the named one, without loading its weights.
+    Raises:
+        ValueError: for both or neither of the two, and for scores of another model than the named one, whose weights
+            are not loaded.
     """
-    from moeprune_ext.artifacts.scores import ExpertScores
-    from moeprune_ext.artifacts.stats import RoutingStats
-    from moeprune_ext.calibration.criteria import score_experts
-    from moeprune_ext.checkpoint.read import read_checkpoint
-
     if (options.stats is None) == (options.scores is None):
         raise ValueError("give either --stats, with a --criterion, or --scores")
-    stats = None if options.stats is None else RoutingStats.load(options.stats)
-    if stats is None:
-        scores = ExpertScores.load(options.scores)
-    else:
+    stats = None
+    if options.stats is not None:
+        stats = RoutingStats.load(options.stats)
         scores = score_experts(stats, parse_criterion(options.criterion), seed=options.seed)
+    elif options.scores is not None:
+        scores = ExpertScores.load(options.scores)
     scores = constrained(scores, stats, options)
-    if (fingerprint := read_checkpoint(options.model).fingerprint) != scores.model:
-        raise ValueError(
-            f"{options.stats or options.scores} was gathered from another model: its fingerprint is {scores.model}, "
-            f"that of {options.model} is {fingerprint}; calibrate this model"
-        )
+    check_same_model(options.model, scores.model, options.stats or options.scores)
     return scores
 
 
-def constrained(scores: ExpertScores, stats: RoutingStats | None, options: argparse.Namespace) -> ExpertScores:
-    """The scores under --min-kept, --min-kept-per-group and --protect-super, which needs statistics."""
-    from moeprune_ext.calibration.criteria import super_experts
+def check_same_model(model: Path, fingerprint: str | None, file: Path | None) -> None:
+    """Raises ValueError if a file was made of another model than the named one, whose weights are not loaded."""
+    if (needed := read_checkpoint(model).fingerprint) != fingerprint:
+        raise ValueError(
+            f"{file} was gathered from another model: its fingerprint is {fingerprint}, that of {model} is {needed}; "
+            "calibrate this model"
+        )
 
-    if options.protect_super and stats is None:
+
+def constrained(scores: ExpertScores, stats: RoutingStats | None, limits: Limits) -> ExpertScores:
+    """Returns the scores under --min-kept, --min-kept-per-group and --protect-super, which needs statistics."""
+    if limits.protect_super and stats is None:
         raise ValueError("--protect-super looks for outliers in statistics: give it to `score`, which makes the scores")
     return scores.constrained(
-        min_kept=options.min_kept,
-        min_kept_per_group=options.min_kept_per_group,
-        protect=super_experts(stats) if options.protect_super and stats is not None else None,
+        min_kept=limits.min_kept,
+        min_kept_per_group=limits.min_kept_per_group,
+        protect=super_experts(stats) if limits.protect_super and stats is not None else None,
     )
 
 
 def parse_criterion(text: str) -> str | tuple[int, int, str]:
-    """A name, or a triple written alpha,beta,reduce."""
+    """Returns a criterion's name, or the triple of `alpha,beta,reduce`."""
     if text.count(",") == 2:
         alpha, beta, reduce = (part.strip() for part in text.split(","))
         if alpha.isdigit() and beta.isdigit():
@@ -62,15 +67,8 @@ def parse_criterion(text: str) -> str | tuple[int, int, str]:
     return text
 
 
-def quiet_transformers() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
 def check_new_file(path: Path) -> None:
-    """Refuses an output file that could not be written, before the work that leads to it."""
+    """Raises ValueError if an output file could not be written, before the work that leads to it."""
     if path.is_dir():
         raise ValueError(f"{path} is a directory; name a file")
     above = next(parent for parent in path.absolute().parents if parent.exists())
@@ -78,37 +76,29 @@ def check_new_file(path: Path) -> None:
         raise ValueError(f"{path} cannot be written: {above} is not a directory")
 
 
-def load_tokenizer(options: argparse.Namespace) -> Any:
-    from transformers import AutoTokenizer
+def load_tokenizer(model: Path) -> Any:
+    """Loads a model directory's tokenizer; ValueError if it has none."""
+    from transformers import AutoTokenizer  # takes seconds, which a refusal need not
 
-    from moeprune_ext.checkpoint.read import read_config
-
-    read_config(options.model)
+    read_config(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except Exception as error:  # each tokenizer class fails in its own way
-        raise ValueError(f"{options.model} has no usable tokenizer: {str(error)[:200]}") from error
+        raise ValueError(f"{model} has no usable tokenizer: {str(error)[:200]}") from error
     if len(tokenizer) < 16:  # transformers makes up an empty one where the files are missing
-        raise ValueError(f"{options.model} has no tokenizer files; copy the original model's tokenizer there")
+        raise ValueError(f"{model} has no tokenizer files; copy the original model's tokenizer there")
     return tokenizer
 
 
-def load_model(options: argparse.Namespace) -> Any:
-    import torch
-
-    from moeprune_ext.checkpoint.load import load
-
+def load_model(model: Path, options: Common) -> Any:
+    """Loads a model directory as --device, --dtype and, where the verb has it, --stream say."""
     device = _device(options.device)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    stream = getattr(options, "stream", "no")
-    return load(options.model, stream=None if stream == "no" else stream, device=device, dtype=dtype).eval()
+    stream = options.stream if isinstance(options, Streaming) and options.stream != "no" else None
+    return load(model, stream=stream, device=device, dtype=dtype).eval()
 
 
-def _device(name: str) -> Any:
-    import torch
-
-    from moeprune_ext import distributed
-
+def _device(name: str) -> torch.device:
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return distributed.local_device()
     if name == "auto":
@@ -124,10 +114,8 @@ def _device(name: str) -> Any:
     return device
 
 
-def load_data(options: argparse.Namespace, tokenizer: Any, *, labels: bool = True) -> Any:
-    """--data as batches; labels=False where every token counts, as in calibration."""
-    from moeprune_ext.data.batches import load_batches
-
+def load_data(options: Data, tokenizer: Any, *, labels: bool = True) -> list[TokenBatch]:
+    """Loads --data as batches; labels=False where every token counts, as in calibration."""
     return load_batches(
         options.data,
         tokenizer,
@@ -136,3 +124,12 @@ def load_data(options: argparse.Namespace, tokenizer: Any, *, labels: bool = Tru
         batch_size=options.batch_size,
         labels=labels,
     )
+
+
+def write_plan(plan: PruningPlan, out: Path, **about: Any) -> tuple[Any, str]:
+    """Saves a plan and returns what its verb prints; `about`: more entries of the JSON result."""
+    if distributed.is_first():
+        plan.save(out)
+    kept = {str(layer): len(ids) for layer, ids in plan.kept.items()}
+    result = {"plan": str(out), "sparsity": plan.sparsity, "kept_per_layer": kept, **about}
+    return result, f"kept per layer: {' '.join(map(str, kept.values()))}\nplan: {out}"

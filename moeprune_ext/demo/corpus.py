@@ -1,9 +1,9 @@
 """The demo's text: the running interpreter's standard library, and generated arithmetic.
 
-Three domains, each a stream of documents: `code` (modules of the standard library), `prose` (their docstrings) and
-`arithmetic` (lines such as `37+48=85`). No text is shipped: code and prose are read from the interpreter that runs,
-arithmetic is computed. What a split may hold is decided by a hash of the module's path or of the problem, so no module
-and no problem is in two splits, on any machine (modules that a Python version renamed may change sides):
+There are three domains, each a stream of documents: `code` (modules of the standard library), `prose` (their
+docstrings) and `arithmetic` (lines such as `37+48=85`). No text is shipped: code and prose are read from the running
+interpreter, arithmetic is computed. A hash of the module's path or of the problem decides the split, so that no module
+and no problem is in two splits, on any machine. (A module that a Python version renamed may change its split.)
 
 - modules: 80 % `train`, 10 % `calibration`, 10 % `evaluation`;
 - problems: 90 % `train`, 10 % `held_out`, by hash of the operands' pair (commuted spellings share one fate).
@@ -30,42 +30,43 @@ _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 
 
 def _percentile(text: str) -> int:
-    """A number in [0, 100) that depends on `text` alone, whatever the machine."""
+    """Returns a number in [0, 100) that depends on `text` alone, whatever the machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
 
 
 def module_split(name: str) -> str:
-    """`train`, `calibration` or `evaluation`, for a module's path relative to the standard library."""
-    place = _percentile(name)
-    return "train" if place < 80 else "calibration" if place < 90 else "evaluation"
+    """Returns `train`, `calibration` or `evaluation` for a module's path relative to the standard library."""
+    percentile = _percentile(name)
+    return "train" if percentile < 80 else "calibration" if percentile < 90 else "evaluation"
 
 
 @cache
 def _modules(split: str) -> tuple[tuple[str, str], ...]:
+    """Returns the (relative path, text) of a split's modules, in the order of their paths."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    modules = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if _SKIPPED_FOLDERS.isdisjoint(relative.parts) and module_split(relative.as_posix()) == split:
             try:
-                found.append((relative.as_posix(), path.read_text(encoding="utf-8")))
+                modules.append((relative.as_posix(), path.read_text(encoding="utf-8")))
             except (OSError, UnicodeDecodeError):
                 continue
-    if not found:
+    if not modules:
         raise ValueError(
             f"no standard-library sources under {root}; the demo reads its text from there, so it needs a Python "
             "installation that ships the .py files"
         )
-    return tuple(found)
+    return tuple(modules)
 
 
 def code_documents(split: str) -> list[str]:
-    """The modules of a split, whole."""
+    """Returns the text of each of a split's modules."""
     return [text for _, text in _modules(split)]
 
 
 def prose_documents(split: str) -> list[str]:
-    """The docstrings of a split's modules, one document a module, longest-lived prose that every Python has."""
+    """Returns the docstrings of a split's modules, one document a module."""
     documents = []
     for _, text in _modules(split):
         try:
@@ -84,30 +85,31 @@ def prose_documents(split: str) -> list[str]:
 
 
 def solve(a: int, operation: str, b: int) -> int:
+    """Returns the answer of a problem."""
     return a + b if operation == "+" else a - b if operation == "-" else a * b
 
 
 def problem_split(a: int, operation: str, b: int) -> str:
-    """`train` or `held_out`; `a*b` and `b*a`, `a+b` and `b+a` go together."""
+    """Returns `train` or `held_out`; `a*b` and `b*a` are in the same split, so are `a+b` and `b+a`."""
     low, high = (b, a) if operation == "-" else sorted((a, b))
     return "held_out" if _percentile(f"{operation}{low},{high}") < 10 else "train"
 
 
 def problems(split: str, operation: str) -> list[tuple[int, str, int]]:
-    """Every two-digit problem of one operation: 0 <= b <= a <= 99 for + and -, a <= 99 and b <= 9 for *."""
+    """Returns every two-digit problem of one operation: 0 <= b <= a <= 99 for + and -, a <= 99 and b <= 9 for *."""
     pairs = [(a, b) for a in range(100) for b in range(10 if operation == "*" else a + 1)]
     return [(a, operation, b) for a, b in pairs if problem_split(a, operation, b) == split]
 
 
 def few_shot_prompt(problem: tuple[int, str, int], rng: random.Random) -> str:
-    """`SHOTS` solved training problems of all operations, then the problem up to its equals sign."""
+    """Returns `SHOTS` solved training problems of all operations, then the problem up to its equals sign."""
     a, operation, b = problem
     lines = [arithmetic_line(rng) for _ in range(SHOTS)]
     return "".join(lines) + f"{a}{operation}{b}="
 
 
 def arithmetic_line(rng: random.Random, largest: int = 99, split: str = "train") -> str:
-    """One solved problem of a split with its newline."""
+    """Returns one solved problem of a split with its newline; operands are at most `largest`."""
     while True:
         operation = rng.choice(OPERATIONS)
         a = rng.randint(0, largest)
@@ -117,11 +119,12 @@ def arithmetic_line(rng: random.Random, largest: int = 99, split: str = "train")
 
 
 def arithmetic_document(rng: random.Random, lines: int = 40, largest: int = 99, split: str = "train") -> str:
+    """Returns `lines` solved problems of a split."""
     return "".join(arithmetic_line(rng, largest, split) for _ in range(lines))
 
 
 def documents(domain: str, split: str, rng: random.Random) -> Iterator[str]:
-    """An endless stream of one domain's documents in random order; evaluation arithmetic is of held-out problems."""
+    """Yields one domain's documents in random order, endlessly; evaluation arithmetic is of held-out problems."""
     if domain == "arithmetic":
         problems_split = "held_out" if split == "evaluation" else "train"
         while True:

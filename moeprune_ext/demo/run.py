@@ -1,8 +1,8 @@
 """`moeprune demo`: the whole flow on the embedded model, ending in one table.
 
-Calibrate on the calibration split, score by REAP, and at 25 % and 50 % sparsity: the uniform plan and EvoESAP's,
-exported to disk, loaded again, and measured on text that neither training nor calibration nor search has seen (ESAP is
-the evaluator's, on the same text: the score of a plan is the score of its checkpoint).
+The model is calibrated on the calibration split and its experts are scored by REAP. At 25 % and 50 % sparsity the
+uniform plan and EvoESAP's are exported to disk, loaded again, and measured on text that neither training nor
+calibration nor search has seen. ESAP is the evaluator's on that text: a plan's score is its checkpoint's score.
 """
 
 from __future__ import annotations
@@ -43,7 +43,17 @@ PROBLEMS, QUESTIONS = 300, 120
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One line of the demo's table."""
+    """One line of the demo's table.
+
+    Attributes:
+        model: what is measured.
+        esap: on held-out text.
+        perplexity: {domain: perplexity on held-out text}.
+        exact_match: share of arithmetic problems answered exactly.
+        multiple_choice: share of word-order questions answered right.
+        experts: experts in all layers.
+        megabytes: weights on disk, in 10^6 bytes.
+    """
 
     model: str
     esap: float
@@ -55,13 +65,17 @@ class DemoRow:
 
 
 def demo_folder() -> Path:
-    """The embedded checkpoint's directory."""
+    """Returns the embedded checkpoint's directory."""
     with as_file(files("moeprune_ext.demo") / "model") as folder:
         return folder
 
 
 def domain_batches(tokenizer: Any, split: str, sequences: int, seed: int = 0) -> dict[str, list[TokenBatch]]:
-    """`sequences` rows of SEQUENCE_LENGTH tokens of each domain, one batch a domain."""
+    """Returns one batch of [sequences, SEQUENCE_LENGTH] tokens for each domain.
+
+    Raises:
+        ValueError: where the standard library has too few long documents.
+    """
     batches = {}
     for domain in corpus.DOMAINS:
         rng = random.Random(f"{seed}:{split}:{domain}")
@@ -86,17 +100,17 @@ def _stack(rows: list[TokenBatch], name: str) -> Any:
 
 
 def arithmetic_task(tokenizer: Any, problems: int | None, seed: int = 0) -> Task:
-    """Held-out two-digit problems after corpus.SHOTS solved ones; None: every held-out problem."""
+    """Returns the task of `arithmetic_records`."""
     return make_task("arithmetic", arithmetic_records(problems, seed), tokenizer)
 
 
 def word_order_task(tokenizer: Any, questions: int, seed: int = 0) -> Task:
-    """Which of four word orders is the original?"""
+    """Returns the task of `word_order_records`."""
     return make_task("word order", word_order_records(questions, seed), tokenizer)
 
 
 def load_demo() -> tuple[PreTrainedModel, Any]:
-    """The embedded model in float32 and its tokenizer."""
+    """Returns the embedded model in float32 and its tokenizer."""
     folder = demo_folder()
     return load(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -104,7 +118,14 @@ def load_demo() -> tuple[PreTrainedModel, Any]:
 def run_demo(
     out: Path, *, seed: int = 0, progress: bool = False, say: Callable[[str], None] = lambda _: None
 ) -> list[DemoRow]:
-    """Runs the flow, writing stats, plans, checkpoints and tasks under `out`; returns the table's rows."""
+    """Runs the flow and returns the table's rows.
+
+    Args:
+        out: directory for statistics, plans, checkpoints and tasks.
+        seed: seed of the texts, the tasks and the searches.
+        progress: whether to show progress bars on stderr.
+        say: called with a line of text after each step.
+    """
     started = time.perf_counter()
 
     def step(text: str) -> None:
@@ -127,7 +148,7 @@ def run_demo(
     arithmetic = arithmetic_task(tokenizer, PROBLEMS, seed)
     word_order = word_order_task(tokenizer, QUESTIONS, seed)
 
-    def measure(name: str, candidate: PreTrainedModel, plan: PruningPlan, where: Path) -> DemoRow:
+    def measure(name: str, candidate: PreTrainedModel, plan: PruningPlan, checkpoint: Path) -> DemoRow:
         return DemoRow(
             model=name,
             esap=_esap(judge, plan),
@@ -135,13 +156,13 @@ def run_demo(
             exact_match=accuracy(candidate, arithmetic),
             multiple_choice=accuracy(candidate, word_order),
             experts=sum(len(ids) for ids in plan.kept.values()),
-            megabytes=sum(file.stat().st_size for file in where.glob("*.safetensors")) / 1e6,
+            megabytes=sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 1e6,
         )
 
     rows = [measure("full", model, PruningPlan.from_pruned_counts(scores, {}), folder)]
     for sparsity in SPARSITIES:
         percent = f"{sparsity:.0%}"
-        found = evolve(
+        search = evolve(
             searcher,
             scores,
             sparsity,
@@ -151,10 +172,10 @@ def run_demo(
             out=out / f"search-{percent[:-1]}",
             progress=progress,
         )
-        step(f"searched at {percent}: kept per layer {[len(ids) for ids in found.plan.kept.values()]}")
-        for kind, plan in (("uniform", uniform_plan(scores, sparsity)), ("EvoESAP", found.plan)):
-            where = export(folder, plan, out / f"{kind.lower()}-{percent[:-1]}")
-            rows.append(measure(f"{kind} {percent}", load(where, dtype=torch.float32), plan, where))
+        step(f"searched at {percent}: kept per layer {[len(ids) for ids in search.plan.kept.values()]}")
+        for kind, plan in (("uniform", uniform_plan(scores, sparsity)), ("EvoESAP", search.plan)):
+            checkpoint = export(folder, plan, out / f"{kind.lower()}-{percent[:-1]}")
+            rows.append(measure(f"{kind} {percent}", load(checkpoint, dtype=torch.float32), plan, checkpoint))
     write_tasks(out / "tasks", seed)
     step("exported, loaded again and measured")
     return rows
@@ -167,7 +188,7 @@ def _esap(evaluator: CandidateEvaluator, plan: PruningPlan) -> float:
 
 
 def format_table(rows: list[DemoRow]) -> str:
-    """The rows as a Markdown table."""
+    """Returns the rows as a Markdown table."""
     domains = corpus.DOMAINS
     header = ["model", "held-out ESAP", *(f"ppl {d}" for d in domains), "arithmetic", "word order", "experts", "MB"]
     lines = [
@@ -186,4 +207,5 @@ def format_table(rows: list[DemoRow]) -> str:
 
 
 def as_json(rows: list[DemoRow]) -> list[dict[str, Any]]:
+    """Returns the rows for --json."""
     return [asdict(row) for row in rows]

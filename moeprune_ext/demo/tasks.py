@@ -1,4 +1,4 @@
-"""The embedded model's two tasks, as records of `load_task`'s lines: sums to answer, word orders to choose from."""
+"""The embedded model's two tasks, as records that `load_task` reads: sums to answer, word orders to choose from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ Record = dict[str, Any]
 
 
 def arithmetic_records(problems: int | None, seed: int = 0) -> list[Record]:
-    """Held-out two-digit problems after corpus.SHOTS solved ones; None: every held-out problem."""
+    """Returns held-out two-digit problems, each after corpus.SHOTS solved ones.
+
+    Args:
+        problems: how many, drawn by `seed`; None: every held-out problem.
+        seed: decides which problems, and the solved ones.
+    """
     rng = random.Random(f"{seed}:arithmetic")
     pool = [problem for operation in corpus.OPERATIONS for problem in corpus.problems("held_out", operation)]
     chosen = pool if problems is None else rng.sample(pool, problems)
@@ -28,8 +33,10 @@ def arithmetic_records(problems: int | None, seed: int = 0) -> list[Record]:
 
 
 def word_order_records(questions: int, seed: int = 0) -> list[Record]:
-    """Which of four word orders is the original? Eight words of held-out code or prose, against three adjacent
-    swaps."""
+    """Returns questions that ask which of four word orders is the original.
+
+    The choices are eight words of held-out code or prose, and the same with two neighbours swapped, three times.
+    """
     rng = random.Random(f"{seed}:word order")
     records: list[Record] = []
     pools = [corpus.code_documents("evaluation"), corpus.prose_documents("evaluation")]
@@ -50,14 +57,14 @@ def word_order_records(questions: int, seed: int = 0) -> list[Record]:
 
 
 def write_tasks(folder: Path, seed: int = 0) -> list[Path]:
-    """Writes each task's three parts, TASK-PART.jsonl; no problem and no question stands in two of them."""
+    """Writes each task's three parts as TASK-PART.jsonl, without an example in common, and returns the paths."""
     paths = []
     for name, records, parts in (
         ("arithmetic", arithmetic_records(sum(ARITHMETIC_PARTS.values()), seed), ARITHMETIC_PARTS),
         ("word-order", word_order_records(sum(WORD_ORDER_PARTS.values()), seed), WORD_ORDER_PARTS),
     ):
         for part, count in parts.items():
-            mine, records = records[:count], records[count:]
+            part_records, records = records[:count], records[count:]
             paths.append(folder / f"{name}-{part}.jsonl")
-            write_text(paths[-1], "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in mine))
+            write_text(paths[-1], "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in part_records))
     return paths

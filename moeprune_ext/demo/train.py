@@ -1,9 +1,9 @@
 """Trains the embedded demo model from scratch: `python -m moeprune_ext.demo.train --out DIR`.
 
-A small Qwen3-MoE (6 layers, 16 experts, top-4, hidden 128; about 3.5 M parameters, 7 MB in bfloat16) on the `train`
-split of corpus.py: the standard library's code and docstrings, and arithmetic. Nothing is downloaded. Writes a stock
-checkpoint and its tokenizer (`AutoModelForCausalLM.from_pretrained` reads it) and `training.json`: settings, machine,
-versions, loss curve, time. About an hour on two cores.
+The model is a small Qwen3-MoE: 6 layers, 16 experts, top-4, hidden 128; about 3.5 M parameters, 7 MB in bfloat16. Its
+text is the `train` split of corpus.py: the standard library's code and docstrings, and arithmetic. Nothing is
+downloaded. The output is a stock checkpoint with its tokenizer, which `AutoModelForCausalLM.from_pretrained` reads, and
+`training.json`: settings, machine, versions, loss curve, time. Training takes about an hour on two cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PEAK_LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 200, 0.1
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every digit is a token of its own, so that column arithmetic can be learnt."""
+    """Returns a byte-level BPE in which every digit is a token, so that column arithmetic can be learnt."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -51,6 +51,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def demo_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
+    """Returns the model's configuration."""
     sizes: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -74,7 +75,7 @@ def demo_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
 
 
 def training_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[list[int]]:
-    """Endless rows of LENGTH tokens, each of one domain; text rows start anywhere, arithmetic rows at a line."""
+    """Yields rows of LENGTH tokens of one domain each; text rows start anywhere, arithmetic rows at a line."""
     end = [tokenizer.eos_token_id]
     text = {
         domain: [token for ids in tokenizer(documents)["input_ids"] for token in ids + end]
@@ -95,6 +96,7 @@ def training_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Ite
 
 
 def learning_rate(step: int, steps: int) -> float:
+    """Returns a step's learning rate: linear warm-up, then a cosine down to a hundredth of the peak."""
     if step < WARMUP_STEPS:
         return PEAK_LEARNING_RATE * (step + 1) / WARMUP_STEPS
     progress = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
@@ -102,6 +104,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train(out: Path, steps: int, seed: int) -> None:
+    """Trains the model on `steps` batches of ROWS rows and writes it to `out`, every 500 steps and at the end."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = train_tokenizer()
@@ -155,6 +158,7 @@ def train(out: Path, steps: int, seed: int) -> None:
 
 
 def _save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, record: dict) -> None:
+    """Writes the model in bfloat16, its tokenizer and the record; the model itself stays in float32."""
     stored = Qwen3MoeForCausalLM(model.config)
     stored.load_state_dict(model.state_dict())
     stored.bfloat16().save_pretrained(out)

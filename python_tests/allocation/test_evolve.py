@@ -16,7 +16,7 @@ from tiny_models import random_tokens, tiny_model
 
 import moeprune_ext as mp
 from moeprune_ext.allocation.patterns import DEFAULT_PATTERNS, allocate, mutate, pattern_weights
-from moeprune_ext.artifacts.scores import ExpertScores
+from moeprune_ext.artifacts.scores import ExpertScores, pruning_order
 
 # Experts pruned per layer by the eleven deterministic patterns, 8 layers of 16 experts, top-4, half pruned: what the
 # released code of EvoESAP allocates.
@@ -173,7 +173,7 @@ def test_resuming_with_other_given_plans_or_limits_is_refused(small, tmp_path):
         with pytest.raises(ValueError, match="init_plans"):
             mp.evolve(evaluator, scores, **SETTINGS, init_plans=others, out=tmp_path)
     with pytest.raises(ValueError, match=r"capacities: None there, \[6, 5, 6, 6\] now"):
-        lowest = mp.plan.pruning_order(scores[1])[-3:]  # they would have stayed longest, so the order is the same
+        lowest = pruning_order(scores[1])[-3:]  # they would have stayed longest, so the order is the same
         mp.evolve(evaluator, scores.constrained(protect={1: lowest}), **SETTINGS, init_plans=plans, out=tmp_path)
     assert mp.evolve(evaluator, scores, **SETTINGS, init_plans=plans, out=tmp_path).plan == whole.plan
 
@@ -216,7 +216,7 @@ def test_a_history_cut_off_in_mid_line_is_taken_up(small, tmp_path):
 
 KILLED = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_evolve import *
 model = tiny_model("olmoe")
 scores = mp.score_experts(mp.calibrate(model, [random_tokens()]), "reap")
@@ -230,7 +230,7 @@ def test_a_search_killed_at_any_moment_ends_with_the_same_plan(small, tmp_path, 
     """Killed right after its settings are on disk, or after so many generations."""
     evaluator, scores = small
     whole = mp.evolve(evaluator, scores, 0.5, population=6, generations=40, elites=2)
-    script = KILLED.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path))
+    script = KILLED.format(tests=[str(Path(__file__).parents[i]) for i in (0, 1)], out=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
     history, settings = tmp_path / "history.jsonl", tmp_path / "search.json"
 

@@ -1,7 +1,10 @@
 """The verbs, end to end on the embedded model, and what they say to a bad request."""
 
+import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from tiny_models import tiny_model
 from transformers import AutoTokenizer
 
 import moeprune_ext as mp
+from moeprune_ext.allocation.settings import EvolveSettings
 from moeprune_ext.calibration.criteria import CRITERIA, super_experts
 from moeprune_ext.cli.main import main
 from moeprune_ext.demo import corpus
@@ -142,7 +146,7 @@ def test_grape_merges_and_the_merged_model_is_exported(work, capsys, tmp_path):
     make = [work / "model", "--stats", work / "stats.safetensors", "--sparsity", 0.25]
     result = run(capsys, "grape", *make, "--similarity", "weights", "--merge", "-o", tmp_path / "plan.json")
     plan = mp.PruningPlan.load(tmp_path / "plan.json")
-    assert plan.sparsity == 0.25 and result["merged"] == sum(map(len, plan.merged.values())) > 0
+    assert plan.sparsity == 0.25 and result["merged"] == sum(merge.sums for merge in plan.merges.values()) > 0
     run(capsys, "export", work / "model", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
     tokens = torch.arange(20)[None]
     with torch.no_grad(), mp.applied(mp.load(work / "model", dtype=torch.float32), plan) as model:
@@ -201,6 +205,32 @@ def test_streamed_calibration_and_raced_search(work, capsys, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     for name in ("token_evaluations", "token_evaluations_saved"):
         assert result[name] == sum(line[name] for line in lines)
+
+
+def test_every_setting_of_a_search_is_a_flag(work, capsys, tmp_path):
+    settings = EvolveSettings(
+        sparsity=0.25,
+        fitness="kl_pq",
+        population=5,
+        generations=3,
+        elites=2,
+        max_delta=2,
+        max_steps=1,
+        max_attempts=8,
+        init_patterns=("up", "alt"),
+        fidelity="race",
+        race_level=0.1,
+        seed=7,
+    )
+    values = dataclasses.asdict(settings)
+    assert all(value != getattr(EvolveSettings, name) for name, value in values.items())
+    flags = [["--" + name.replace("_", "-"), *(v if isinstance(v, tuple) else [v])] for name, v in values.items()]
+    data = ["--data", work / "text.txt", "--sequence-length", 32, "--sequences", 8]
+    search = ["search", work / "model", "--stats", work / "stats.safetensors", *data, *sum(flags, [])]
+    run(capsys, *search, "-o", tmp_path)
+    recorded = json.loads((tmp_path / "search.json").read_text())
+    assert recorded == recorded | settings.recorded()
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == settings.generations
 
 
 EEP = ["--prune-iters", 3, "--merge-iters", 2]
@@ -413,7 +443,7 @@ def test_bad_requests_get_one_line_and_leave_nothing(work, wrong_models, capsys,
     early = {"infeasible budget", "init of another budget", "evenness above one", "dp by an unknown fitness"}
     if case in early or arguments[0] == "eep":
         load = "moeprune_ext.cli.io.load_model"
-        monkeypatch.setattr(load, lambda _: pytest.fail("the model was loaded"))
+        monkeypatch.setattr(load, lambda *_: pytest.fail("the model was loaded"))
     before = sorted(work.rglob("*"))
     assert message in refusal(capsys, *arguments)
     assert sorted(work.rglob("*")) == before
@@ -428,3 +458,30 @@ def test_every_verb_has_help_with_an_example(capsys, verb):
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and "example: moeprune " + verb in " ".join(shown.split())
     assert all(option in shown for option in ("--seed", "--device", "--dtype", "--json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required: VERB"),
+        (["serch"], "invalid choice: 'serch'"),
+        (["search", "m"], "required: --data, -o/--out"),
+        (["search", "m", "--data", "-o", "x"], "--data: expected at least one"),
+        (["eep", "m", "--task", "t", "--keep", "four", "-o", "x"], "'four' is not a whole number"),
+    ],
+)
+def test_wrong_flags_get_one_line(capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == "" and message in printed.err
+    assert printed.err.startswith(" ".join(["moeprune", *words[:1]][: 1 + (len(words) > 1)]) + ": error: ")
+    assert printed.err.count("\n") == 1
+
+
+def test_the_list_of_verbs_does_not_wait_for_torch():
+    code = (
+        "import sys; from moeprune_ext.cli.main import main\ntry: main(['--help'])\nfinally: print(sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "EvoESAP" in done.stdout and "'argparse'" in done.stdout and "'torch'" not in done.stdout

@@ -1,0 +1,50 @@
+"""`moeprune demo`: the whole flow on the embedded model."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune_ext.checkpoint.export import check_new_folder
+from moeprune_ext.cli.arguments import Common, flag
+
+EXAMPLE = "moeprune demo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    out: Path | None = flag("keep statistics, plans and checkpoints in this directory", None, short="-o")
+
+
+def run(options: Options) -> tuple[Any, str]:
+    """Runs the demo and returns the rows of its table."""
+    from transformers.utils import logging as transformers_logging  # takes seconds, which a refusal need not
+
+    from moeprune_ext.demo.run import as_json, demo_folder, format_table, run_demo
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    if options.out is not None:
+        check_new_folder(options.out)
+        rows = run_demo(options.out, seed=options.seed, progress=True, say=say)
+        kept = (
+            f"\nStatistics, plans, checkpoints and tasks are in {options.out}; the embedded model is {demo_folder()}."
+        )
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = run_demo(Path(folder), seed=options.seed, progress=True, say=say)
+        kept = ""
+    text = (
+        f"\n{format_table(rows)}\n\n"
+        "ESAP: acceptance of the pruned model as a draft for the full one, on held-out text; ppl: perplexity;\n"
+        "arithmetic: token-exact match on held-out problems; word order: four-way multiple choice; MB: weights on disk."
+        f"{kept}\nNext, on your own model:  moeprune info /path/to/model"
+    )
+    return as_json(rows), text

@@ -1,0 +1,148 @@
+"""`moeprune eep`: EEP, which experts a task needs, and how the others merge into them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from moeprune_ext import distributed
+from moeprune_ext.artifacts.journal import SETTINGS
+from moeprune_ext.checkpoint.read import read_checkpoint, stored_routers
+from moeprune_ext.cli import io
+from moeprune_ext.cli.arguments import Common, Memory, Streaming, flag, model_argument
+from moeprune_ext.data.tasks import Task, load_task, split_task
+from moeprune_ext.eep.eep import PAPER, PLAN, check_folder, check_mergeable, check_request, eep
+from moeprune_ext.eep.table import TableRow, eep_table, format_table, judges_of, measured_row, result_rows
+from moeprune_ext.models.apply import full_plan
+
+EXAMPLE = "moeprune eep MODEL --task task.jsonl --keep 4 -o RUN_DIR"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searching:
+    """Flags that say how to search, and mean nothing where --keep is left out."""
+
+    fitness: str = flag("accuracy, or esap or nll of the right answers: what the search improves", "accuracy")
+    layer_groups: int | None = flag("so many neighbouring layers share what is searched", None, least=1)
+    paper: bool = flag("the published search: random starts, no order of equals", False)
+    prune_iters: int = flag("candidates that prune, starts included", 40, least=1)
+    merge_iters: int = flag("candidates that merge; 0: prune only", 160, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Memory, Streaming, Common):
+    model: Path = model_argument()
+    task: Path = flag("JSONL of prompt, choices, answer; or prompt, answer: to search on")
+    valid: Path | None = flag("task file to rank the best again; else a quarter of --task", None)
+    test: Path | None = flag("task file to measure what was found; else a quarter of --task", None)
+    keep: tuple[int, ...] = flag("experts that stay in every layer; with --table several", (), least=1)
+    active: int | None = flag("experts per token; without --keep nothing is searched, this is measured", None, least=1)
+    searching: Searching
+    length_normalized: bool = flag("compare choices by log-likelihood per token", False)
+    table: bool = flag("EEP, also the paper's, beside the full model and all baselines", False)
+    out: Path = flag("directory for plans, history, table", short="-o")
+
+
+def run(options: Options) -> tuple[Any, str]:
+    """Searches, or measures the model with fewer active experts, and returns a table of rows."""
+    _check(options)
+    tokenizer = io.load_tokenizer(options.model)
+    valid, test = (None if path is None else load_task(path, tokenizer) for path in (options.valid, options.test))
+    splits = split_task(load_task(options.task, tokenizer), valid, test, options.seed)
+    measuring = {"length_normalized": options.length_normalized, "memory_budget": options.memory_bytes}
+    model = io.load_model(options.model, options)
+    if not options.keep:
+        return _fewer_active(model, splits, options, measuring)
+    settings: dict[str, Any] = {
+        "valid": splits[1],
+        "test": splits[2],
+        "active": options.active,
+        "fitness": options.searching.fitness,
+        "layer_groups": options.searching.layer_groups,
+        "prune_iters": options.searching.prune_iters,
+        "merge_iters": options.searching.merge_iters,
+        "seed": options.seed,
+        "out": options.out,
+        "progress": distributed.is_first(),
+        **measuring,
+    }
+    if options.table:
+        rows = eep_table(model, splits[0], list(options.keep), **settings)
+        return _shown(rows, splits, {"table": str(options.out / "table.md")})
+    found = eep(model, splits[0], options.keep[0], **settings, **(PAPER if options.searching.paper else {}))
+    rows = result_rows(model, found, options.keep[0])
+    return _shown(rows, splits, {**found.as_json(), "plan": str(options.out / found.file)})
+
+
+def _check(options: Options) -> None:
+    """Raises ValueError for everything that can be refused without loading the weights."""
+    searching = options.searching
+    if options.table and (not options.keep or searching.paper):
+        raise ValueError("--table needs budgets, --keep N N, and has the paper's search beside ours: leave --paper out")
+    if len(options.keep) > 1 and not options.table:
+        raise ValueError(f"--keep {' '.join(map(str, options.keep))}: several budgets are for --table; name one")
+    if not options.keep and options.active is None:
+        raise ValueError("give --keep, the experts that stay, or --active, the experts per token, or both")
+    check_folder(options.out)
+    checkpoint = read_checkpoint(options.model)
+    layers = checkpoint.layers
+    asked: dict[str, Any] = {"layer_groups": searching.layer_groups, "fitness": searching.fitness}
+    if not options.keep:
+        all_kept = {index: layer.shape.num_experts for index, layer in layers.items() if layer.shape.prunable}
+        _check_measurement(options, check_request(layers, all_kept, active=options.active, **asked)[1])
+    layouts = [check_request(layers, keep, active=options.active, **asked)[0] for keep in options.keep]
+    if options.table:
+        for keep in options.keep:
+            check_request(layers, keep, **asked)
+    if options.keep and searching.merge_iters:
+        routed = stored_routers(checkpoint)
+        for layout in layouts:
+            check_mergeable(routed, layout)
+
+
+def _check_measurement(options: Options, active: int | None) -> None:
+    """Raises ValueError for what a measurement without a search could not do, or would not look at.
+
+    Args:
+        options: without --keep.
+        active: experts per token; None where the routers select as many as asked for.
+    """
+    idle = [field.name for field in fields(Searching) if getattr(options.searching, field.name) != field.default]
+    if idle:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ValueError(f"without --keep nothing is searched, so that {names} would do nothing; give --keep N")
+    if active is None:
+        raise ValueError(f"--active {options.active}: the routers select as many already; name fewer")
+    if held := [name for name in (PLAN, SETTINGS) if (options.out / name).exists()]:
+        raise ValueError(f"{options.out} holds {' and '.join(held)}; name another directory for {PLAN}")
+
+
+def _fewer_active(model: Any, splits: Sequence[Task], options: Options, measuring: dict[str, Any]) -> tuple[Any, str]:
+    """Measures the full model and the same with fewer experts active, and writes the latter as a plan."""
+    judges = judges_of(model, splits, **measuring)
+    plans = [full_plan(model), full_plan(model, options.active)]
+    rows = [measured_row(model, judges, "full", None, [plan]) for plan in plans]
+    if distributed.is_first():
+        plans[1].save(options.out / PLAN)
+    return _shown(rows, splits, {"plan": str(options.out / PLAN)})
+
+
+def _shown(rows: Sequence[TableRow], splits: Sequence[Task], about: dict[str, Any]) -> tuple[Any, str]:
+    """Returns the rows as the verb's result; `about`: more entries of the JSON result."""
+    train, valid, test = (len(split.examples) for split in splits)
+    lines = [
+        format_table(rows),
+        f"Examples answered right: of {train} on which candidates are scored (train), {valid} that rank the best again "
+        f"(valid), {test} by which nothing is chosen (test).",
+        "MFLOPs: without attention's products of tokens with tokens.",
+    ]
+    if (fitness := about.get("fitness", "accuracy")) != "accuracy":
+        values = {name: scores["test"] for name, scores in about["scores"].items()}
+        shown = [f"{name} {math.nan if value is None else value:.4f}" for name, value in values.items()]
+        lines.append(f"{fitness} on test: {', '.join(shown)}")
+    lines += [f"{name}: {about[name]}" for name in ("plan", "table") if name in about]
+    examples = {"train": train, "valid": valid, "test": test}
+    return {**about, "examples": examples, "rows": [row.as_json() for row in rows]}, "\n".join(lines)

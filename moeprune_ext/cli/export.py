@@ -1,0 +1,35 @@
+"""`moeprune export`: a plan to a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.checkpoint.export import export
+from moeprune_ext.checkpoint.read import read_config
+from moeprune_ext.cli.arguments import Common, flag, model_argument
+from moeprune_ext.modeling import CONFIG_KEY
+
+EXAMPLE = "moeprune export MODEL --plan RUN_DIR/plan.json -o OUT_DIR"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    model: Path = model_argument()
+    plan: Path = flag("plan file of any verb: .json, or merges of eep")
+    out: Path = flag("new directory for the checkpoint", short="-o")
+
+
+def run(options: Options) -> tuple[Any, str]:
+    """Writes the pruned checkpoint and returns its size and how to load it."""
+    plan = PruningPlan.load(options.plan)
+    out = export(options.model, plan, options.out)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    stock = CONFIG_KEY not in read_config(out)
+    result = {"out": str(out), "bytes": size, "sparsity": plan.sparsity, "active": plan.active, "uniform": stock}
+    loader = "from_pretrained" if stock else "moeprune_ext.load, or from_pretrained(..., trust_remote_code=True)"
+    active = "" if plan.active is None else f", {plan.active} active per token"
+    text = f"{out}: {plan.sparsity:.1%} of the experts removed{active}, {size / 1e6:,.1f} MB; load it with {loader}"
+    return result, text
