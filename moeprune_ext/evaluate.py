@@ -22,64 +22,42 @@ from moeprune_ext.models.moe import text_config
 LOGITS_AT_ONCE = 1 << 26  # elements of [B, S, V] logits alive at a time: 256 MB in float32
 
 
-def accuracy(model: nn.Module, task: Task, *, length_normalized: bool = False) -> float:
-    """Share of examples answered right, in [0, 1].
+def accuracy(model: nn.Module | MoeModel, task: Task, *, length_normalized: bool = False) -> float:
+    """Returns the share of examples answered right, in [0, 1].
 
-    Multiple choice: the option of highest log-likelihood (per token when length_normalized; ties: the first). Otherwise
-    token-exact match, teacher-forced. Both kinds may stand in one task.
+    Multiple choice: the option of highest log-likelihood; ties: the first. Otherwise token-exact match, teacher-forced.
+    Both kinds may stand in one task.
+
+    Args:
+        model: a transformers model, with experts or without, or a MoeModel.
+        task: the examples.
+        length_normalized: choices compare by log-likelihood per token.
     """
     matches = correct(model, task, length_normalized=length_normalized)
     return sum(matches) / len(matches)
 
 
-def correct(model: nn.Module, task: Task, *, length_normalized: bool = False) -> list[bool]:
-    """Per example, whether it is answered right; see accuracy."""
-    rows = [(example.prompt, option) for example in task.examples for option in example.options]
-    likelihoods, matches = _teacher_forced(model, rows)
-    results, at = [], 0
-    for example in task.examples:
-        span = range(at, at + len(example.options))
-        at = span.stop
-        if example.answer is None:
-            results.append(matches[span.start])
-        else:
-            sizes = [len(option) if length_normalized else 1 for option in example.options]
-            values = [likelihoods[row] / size for row, size in zip(span, sizes, strict=True)]
-            results.append(max(range(len(values)), key=values.__getitem__) == example.answer)
-    return results
+def correct(model: nn.Module | MoeModel, task: Task, *, length_normalized: bool = False) -> list[bool]:
+    """Tells for each example whether it is answered right; see accuracy."""
+    likelihoods, matches = _teacher_forced(plain_model(model), rows_of(task))
+    return answered_right(task, likelihoods, matches, length_normalized=length_normalized)
 
 
-def _teacher_forced(
-    model: nn.Module, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
-) -> tuple[list[float], list[bool]]:
-    """For each (prompt, continuation): the continuation's log-likelihood, and whether greedy decoding would give it."""
-    vocabulary = text_config(model).vocab_size
+def _teacher_forced(model: Any, rows: Sequence[Row]) -> tuple[list[float], list[bool]]:
+    """Tells of each row the continuation's log-likelihood, and whether greedy decoding would give it."""
     likelihoods, matches = [0.0] * len(rows), [False] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    while order:
-        longest = len(rows[order[-1]][0]) + len(rows[order[-1]][1])
-        take = min(len(order), max(1, LOGITS_AT_ONCE // (vocabulary * longest)))
-        chosen, order = order[-take:], order[:-take]
-        ids = torch.zeros(take, longest, dtype=torch.int64)
-        attended = torch.zeros(take, longest, dtype=torch.bool)
-        labelled = torch.zeros_like(attended)
-        for row, i in enumerate(chosen):
-            prompt, continuation = rows[i]
-            end = len(prompt) + len(continuation)
-            ids[row, :end] = torch.tensor(prompt + continuation)
-            attended[row, :end] = True
-            labelled[row, len(prompt) : end] = True
-        logits, labels, row_of = _next_token_logits(model, TokenBatch(ids, attended, labelled))
+    for numbers, batch in padded_batches(rows, LOGITS_AT_ONCE // text_config(model).vocab_size):
+        logits, labels, row_of = _next_token_logits(model, batch)
         picked = torch.log_softmax(logits.float(), -1).gather(-1, labels[:, None]).squeeze(-1).double()
-        sums = torch.zeros(take, dtype=torch.float64, device=picked.device).index_add_(0, row_of, picked)
+        sums = torch.zeros(len(numbers), dtype=torch.float64, device=picked.device).index_add_(0, row_of, picked)
         wrong = torch.zeros_like(sums).index_add_(0, row_of, (logits.argmax(-1) != labels).double())
-        for row, i in enumerate(chosen):
-            likelihoods[i], matches[i] = sums[row].item(), wrong[row].item() == 0
+        for row, number in enumerate(numbers):
+            likelihoods[number], matches[number] = sums[row].item(), wrong[row].item() == 0
     return likelihoods, matches
 
 
-def _next_token_logits(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """[T, V] logits that predict a labelled token, those tokens [T], and the batch row of each [T]."""
+def _next_token_logits(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the logits [T, V] that predict a labelled token, those tokens [T], and the batch row of each [T]."""
     device = next(model.parameters()).device
     labels = batch.next_token_labels
     wanted = labels >= 0
@@ -91,7 +69,7 @@ def _next_token_logits(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Ten
 
 
 def generated_matches(model: nn.Module, task: Task) -> list[bool]:
-    """Per exact-match example, whether greedy generation yields the answer's tokens and terminator.
+    """Tells for each exact-match example whether greedy generation gives the answer's tokens and terminator.
 
     Prompts of equal length are decoded together, so that no padding is needed. Slow; for checking `correct`.
     """
@@ -123,12 +101,19 @@ def generated_matches(model: nn.Module, task: Task) -> list[bool]:
     return results
 
 
-def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
-    """exp(mean negative log-likelihood) over the positions whose next token is attended and labelled."""
+def perplexity(model: nn.Module | MoeModel, batches: Iterable[Any]) -> float:
+    """Returns exp(mean negative log-likelihood) over the positions whose next token is attended and labelled.
+
+    Args:
+        model: a transformers model, with experts or without, or a MoeModel.
+        batches: see data.batches.as_batches.
+
+    Raises:
+        ValueError: where there is no such position, and for logits that are NaN.
+    """
     total, count = 0.0, 0
-    vocabulary = text_config(model).vocab_size
-    for batch in as_batches(batches, vocabulary):
-        logits, labels, _ = _next_token_logits(model, batch)
+    for batch in as_batches(batches, text_config(model).vocab_size):
+        logits, labels, _ = _next_token_logits(plain_model(model), batch)
         total += nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().sum().item()
         count += len(labels)
     if count == 0:
@@ -137,9 +122,18 @@ def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
 
 
 def harness_results(model: nn.Module, tokenizer: Any, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """{task: metrics} of the lm-evaluation-harness, an optional extra; it reads its data sets itself.
+    """Runs the lm-evaluation-harness, an optional extra, which reads its data sets itself.
 
-    tasks: names the harness knows, or paths of its YAML files. Raises ValueError where it is not installed.
+    Args:
+        model: a transformers model.
+        tokenizer: of the model.
+        tasks: names that the harness knows, or paths of its YAML files.
+
+    Returns:
+        {task: metrics}.
+
+    Raises:
+        ValueError: where it is not installed.
     """
     try:
         from lm_eval import simple_evaluate

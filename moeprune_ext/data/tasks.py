@@ -18,9 +18,12 @@ from moeprune_ext.files import read_json_lines
 
 @dataclass(frozen=True)
 class Example:
-    """prompt: token ids. options: the choices' token ids, or the one reference answer with its terminator.
+    """One question of a task.
 
-    answer: index of the right choice, or None when `options` is one answer to reproduce exactly.
+    Attributes:
+        prompt: token ids.
+        options: the choices' token ids, or the one reference answer with its terminator.
+        answer: index of the right choice; None when `options` is one answer to reproduce exactly.
     """
 
     prompt: tuple[int, ...]
@@ -41,7 +44,14 @@ def load_task(path: str | os.PathLike[str], tokenizer: Any) -> Task:
 
     Lines: {"prompt", "choices": [text, ...], "answer": index}, or {"prompt", "answer": text} with an optional "stop" (a
     text of one token that ends the answer; the end-of-text token when absent). Tokens = tokenizer(prompt) +
-    tokenizer(answer without special tokens) + terminator; no space is inserted. Raises ValueError naming the line.
+    tokenizer(answer without special tokens) + terminator; no space is inserted.
+
+    Args:
+        path: of the file.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: naming the line.
     """
     path = Path(path)
     examples = [_example(record, place, tokenizer) for record, place in read_json_lines(path)]
@@ -51,7 +61,7 @@ def load_task(path: str | os.PathLike[str], tokenizer: Any) -> Task:
 
 
 def make_task(name: str, records: Iterable[dict[str, Any]], tokenizer: Any) -> Task:
-    """A Task from records in the form of load_task's lines."""
+    """Makes a Task of records in the form of load_task's lines."""
     examples = tuple(_example(record, f"{name}[{number}]", tokenizer) for number, record in enumerate(records))
     if not examples:
         raise ValueError(f"task {name} holds no examples")
@@ -59,6 +69,7 @@ def make_task(name: str, records: Iterable[dict[str, Any]], tokenizer: Any) -> T
 
 
 def _example(record: dict[str, Any], place: str, tokenizer: Any) -> Example:
+    """Makes an example of a record; `place` names it in errors."""
     if not isinstance(record.get("prompt"), str):
         raise ValueError(f'{place}: expected a text "prompt"')
     prompt = tuple(tokenizer(record["prompt"])["input_ids"])
@@ -95,10 +106,21 @@ SPLITS = ("train", "valid", "test")
 
 
 def split_task(task: Task, valid: Task | None, test: Task | None, seed: int) -> tuple[Task, Task, Task]:
-    """(train, valid, test): those not given are cut from `task`, a quarter each.
+    """Cuts the splits that are not given from a task, a quarter of it each.
 
-    Which examples, is drawn by `seed`; equal ones stay in one part, and their order is the task's. Raises ValueError
-    for a task of too few different examples; warns of given parts that share some.
+    Equal examples stay in one split, and their order is the task's. Warns of given splits that share some.
+
+    Args:
+        task: the training split, and what is cut from.
+        valid: the validation split; None: cut.
+        test: the test split; None: cut.
+        seed: draws which examples are cut.
+
+    Returns:
+        (train, valid, test).
+
+    Raises:
+        ValueError: for a task of too few different examples, and for a split without any.
     """
     distinct = list(dict.fromkeys(task.examples))
     random.Random(f"{seed}:splits").shuffle(distinct)
@@ -128,33 +150,66 @@ def split_task(task: Task, valid: Task | None, test: Task | None, seed: int) -> 
     return splits[0], splits[1], splits[2]
 
 
+# ---- examples as sequences
+
+Row = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt, and what follows it
 TOKENS_AT_ONCE = 4096  # of a batch that is calibrated on
 
 
-def answer_batches(task: Task) -> list[TokenBatch]:
-    """Prompts with their right answers, padded on the right, for calibration."""
-    rows = sorted((e.prompt + e.options[0] for e in right_answers(task).examples), key=len)
-    batches = []
-    while rows:
-        longest = len(rows[-1])
-        take = max(1, TOKENS_AT_ONCE // longest)
-        chosen, rows = rows[-take:], rows[:-take]
+def rows_of(task: Task) -> list[Row]:
+    """Returns every option of every example behind its prompt, one after the other."""
+    return [(example.prompt, option) for example in task.examples for option in example.options]
+
+
+def right_answers(task: Task) -> Task:
+    """Returns the task with the right option of every example alone, to be reproduced."""
+    return Task(task.name, tuple(Example(e.prompt, (e.options[e.answer or 0],), None) for e in task.examples))
+
+
+def padded_batches(rows: Sequence[Row], tokens: int) -> Iterator[tuple[list[int], TokenBatch]]:
+    """Yields rows as batches padded on the right, the longest first; what follows the prompts is labelled.
+
+    Args:
+        rows: prompts and what follows them.
+        tokens: of a batch, padding included, if one row has no more.
+
+    Yields:
+        The rows' numbers, and their batch.
+    """
+    lengths = [len(prompt) + len(continuation) for prompt, continuation in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    while order:
+        longest = lengths[order[-1]]
+        count = max(1, tokens // longest)
+        chosen, order = order[-count:], order[:-count]
         ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
         attended = torch.zeros(len(chosen), longest, dtype=torch.bool)
-        for at, row in enumerate(chosen):
-            ids[at, : len(row)] = torch.tensor(row)
-            attended[at, : len(row)] = True
-        batches.append(TokenBatch(ids, attended, attended))
-    return batches
+        labelled = torch.zeros_like(attended)
+        for at, number in enumerate(chosen):
+            prompt, continuation = rows[number]
+            ids[at, : lengths[number]] = torch.tensor(prompt + continuation)
+            attended[at, : lengths[number]] = True
+            labelled[at, len(prompt) : lengths[number]] = True
+        yield chosen, TokenBatch(ids, attended, labelled)
+
+
+def answer_batches(task: Task) -> list[TokenBatch]:
+    """Returns prompts with their right answers, padded on the right, for calibration."""
+    return [batch for _, batch in padded_batches(rows_of(right_answers(task)), TOKENS_AT_ONCE)]
 
 
 def sequences(task: Task, fitness: str) -> list[dict[str, torch.Tensor]]:
-    """What the evaluator of a fitness ("accuracy", or a metric of AnswerFitness) runs: examples' options behind their
-    prompts, or right answers alone, labelled where they are scored. Shorter ones come first, so that neighbours, the
-    evaluator's units of work, go through a layer as one batch."""
+    """Returns what an evaluator runs to score a task, labelled where it is scored.
+
+    Shorter ones come first, so that neighbours, the evaluator's units of work, go through a layer as one batch.
+
+    Args:
+        task: whose examples are run.
+        fitness: "accuracy": all options behind their prompts; a metric: right answers alone.
+    """
     ahead = 1 if fitness == "esap" else 0
     batches = []
-    rows = _rows(task if fitness == "accuracy" else right_answers(task))
+    rows = rows_of(task if fitness == "accuracy" else right_answers(task))
     for prompt, continuation in sorted(rows, key=lambda row: len(row[0]) + len(row[1])):
         tokens = prompt + continuation
         labels = torch.zeros(1, len(tokens), dtype=torch.bool)
@@ -163,10 +218,36 @@ def sequences(task: Task, fitness: str) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
-def _rows(task: Task) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    return [(example.prompt, option) for example in task.examples for option in example.options]
+# ---- right or wrong
 
 
-def right_answers(task: Task) -> Task:
-    """The task with the right option of every example alone, to be reproduced."""
-    return Task(task.name, tuple(Example(e.prompt, (e.options[e.answer or 0],), None) for e in task.examples))
+def answered_right(
+    task: Task, likelihoods: Sequence[float], matches: Sequence[bool], *, length_normalized: bool = False
+) -> list[bool]:
+    """Tells which examples are answered right.
+
+    Multiple choice: the option of highest log-likelihood is the answer; ties: the first; NaN is never the highest.
+
+    Args:
+        task: the examples.
+        likelihoods: log-likelihood of each row of `rows_of`.
+        matches: whether each row's every token has the largest logit.
+        length_normalized: choices compare by log-likelihood per token.
+    """
+    results, start = [], 0
+    for example in task.examples:
+        if example.answer is None:
+            results.append(bool(matches[start]))
+        else:
+            sizes = [len(option) if length_normalized else 1 for option in example.options]
+            values = [likelihoods[start + row] / size for row, size in enumerate(sizes)]
+            best = max(range(len(values)), key=values.__getitem__)
+            results.append(best == example.answer and values[best] == values[best])
+        start += len(example.options)
+    return results
+
+
+def right_likelihoods(task: Task, likelihoods: Sequence[float]) -> list[float]:
+    """Returns each example's log-likelihood of the right answer; `likelihoods`: of each row of `rows_of`."""
+    starts = [0, *itertools.accumulate(len(example.options) for example in task.examples)]
+    return [likelihoods[start + (e.answer or 0)] for start, e in zip(starts, task.examples, strict=False)]

@@ -1,7 +1,7 @@
 """EEP for a task: which experts stay, and how all of them merge into those that do, as a plan to export.
 
 The task is cut into three parts. Candidates are scored on the first; the best of them are ranked again on the second;
-the third is looked at once, at the end, and its figures are those to report. The search itself is eep_search.py's.
+the third is looked at once, at the end, and its figures are those to report. The search itself is in search.py.
 Source: EEP, arXiv 2407.00945.
 """
 
@@ -10,61 +10,58 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moeprune_ext import distributed
 from moeprune_ext.artifacts.journal import check_known
-from moeprune_ext.artifacts.plan import Merge, PruningPlan
-from moeprune_ext.candidates.evaluator import CandidateEvaluator
+from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.data.batches import fingerprint_of
 from moeprune_ext.data.tasks import SPLITS, Task, sequences, split_task
-from moeprune_ext.eep.fitness import AnswerFitness, TaskFitness, candidate_plan
-from moeprune_ext.eep.operators import Layout, given_mask
-from moeprune_ext.eep.search import Fitness, SearchOutcome, check_settings, layout_settings, search
+from moeprune_ext.eep.fitness import AnswerFitness, Fitness, TaskFitness, candidate_plan
+from moeprune_ext.eep.operators import Layout, given_mask, is_mask
+from moeprune_ext.eep.search import SearchOutcome, layout_settings, search
+from moeprune_ext.eep.settings import EepSettings
 from moeprune_ext.eep.starts import starting_masks
 from moeprune_ext.files import write_text
-from moeprune_ext.models.apply import check_active, full_plan
-from moeprune_ext.models.layers import MoeLayer, find_moe_layers
-from moeprune_ext.models.merging import mapped_layer
-from moeprune_ext.models.routers import RoutedLayer
+from moeprune_ext.models.apply import check_active, check_mappable, full_plan
+from moeprune_ext.models.layers import MoeLayer
+from moeprune_ext.models.merging import MapRouter, mapped_layer
+from moeprune_ext.models.moe import MoeModel
 
-FITNESSES = ("accuracy", "esap", "nll")
+PLAN, PRUNED_PLAN, RESULT = "plan.json", "pruned_plan.json", "result.json"
 
-
-PLAN, MERGED, RESULT = "plan.json", "merged.safetensors", "result.json"
-
-
-# How `eep` searches by default, and the published search as far as it differs: eep(model, task, keep=4, **PAPER).
-OURS: dict[str, Any] = {"starts": "criteria", "tie_break": "log_likelihood", "per_call": 4, "cross_at_least": 2}
-
-
-PAPER: dict[str, Any] = {"starts": "random", "tie_break": None, "per_call": 1, "cross_at_least": 6}
+Mask = Mapping[int, Sequence[int]]  # {decoder layer: ids of the experts kept}
+MakeScorer = Callable[[str, str], "TaskFitness | AnswerFitness"]  # of a split, by a fitness
 
 
 @dataclass(frozen=True, eq=False)
 class EepResult:
     """What was found, and what it is worth.
 
-    plan: the best mask, what pruning alone found. best_plan: the best of all, which `export` and `applied` take: the
-    same mask, or merges. merge_map, router_map: {decoder layer: float32 [k', E]}, W_EM and W_RM of the best; one-hot
-    rows where it is a mask.
-    scores: {"full" (the model as it is), "pruned" (the mask), "best": {"train", "valid", "test": value}}, by the
-    fitness, as measured: an accuracy, an ESAP, or the nll per answer token, which is lower-better. accuracy: likewise
-    the share of examples answered right, whatever the fitness. examples: how many each split has. evaluations:
-    candidates scored on train. history: see eep_search.SearchOutcome; of the fitness nll it shows exp(-nll), which is
-    what the search compares.
+    Attributes:
+        plan: the best plan: a mask, or merges; `export` and `applied` take the result for it.
+        pruned_plan: the best mask, what pruning alone found.
+        merge_map: {decoder layer: float32 [k', E]}, W_EM of the best; one-hot rows where it is a mask.
+        router_map: {decoder layer: float32 [k', E]}, W_RM of the best; likewise.
+        fitness: what was searched by.
+        scores: {"full" (the model as it is), "pruned" (the mask), "best": {"train", "valid", "test": value}}, by the
+            fitness, as measured: an accuracy, an ESAP, or the nll per answer token, which is lower-better.
+        accuracy: likewise the share of examples answered right, whatever the fitness.
+        examples: how many each split has.
+        evaluations: candidates scored on train.
+        seed: of the search.
+        history: see search.SearchOutcome; of the fitness nll it shows exp(-nll), which is what the search compares.
     """
 
     plan: PruningPlan
-    best_plan: Plan
-    router_map: dict[int, Tensor]
+    pruned_plan: PruningPlan
     merge_map: dict[int, Tensor]
+    router_map: dict[int, Tensor]
     fitness: str
     scores: dict[str, dict[str, float]]
     accuracy: dict[str, dict[str, float]]
@@ -80,10 +77,12 @@ class EepResult:
 
     @property
     def valid_score(self) -> float:
+        """The best's fitness on the validation split."""
         return self.scores["best"]["valid"]
 
     @property
     def test_score(self) -> float:
+        """The best's fitness on the test split."""
         return self.scores["best"]["test"]
 
     @property
@@ -93,158 +92,134 @@ class EepResult:
 
     @property
     def pruned_valid_score(self) -> float:
+        """The mask's fitness on the validation split."""
         return self.scores["pruned"]["valid"]
 
     @property
     def pruned_test_score(self) -> float:
+        """The mask's fitness on the test split."""
         return self.scores["pruned"]["test"]
 
-    @property
-    def file(self) -> str:
-        """Name of the file, in the search's directory, that holds the best plan."""
-        return PLAN if isinstance(self.best_plan, PruningPlan) else MERGED
-
     def as_json(self) -> dict[str, Any]:
-        """What result.json holds: everything but the plans and the history; None for what is not finite."""
+        """Returns what result.json holds: everything but plans and history; None for what is not finite."""
         return {
-            "export": self.file,
             "fitness": self.fitness,
+            "merges": bool(self.plan.merges),
             "scores": _finite(self.scores),
             "accuracy": _finite(self.accuracy),
             "examples": self.examples,
             "evaluations": self.evaluations,
-            "active": self.best_plan.active,
+            "active": self.plan.active,
             "seed": self.seed,
         }
 
 
 def eep(
-    model: nn.Module,
+    model: nn.Module | MoeModel,
     task: Task,
     keep: int | Mapping[int, int] = 4,
-    fitness: str = "accuracy",
+    fitness: str = EepSettings.fitness,
     *,
     valid: Task | None = None,
     test: Task | None = None,
-    active: int | None = None,
-    layer_groups: int | Sequence[Sequence[int]] | None = None,
-    starts: str | Mapping[str, Mapping[int, Sequence[int]]] = "criteria",
-    tie_break: str | None = "log_likelihood",
-    per_call: int = 4,
-    cross_at_least: int = 2,
-    prune_iters: int = 40,
-    merge_iters: int = 160,
-    length_normalized: bool = False,
-    seed: int = 0,
+    active: int | None = EepSettings.active,
+    layer_groups: int | Sequence[Sequence[int]] | None = EepSettings.layer_groups,
+    starts: str | Mapping[str, Mask] = EepSettings.starts,
+    tie_break: str | None = EepSettings.tie_break,
+    per_call: int = EepSettings.per_call,
+    cross_at_least: int = EepSettings.cross_at_least,
+    prune_iters: int = EepSettings.prune_iters,
+    merge_iters: int = EepSettings.merge_iters,
+    length_normalized: bool = EepSettings.length_normalized,
+    seed: int = EepSettings.seed,
     out: str | os.PathLike[str] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> EepResult:
-    """Searches the experts, then the merges, with which the model does a task best.
+    """Searches the experts, then the merges, with which the model does a task best (arXiv 2407.00945).
 
-    task: what candidates are scored on. valid, test: tasks of their own; those not given are cut from `task`, each a
-    quarter of it, drawn by `seed`, equal examples in one part. keep: experts that stay, of every layer or {decoder
-    layer: k'}; layers whose experts are looked up by token keep all. active: experts per token, fewer than the model's;
-    None: as many. layer_groups: layers that share matrices, which shrinks the search of a deep model: lists of decoder
-    layers, or how many neighbours share.
-    fitness: "accuracy" (of multiple choice, or of token-exact answers; ties by the right answers' log-likelihood),
-    "esap" or "nll" of the right answers' tokens: how near the model stays to the full one there, or how likely it
-    finds them. For parents' thresholds nll counts as exp(-nll) (our choice).
-    starts="criteria" (our choice, default): the masks of every criterion of criteria.py on the training examples, and
-    naee's where layers share nothing and its router can be run alone, are the first of 30 starts; "random" is the
-    paper's; or {name: {decoder layer: ids}} are masks of your own in the place of the criteria's. tie_break, per_call,
-    cross_at_least, prune_iters, merge_iters: see eep_search.search; `**PAPER` sets what the paper does. merge_iters=0
-    prunes only, which works for every router; merging needs one of known formula without groups.
-    length_normalized: choices compare by log-likelihood per token. options: see CandidateEvaluator; memory_budget holds
-    for the split being scored.
-    out: a directory for plan.json (the best mask), merged.safetensors (the merges, where they are better), result.json
-    (what each is worth), and eep_search's files; a directory with a history is resumed. Under torchrun the sequences
-    are dealt out over the processes.
+    Under torchrun the sequences are dealt out over the processes.
 
-    Raises ValueError, before any candidate is scored, for settings that cannot be, for a task too small to cut, for a
-    router that cannot be merged, for merges that memory_budget cannot hold, and for a directory of another search.
-    Source: arXiv 2407.00945.
+    Args:
+        model: a transformers model, or the MoeModel made of it.
+        task: what candidates are scored on.
+        keep: experts that stay, of every layer or {decoder layer: k'}; layers whose experts are looked up by token keep
+            all.
+        fitness: "accuracy" (of multiple choice, or of token-exact answers), "esap" or "nll" of the right answers'
+            tokens: how near the model stays to the full one there, or how likely it finds them. For parents' thresholds
+            nll counts as exp(-nll) (our choice).
+        valid: a task of its own to rank the best again; None: a quarter of `task`, equal examples in one part.
+        test: likewise, to measure what was found.
+        active: experts per token, fewer than the model's; None: as many.
+        layer_groups: layers that share matrices, which shrinks the search of a deep model: lists of decoder layers, or
+            how many neighbours share.
+        starts: "criteria": the masks of every criterion on the training examples, and naee's where layers share nothing
+            and its router can be run alone, are the first of 30 starts; "random" is the paper's; or {name: {decoder
+            layer: ids}}, masks of your own in the place of the criteria's.
+        tie_break: see EepSettings, as for the next two.
+        per_call: children scored in one call.
+        cross_at_least: candidates that may cross.
+        prune_iters: candidates that prune, starts included.
+        merge_iters: candidates that merge; 0 prunes only, which works for every router; merging needs a router of known
+            formula without groups.
+        length_normalized: choices compare by log-likelihood per token.
+        seed: of the splits and the search.
+        out: a directory for plan.json (the best), pruned_plan.json (the best mask), result.json (what each is worth),
+            and the search's files; a directory with a history is resumed.
+        progress: whether to show progress bars on stderr.
+        **options: see CandidateEvaluator; memory_budget holds for the split being scored. `**PAPER` sets what the paper
+            does.
+
+    Raises:
+        ValueError: before any candidate is scored, for settings that cannot be, for a task too small to cut, for a
+            router that cannot be merged, for merges that memory_budget cannot hold, and for a directory of another
+            search.
     """
-    layers = find_moe_layers(model)
-    layout, active = check_request(layers, keep, active=active, layer_groups=layer_groups, fitness=fitness)
-    settings: dict[str, Any] = {"prune_iters": prune_iters, "per_call": per_call, "cross_at_least": cross_at_least}
-    kind = starts if isinstance(starts, str) else "criteria"
-    masks: Mapping[str, Mapping[int, Sequence[int]]] = starts if isinstance(starts, Mapping) else {}
-    check_settings(kind, tie_break, merge_iters=merge_iters, **settings)
+    kind, masks = (starts, {}) if isinstance(starts, str) else ("criteria", starts)
+    settings = EepSettings(
+        fitness=fitness,
+        active=active,
+        layer_groups=layer_groups,
+        starts=kind,
+        tie_break=tie_break,
+        per_call=per_call,
+        cross_at_least=cross_at_least,
+        prune_iters=prune_iters,
+        merge_iters=merge_iters,
+        length_normalized=length_normalized,
+        seed=seed,
+    )
+    moe = MoeModel.of(model)
+    layout, settings = check_request(moe.layers, keep, settings)
     for name, mask in masks.items():
         given_mask(layout, mask, f"starts[{name!r}]")
-    if merge_iters:
-        check_mergeable({index: mapped_layer(layer) for index, layer in layers.items()}, layout)
+    if settings.merge_iters:
+        check_mergeable(moe.layers, layout)
     parts = dict(zip(SPLITS, split_task(task, valid, test, seed), strict=True))
-    known = known_settings(
-        model,
-        layout,
-        parts["train"],
-        fitness,
-        active=active,
-        length_normalized=length_normalized,
-        starts=kind,
-        tie_break=tie_break,
-        seed=seed,
-        **settings,
-    )
+    known = known_settings(moe, layout, parts["train"], settings)
     check_folder(out, known)
-
-    def scorer(split: str, by: str) -> TaskFitness | AnswerFitness:
-        made: TaskFitness | AnswerFitness
-        if by == "accuracy":
-            made = TaskFitness(model, parts[split], length_normalized=length_normalized, active=active, **options)
-        else:
-            made = AnswerFitness(model, parts[split], by, active=active, **options)
-        if merge_iters:
-            made.evaluator.check_merged(layout.by_layer(layout.keep))
-        return made
-
+    make = _scorers(moe, layout, parts, settings, options)
     if fitness != "accuracy":  # by which plans are measured at the end: what it cannot have is refused now
         for split in SPLITS:
-            scorer(split, "accuracy")
-    scorers = {split: scorer(split, fitness) for split in SPLITS}
+            make(split, "accuracy")
+    scorers = {split: make(split, fitness) for split in SPLITS}
     if starts == "criteria":
-        masks = starting_masks(model, parts["train"], layout, seed=seed, out=out, progress=progress)
+        masks = starting_masks(moe, parts["train"], layout, seed=seed, out=out, progress=progress)
     outcome = search(
         scorers["train"],
-        layout.by_layer(layout.num_experts),
-        layout.by_layer(layout.keep),
-        validate=scorers["valid"],
-        starts=kind,
+        layout,
+        settings,
         masks=list(masks.values()),
-        tie_break=tie_break,
-        layer_groups=layout.groups,
-        n_group=layout.by_layer(layout.router_groups),
+        validate=scorers["valid"],
         identity={**known, **scorers["train"].evaluator.identity},
-        merge_iters=merge_iters,
-        seed=seed,
         out=out,
         progress=progress,
-        **settings,
     )
-    plans, known = _plans(outcome, scorers["train"].evaluator, active)
-    found = {split: _complete(scorers[split], plans, known[split]) for split in SPLITS}
-    right = found
-    if fitness != "accuracy":
-        right = {split: _complete(scorer(split, "accuracy"), plans, {}) for split in SPLITS}
-    best, pruned = plans["best"], plans["pruned"]
-    assert isinstance(pruned, PruningPlan)
-    result = EepResult(
-        pruned,
-        best,
-        outcome.best.router_map,
-        outcome.best.merge_map,
-        fitness,
-        {name: {split: _in_units(fitness, found[split][name].score) for split in SPLITS} for name in plans},
-        {name: {split: right[split][name].score for split in SPLITS} for name in plans},
-        {split: len(part.examples) for split, part in parts.items()},
-        outcome.evaluations,
-        seed,
-        outcome.history,
-    )
+    result = _measured(outcome, settings, scorers, make)
     if out is not None and distributed.is_first():
-        _write(Path(out), result)
+        result.plan.save(Path(out) / PLAN)
+        result.pruned_plan.save(Path(out) / PRUNED_PLAN)
+        write_text(Path(out) / RESULT, json.dumps(result.as_json(), indent=1) + "\n")
     return result
 
 
@@ -252,27 +227,30 @@ def eep(
 
 
 def check_request(
-    layers: Mapping[int, MoeLayer],
-    keep: int | Mapping[int, int],
-    *,
-    active: int | None = None,
-    layer_groups: int | Sequence[Sequence[int]] | None = None,
-    fitness: str = "accuracy",
-) -> tuple[Layout, int | None]:
-    """The layout of a search, and `active` where it is less than what the routers select; ValueError for a request that
-    cannot be. layers: of a model, whose weights need not be loaded."""
-    if fitness not in FITNESSES:
-        raise ValueError(f"unknown fitness {fitness!r}; choose from {', '.join(FITNESSES)}")
+    layers: Mapping[int, MoeLayer], keep: int | Mapping[int, int], settings: EepSettings
+) -> tuple[Layout, EepSettings]:
+    """Makes the layout of a search, before the weights are needed.
+
+    Args:
+        layers: of a model, whose weights need not be loaded.
+        keep: see `eep`.
+        settings: see EepSettings.
+
+    Returns:
+        The layout, and the settings, whose `active` is None where the routers select as many as asked for.
+
+    Raises:
+        ValueError: for a request that cannot be.
+    """
+    active = settings.active
     check_active(active, layers)
     if all(layer.shape.top_k == active for layer in layers.values()):
-        active = None
+        settings, active = replace(settings, active=None), None
     shapes = {index: layer.shape_with(active) for index, layer in layers.items() if layer.shape.prunable}
     if not shapes:
         raise ValueError("the model's experts are all looked up by token, so none can go")
-    groups = layer_groups
+    groups = settings.layer_groups
     if isinstance(groups, int):
-        if groups < 1:
-            raise ValueError(f"layer_groups is how many neighbouring layers share matrices, at least 1; got {groups}")
         order = sorted(shapes)
         groups = [order[at : at + groups] for at in range(0, len(order), groups)]
     layout = Layout.of(
@@ -287,22 +265,26 @@ def check_request(
                 f"layer {index} cannot keep {kept} experts: its router needs at least {shapes[index].min_kept} (it "
                 f"selects {shapes[index].top_k} per token); keep more, or have fewer active"
             )
-    return layout, active
+    return layout, settings
 
 
-def check_mergeable(routed: Mapping[int, RoutedLayer], layout: Layout) -> None:
-    """Refuses (ValueError), with the reason, a model whose routers cannot be mapped; routed: as merging.mapped_layer or
-    checkpoint.stored_routers find."""
-    eye = {layer: torch.eye(count) for layer, count in layout.by_layer(layout.num_experts).items()}
-    plan = MergedPlan({layer: Merge(matrix, matrix) for layer, matrix in eye.items()})
+def check_mergeable(layers: Mapping[int, MoeLayer], layout: Layout, map_router: MapRouter = mapped_layer) -> None:
+    """Refuses (ValueError), with the reason, a model whose routers cannot map their scores.
+
+    Args:
+        layers: of the model.
+        layout: of the search.
+        map_router: finds how a layer's router can map its scores.
+    """
     try:
-        check_merges(plan, routed, None)
+        for index in layout.by_layer(layout.keep):
+            check_mappable(layers[index], layers[index].shape, map_router)
     except ValueError as reason:
         raise ValueError(f"{reason}; merge_iters=0 prunes only") from None
 
 
 def check_folder(out: str | os.PathLike[str] | None, known: Mapping[str, Any] | None = None) -> None:
-    """Refuses (ValueError) what is no directory, and that of a search that differs in what is known of this one."""
+    """Raises ValueError if `out` is a file, or holds a search with other settings than those known of this one."""
     if out is None:
         return
     if Path(out).exists() and not Path(out).is_dir():
@@ -310,60 +292,98 @@ def check_folder(out: str | os.PathLike[str] | None, known: Mapping[str, Any] | 
     check_known(Path(out), known or {})
 
 
-def known_settings(
-    model: nn.Module, layout: Layout, train: Task, fitness: str, *, active: int | None = None, **asked: Any
-) -> dict[str, Any]:
-    """What search.json says of a search as far as it is known before any work; asked: its length_normalized, starts,
-    tie_break, per_call, cross_at_least, prune_iters and seed."""
-    data = fingerprint_of(sequences(train, fitness))
-    scored = {"model": model_fingerprint(model), "data": data, "fitness": fitness, "active": active}
-    return {**scored, **layout_settings(layout), **asked}
+def known_settings(moe: MoeModel, layout: Layout, train: Task, settings: EepSettings) -> dict[str, Any]:
+    """Returns what search.json says of a search as far as it is known before any work."""
+    data = fingerprint_of(sequences(train, settings.fitness))
+    return {"model": moe.fingerprint, "data": data, **layout_settings(layout), **settings.recorded()}
 
 
-def _plans(
-    outcome: SearchOutcome, evaluator: CandidateEvaluator, active: int | None
-) -> tuple[dict[str, Plan], dict[str, dict[str, Fitness]]]:
-    """The full model's, the best mask's and the best plan, and what the search knows of them on each split."""
+# ---- what came out
+
+
+def _scorers(
+    moe: MoeModel, layout: Layout, parts: Mapping[str, Task], settings: EepSettings, options: Mapping[str, Any]
+) -> MakeScorer:
+    """Returns a function that makes the scorer of a split, and refuses merges that it has no room for."""
+
+    def make(split: str, fitness: str) -> TaskFitness | AnswerFitness:
+        scorer: TaskFitness | AnswerFitness
+        if fitness == "accuracy":
+            normalized = settings.length_normalized
+            scorer = TaskFitness(
+                moe, parts[split], length_normalized=normalized, active=settings.active, **options
+            )
+        else:
+            scorer = AnswerFitness(moe, parts[split], fitness, active=settings.active, **options)
+        if settings.merge_iters:
+            scorer.evaluator.check_merged(layout.by_layer(layout.keep))
+        return scorer
+
+    return make
+
+
+def _measured(
+    outcome: SearchOutcome,
+    settings: EepSettings,
+    scorers: Mapping[str, TaskFitness | AnswerFitness],
+    make: MakeScorer,
+) -> EepResult:
+    """Measures the full model, the best mask and the best plan on every split."""
     pruned, train, valid = outcome.pruned, outcome.pruned_train, outcome.pruned_valid
-    if outcome.best.is_pruning:  # a merge may turn out to be a mask, too
+    if is_mask(outcome.best):  # a merge may turn out to be a mask, too
         pruned, train, valid = outcome.best, outcome.train, outcome.valid
     assert valid is not None and outcome.valid is not None
-    plans: dict[str, Plan] = {
-        "full": full_plan(evaluator.model),
-        "pruned": candidate_plan(pruned, evaluator, active),
-        "best": candidate_plan(outcome.best, evaluator, active),
+    evaluator = scorers["train"].evaluator
+    plans = {
+        "full": full_plan(evaluator.moe),
+        "pruned": candidate_plan(pruned, evaluator, settings.active),
+        "best": candidate_plan(outcome.best, evaluator, settings.active),
     }
-    known = {
+    known: dict[str, dict[str, Fitness]] = {
         "train": {"pruned": train, "best": outcome.train},
         "valid": {"pruned": valid, "best": outcome.valid},
         "test": {},
     }
-    return plans, known
+    by_fitness = {split: _complete(scorers[split], plans, known[split]) for split in SPLITS}
+    by_accuracy = by_fitness
+    if settings.fitness != "accuracy":
+        by_accuracy = {split: _complete(make(split, "accuracy"), plans, {}) for split in SPLITS}
+    merges = outcome.best.merges
+    return EepResult(
+        plan=plans["best"],
+        pruned_plan=plans["pruned"],
+        merge_map={layer: merge.experts for layer, merge in merges.items()},
+        router_map={layer: merge.router for layer, merge in merges.items() if merge.router is not None},
+        fitness=settings.fitness,
+        scores={
+            name: {split: _as_measured(settings.fitness, by_fitness[split][name].score) for split in SPLITS}
+            for name in plans
+        },
+        accuracy={name: {split: by_accuracy[split][name].score for split in SPLITS} for name in plans},
+        examples={split: len(scorer.task.examples) for split, scorer in scorers.items()},
+        evaluations=outcome.evaluations,
+        seed=settings.seed,
+        history=outcome.history,
+    )
 
 
 def _complete(
-    scorer: TaskFitness | AnswerFitness, plans: Mapping[str, Plan], known: Mapping[str, Fitness]
+    scorer: TaskFitness | AnswerFitness, plans: Mapping[str, PruningPlan], known: Mapping[str, Fitness]
 ) -> dict[str, Fitness]:
-    """The fitness of all plans, of which some is known."""
+    """Returns the fitness of all plans, of which some is known."""
     rest = {name: plan for name, plan in plans.items() if name not in known}
     return {**known, **dict(zip(rest, scorer(list(rest.values())), strict=True))}
 
 
-def _in_units(fitness: str, score: float) -> float:
-    """What the search maximises -> the fitness as it is measured."""
+def _as_measured(fitness: str, score: float) -> float:
+    """Turns what the search maximises into the fitness as it is measured."""
     if fitness != "nll" or math.isnan(score):
         return score
     return -math.log(score) if score > 0 else math.inf
 
 
-def _write(folder: Path, result: EepResult) -> None:
-    result.plan.save(folder / PLAN)
-    if isinstance(result.best_plan, MergedPlan):
-        result.best_plan.save(folder / MERGED)
-    else:
-        (folder / MERGED).unlink(missing_ok=True)  # of a shorter search
-    write_text(folder / RESULT, json.dumps(result.as_json(), indent=1) + "\n")
-
-
 def _finite(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    return {name: {split: x if math.isfinite(x) else None for split, x in of.items()} for name, of in scores.items()}
+    return {
+        name: {split: value if math.isfinite(value) else None for split, value in values.items()}
+        for name, values in scores.items()
+    }

@@ -10,104 +10,139 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from moeprune_ext.artifacts.plan import Merge, PruningPlan
+from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
-from moeprune_ext.data.tasks import Task, _rows, sequences
-from moeprune_ext.eep.operators import Candidate
-from moeprune_ext.eep.search import Fitness
+from moeprune_ext.data.tasks import Task, answered_right, right_likelihoods, rows_of, sequences
+from moeprune_ext.eep.operators import simplified
+from moeprune_ext.models.moe import MoeModel
 
 LEAST_UNITS = 4  # of work; answers are short, and few of them in a unit would leave a layer little to do
 
 
-class TaskFitness:
-    """Scores EEP's candidates, and pruning plans, by a task; to be called with a list of them.
+@dataclass(frozen=True)
+class Fitness:
+    """What a candidate is worth.
 
-    score: the share of examples answered right. tie: the mean log-likelihood of the right answers, per answer (both as
-    `evaluate.correct` defines them). length_normalized: choices compare by log-likelihood per token. options: see
-    CandidateEvaluator. active: experts per token, fewer than the model's; None: as many. places: of every example's
-    every option, one after the other, the number of its sequence in `evaluator`.
+    Attributes:
+        score: a share of 1, such as an accuracy; larger is better, not finite is worst.
+        tie: what orders equal scores, such as the answers' log-likelihood; larger is better, None is worst.
+    """
 
-    Raises ValueError as CandidateEvaluator does, when it is made and when it is called.
+    score: float
+    tie: float | None = None
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Sorts fitness, the worst first."""
+        return self.comparable, self.tie if self.tie is not None and math.isfinite(self.tie) else -math.inf
+
+    @property
+    def comparable(self) -> float:
+        """The score, or minus infinity where it is not finite."""
+        return self.score if math.isfinite(self.score) else -math.inf
+
+
+class _Scorer:
+    """Holds a task's evaluator, and completes candidates of a search to plans of its model."""
+
+    def __init__(self, model: nn.Module | MoeModel, task: Task, fitness: str, active: int | None, options: Any) -> None:
+        self.task, self._active = task, active
+        self.evaluator = CandidateEvaluator(model, sequences(task, fitness), **{"least_units": LEAST_UNITS, **options})
+
+    def _plans(self, candidates: Sequence[PruningPlan]) -> list[PruningPlan]:
+        return [candidate_plan(candidate, self.evaluator, self._active) for candidate in candidates]
+
+
+class TaskFitness(_Scorer):
+    """Scores candidates and plans by a task; to be called with a list of them.
+
+    The score is the share of examples answered right, the tie the mean log-likelihood of the right answers, per answer.
+
+    Args:
+        model: a transformers model, or the MoeModel made of it.
+        task: the examples.
+        length_normalized: choices compare by log-likelihood per token.
+        active: experts per token, fewer than the model's; None: as many.
+        **options: see CandidateEvaluator.
+
+    Attributes:
+        evaluator: of the task's sequences.
+        places: of every example's every option, one after the other, the number of its sequence in `evaluator`.
+
+    Raises:
+        ValueError: as CandidateEvaluator, when it is made and when it is called.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | MoeModel,
         task: Task,
         *,
         length_normalized: bool = False,
         active: int | None = None,
         **options: Any,
     ) -> None:
-        self._task, self._length_normalized, self._active = task, length_normalized, active
-        lengths = [len(prompt) + len(option) for prompt, option in _rows(task)]
+        super().__init__(model, task, "accuracy", active, options)
+        self._length_normalized = length_normalized
+        lengths = [len(prompt) + len(option) for prompt, option in rows_of(task)]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         self.places = sorted(range(len(lengths)), key=order.__getitem__)
-        options = {"least_units": LEAST_UNITS, **options}
-        self.evaluator = CandidateEvaluator(model, sequences(task, "accuracy"), **options)
 
-    def __call__(self, candidates: Sequence[Candidate | Plan]) -> list[Fitness]:
-        plans = [candidate_plan(candidate, self.evaluator, self._active) for candidate in candidates]
-        sums = self.evaluator.sequence_sums(plans, ("nll", "label_top1")).sums
+    def __call__(self, candidates: Sequence[PruningPlan]) -> list[Fitness]:
+        """Returns each candidate's fitness."""
+        sums = self.evaluator.sequence_sums(self._plans(candidates), ("nll", "label_top1")).sums
         weights = self.evaluator.weights("nll")
         lengths = [weights[place] for place in self.places]
-        return [
-            self._fitness((-nll).tolist(), hits.tolist(), lengths)
-            for nll, hits in zip(sums["nll"][:, self.places], sums["label_top1"][:, self.places], strict=True)
-        ]
-
-    def _fitness(self, likelihoods: list[float], hits: list[float], lengths: list[int]) -> Fitness:
-        right, total, at = 0, 0.0, 0
-        for example in self._task.examples:
-            span = range(at, at + len(example.options))
-            at = span.stop
-            if example.answer is None:
-                right += hits[span.start] == lengths[span.start]
-                total += likelihoods[span.start]
-            else:
-                values = [likelihoods[row] / (lengths[row] if self._length_normalized else 1) for row in span]
-                best = max(range(len(values)), key=values.__getitem__)  # of equals the first; NaN is never larger
-                right += best == example.answer and values[best] == values[best]
-                total += likelihoods[span.start + example.answer]
-        count = len(self._task.examples)
-        return Fitness(right / count if total == total else float("nan"), total / count)
+        scores = []
+        for nll, hits in zip(sums["nll"][:, self.places], sums["label_top1"][:, self.places], strict=True):
+            likelihoods = (-nll).tolist()
+            matches = [hit == length for hit, length in zip(hits.tolist(), lengths, strict=True)]
+            right = answered_right(self.task, likelihoods, matches, length_normalized=self._length_normalized)
+            total = sum(right_likelihoods(self.task, likelihoods))
+            share = sum(right) / len(right) if total == total else math.nan
+            scores.append(Fitness(share, total / len(right)))
+        return scores
 
 
-class AnswerFitness:
-    """Scores EEP's candidates, and plans, by how they treat the tokens of the right answers; made and called as
-    TaskFitness is.
+class AnswerFitness(_Scorer):
+    """Scores candidates and plans by how they treat the tokens of the right answers; made and called as TaskFitness.
 
-    metric: "esap", the acceptance against the full model at the positions that predict these tokens (our choice:
-    unshifted, as ESAP is elsewhere, it would leave out the first of them); the score is the metric's value. Or "nll",
-    per token; the score is exp(-nll), a share of 1 in the same order (our choice). tie: None.
+    Args:
+        model: a transformers model, or the MoeModel made of it.
+        task: the examples.
+        metric: "esap", the acceptance against the full model at the positions that predict these tokens (our choice:
+            unshifted, as ESAP is elsewhere, it would leave out the first of them); the score is the metric's value. Or
+            "nll", per token; the score is exp(-nll), a share of 1 in the same order (our choice).
+        active: experts per token, fewer than the model's; None: as many.
+        **options: see CandidateEvaluator.
     """
 
-    def __init__(self, model: nn.Module, task: Task, metric: str, *, active: int | None = None, **options: Any) -> None:
-        self._metric, self._active = metric, active
-        self.evaluator = CandidateEvaluator(model, sequences(task, metric), **{"least_units": LEAST_UNITS, **options})
+    def __init__(
+        self, model: nn.Module | MoeModel, task: Task, metric: str, *, active: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(model, task, metric, active, options)
+        self._metric = metric
 
-    def __call__(self, candidates: Sequence[Candidate | Plan]) -> list[Fitness]:
-        plans = [candidate_plan(candidate, self.evaluator, self._active) for candidate in candidates]
-        values = [getattr(score, self._metric) for score in self.evaluator.evaluate(plans, (self._metric,))]
+    def __call__(self, candidates: Sequence[PruningPlan]) -> list[Fitness]:
+        """Returns each candidate's fitness; it has no tie."""
+        scores = self.evaluator.evaluate(self._plans(candidates), (self._metric,))
+        values = [getattr(score, self._metric) for score in scores]
         return [Fitness(math.exp(-value) if self._metric == "nll" else value) for value in values]
 
 
-def candidate_plan(candidate: Candidate | Plan, evaluator: CandidateEvaluator, active: int | None) -> Plan:
-    """The plan that a candidate stands for; plans are as they are.
+def candidate_plan(candidate: PruningPlan, evaluator: CandidateEvaluator, active: int | None = None) -> PruningPlan:
+    """Completes a candidate of a search to a plan of the evaluator's model; other plans are returned as they are.
 
-    active: experts per token, None: the model's. A mask's layers whose experts are looked up by token keep all.
+    Args:
+        candidate: a plan without a model and with a merge in each of its layers, or any other plan.
+        evaluator: of the model.
+        active: experts per token; None: the model's.
     """
-    if not isinstance(candidate, Candidate):
+    if candidate.model is not None or len(candidate.mapped_layers) < len(candidate.kept):
         return candidate
-    if candidate.is_pruning:
-        num_experts = {index: shape.num_experts for index, shape in evaluator.shapes.items()}
-        whole = {i: list(range(num_experts[i])) for i, shape in evaluator.shapes.items() if not shape.prunable}
-        kept = dict(sorted((candidate.kept | whole).items()))
-        return PruningPlan(kept, {i: num_experts[i] for i in kept}, evaluator.fingerprint, "eep", active=active)
-    router = candidate.router_map
-    merges = {index: Merge(matrix, router[index]) for index, matrix in candidate.merge_map.items()}
-    return MergedPlan(merges, evaluator.fingerprint, active)
+    return simplified(candidate, evaluator.shapes, evaluator.fingerprint, active)

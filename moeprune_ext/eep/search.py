@@ -2,15 +2,15 @@
 
 Phase 1 starts from masks and mutates masks; phase 2 goes on from everything found so far with crossing and noise. No
 candidate ever leaves the population; parents are those whose score is within a threshold of the best. Source: EEP,
-arXiv 2407.00945, and its released code for what the text leaves open; eep_candidates.py has the operators.
+arXiv 2407.00945, and its released code for what the text leaves open; operators.py has the operators.
 
 The published loop makes one child, scores it, adds it to the population, and so on. Here `per_call` children come from
 one population, because our evaluator scores siblings together (our choice); 1 is the published loop. On artificial
 fitnesses 4 lost little to 1, and 8 and 16 more.
 
 The search knows no model: whoever calls it says how candidates are scored. A child depends only on (seed, its number,
-scores so far), so the journal (journal.py) holds scores alone, one line per call of `evaluate`: whoever finds it draws
-the same candidates again, compares their fingerprints with the journal's, and goes on where it ends.
+scores so far), so the journal holds scores alone, one line per call of `evaluate`: whoever finds it draws the same
+candidates again, compares their fingerprints with the journal's, and goes on where it ends.
 """
 
 from __future__ import annotations
@@ -26,244 +26,204 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from moeprune_ext import distributed
 from moeprune_ext.artifacts.journal import Journal
-from moeprune_ext.eep.operators import Candidate, Layout, given_mask, merge_child, mutate_mask, normalized, random_mask
-
-STARTS = ("criteria", "random")
-
-
-TIE_BREAKS = ("log_likelihood", None)
-
+from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.eep.fitness import Fitness
+from moeprune_ext.eep.operators import (
+    Layout,
+    fingerprint,
+    given_mask,
+    merge_child,
+    mutate_mask,
+    normalized,
+    random_mask,
+)
+from moeprune_ext.eep.settings import EepSettings
 
 MAX_ATTEMPTS = 32  # draws of a child until one is new; a small space of masks may have no new one left (our choice)
-
-
 ROUNDING = 1e-9  # 0.27 and 0.24 are 3 points apart, though not in floating point
 
-
-@dataclass(frozen=True)
-class Fitness:
-    """score: a share of 1, such as an accuracy; larger is better, not finite is worst. tie: what orders equal scores,
-    such as the answers' log-likelihood; larger is better, None is worst."""
-
-    score: float
-    tie: float | None = None
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        return self.comparable, self.tie if self.tie is not None and math.isfinite(self.tie) else -math.inf
-
-    @property
-    def comparable(self) -> float:
-        return self.score if math.isfinite(self.score) else -math.inf
-
-
-Evaluate = Callable[[list[Candidate]], Sequence[Fitness]]
+Evaluate = Callable[[list[PruningPlan]], Sequence[Fitness]]
 
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """pruned: the best of phase 1, a mask. best: the best of all.
+    """What a search found.
 
-    train, valid, test: fitness of `best` by the functions of that name, None where there was none; pruned_train and
-    pruned_valid: those of `pruned`. evaluations: candidates scored on train, starts included. history: one record per
-    call: {"call", "phase" ("start", "prune" or "merge"), "evaluated", "evaluations" (so far), "best" and "best_tie" (so
-    far), "mean" (of this call's finite scores, None without one), "non_finite" (candidates of this call)}.
+    Attributes:
+        pruned: the best candidate of phase 1, a mask.
+        best: the best of all.
+        pruned_train: fitness of `pruned` on the training split.
+        train: fitness of `best` on the training split.
+        pruned_valid: fitness of `pruned` on the validation split; None without one.
+        valid: fitness of `best` on the validation split; None without one.
+        evaluations: candidates scored on the training split, starts included.
+        history: one record per call: {"call", "phase" ("start", "prune" or "merge"), "evaluated", "evaluations" (so
+            far), "best" and "best_tie" (so far), "mean" (of this call's finite scores, None without one), "non_finite"
+            (candidates of this call)}.
     """
 
-    pruned: Candidate
-    best: Candidate
+    pruned: PruningPlan
+    best: PruningPlan
     pruned_train: Fitness
     train: Fitness
     pruned_valid: Fitness | None
     valid: Fitness | None
-    test: Fitness | None
     evaluations: int
     history: list[dict[str, Any]]
 
 
 def search(
     evaluate: Evaluate,
-    num_experts: Mapping[int, int],
-    keep: int | Mapping[int, int],
+    layout: Layout,
+    settings: EepSettings,
     *,
-    validate: Evaluate | None = None,
-    test: Evaluate | None = None,
-    rerank: int = 5,
-    starts: str = "criteria",
     masks: Sequence[Mapping[int, Sequence[int]]] = (),
-    start_count: int = 30,
-    tie_break: str | None = "log_likelihood",
-    prune_iters: int = 40,
-    merge_iters: int = 160,
-    per_call: int = 4,
-    layer_groups: Sequence[Sequence[int]] | None = None,
-    n_group: Mapping[int, int] | None = None,
-    mutate_within: float = 3.0,
-    cross_within: float = 1.0,
-    cross_at_least: int = 2,
-    touch: float = 0.25,
-    redraw: float = 0.15,
-    touch_merging: float = 0.25,
-    touch_mapping: float = 0.25,
-    cross: float = 0.3,
-    from_first: float = 0.6,
-    change: float = 0.25,
-    scale: float = 0.065,
-    normalize: float = 0.1,
+    validate: Evaluate | None = None,
     identity: Mapping[str, Any] | None = None,
-    seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> SearchOutcome:
     """Searches masks, then merges, that score highest.
 
-    evaluate: scores candidates on the training split; never called with none. num_experts: {decoder layer: E}. keep:
-    experts kept k', of every layer or per layer. layer_groups: a partition of the layers into those that share
-    matrices; None: none do. n_group: {decoder layer: groups of its router}, each of which keeps as many.
-    validate, rerank: the `rerank` best of each phase on train are scored on a validation split, in one call, whose
-    winner is `best` and whose best mask is `pruned`. test: called once, on `best`. Neither is in the journal.
+    Phase 1, `prune_iters` candidates: starts, in one call, then mutated masks. Phase 2, `merge_iters` candidates: two
+    parents cross, or one is copied; then noise; then perhaps the rows of W_EM are divided by their sums. A child that
+    was met before is drawn again, and costs nothing where no new one turns up (our choice).
 
-    Phase 1, `prune_iters` candidates: `start_count` starts, in one call, then mutated masks. With starts="criteria"
-    (our choice, default) `masks` ({decoder layer: kept ids}, such as eep_candidates.criterion_mask's) are the first
-    starts and random ones the rest; "random" is the paper's. Phase 2, `merge_iters` candidates: with probability
-    `cross` two parents cross, otherwise one is copied; then noise; with probability `normalize` the rows of W_EM of
-    all layers are divided by their sums (in phase 1 that would change nothing). touch, redraw: see
-    eep_candidates.mutate_mask; touch_merging, touch_mapping, from_first, change, scale: see merge_child there.
-    mutate_within, cross_within: parents' distance from the best in points, hundredths of a score. cross_at_least: so
-    many of the best may cross, however far apart (our choice: the 2 that it takes; the released code's file: 6).
-    tie_break: "log_likelihood" (our choice, default) orders equal scores by `tie`: in the ranking, and among parents,
-    where the best by `tie` stands for all of its score; None is the paper's, all alike.
-    per_call: children drawn from one population and scored in one call (our choice); 1 is the paper's.
-    A child that was met before is drawn again, and costs nothing where no new one turns up (our choice).
+    Args:
+        evaluate: scores candidates on the training split; never called with none.
+        layout: what is searched.
+        settings: how.
+        masks: {decoder layer: kept ids}, the first starts where settings.starts is "criteria".
+        validate: scores the best of each phase again, in one call, whose winner is `best` and whose best mask is
+            `pruned`; not in the journal.
+        identity: JSON values that the scores depend on (model, data), recorded.
+        out: a directory for `search.json` (settings) and `history.jsonl` (scores, a line per call); a directory with a
+            history is resumed, with more merge_iters if asked. Same seed and scores: same outcome, whenever it was
+            killed. Where merge_iters cut a call short, more of them score its rest in a call of its own: scores that
+            depend on their company in the last bits, as our evaluator's, then equal those of one longer search only up
+            to rounding.
+        progress: whether to show a progress bar on stderr.
 
-    identity: JSON values that the scores depend on (model, data), recorded. out: a directory for `search.json`
-    (settings), `history.jsonl` (scores, a line per call), `pruned.safetensors` and `best.safetensors`; a directory with
-    a history is resumed, with more merge_iters if asked. Same seed and scores: same outcome, whenever it was killed.
-    Where merge_iters cut a call short, more of them score its rest in a call of its own: scores that depend on their
-    company in the last bits, as our evaluator's, then equal those of one longer search only up to rounding.
-
-    Raises ValueError, before any evaluation, for settings that cannot be, and for a directory of another search; and at
-    the end when no candidate had a finite score. Source: arXiv 2407.00945.
+    Raises:
+        ValueError: before any evaluation, for settings that cannot be and for a directory of another search; and at the
+            end when no candidate had a finite score.
     """
-    layout = Layout.of(num_experts, keep, layer_groups, n_group)
-    if layout.n_group and merge_iters:
+    if layout.n_group and settings.merge_iters:
         raise ValueError("experts of a router with groups cannot be merged: use merge_iters=0")
-    rates = {
-        "touch": touch,
-        "redraw": redraw,
-        "touch_merging": touch_merging,
-        "touch_mapping": touch_mapping,
-        "cross": cross,
-        "from_first": from_first,
-        "change": change,
-        "normalize": normalize,
-    }
-    sizes = {
-        "start_count": start_count,
-        "prune_iters": prune_iters,
-        "per_call": per_call,
-        "rerank": rerank,
-    }
-    check_settings(starts, tie_break, merge_iters=merge_iters, cross_at_least=cross_at_least, **sizes)
-    if starts == "criteria" and not masks:
+    if settings.starts == "criteria" and not masks:
         raise ValueError('starts="criteria" needs the criteria\'s masks; give some, or use starts="random"')
-    _check_rates(rates)
-    if min(mutate_within, cross_within) < 0 or not scale > 0:
-        raise ValueError("thresholds are at least 0 and scale above 0")
-    given = [given_mask(layout, mask, f"masks[{i}]") for i, mask in enumerate(masks if starts == "criteria" else ())]
-    settings = {
+    used = masks if settings.starts == "criteria" else ()
+    starts = [given_mask(layout, mask, f"masks[{i}]") for i, mask in enumerate(used)]
+    recorded = {
         **(identity or {}),
-        **rates,
-        **{name: value for name, value in sizes.items() if name != "rerank"},
+        **settings.recorded(),
         **layout_settings(layout),
-        "starts": starts,
-        "masks": [mask.fingerprint for mask in given],
-        "tie_break": tie_break,
-        "scale": scale,
-        "mutate_within": mutate_within,
-        "cross_within": cross_within,
-        "cross_at_least": cross_at_least,
-        "seed": seed,
+        "masks": [fingerprint(mask, layout) for mask in starts],
     }
-    journal = Journal(Path(out), settings) if out is not None else None
-    known = _Population(tie_break is not None)
-
-    def draw(phase: str, number: int, attempt: int, rng: np.random.Generator) -> Candidate:
-        if phase == "start":
-            return given[number] if number < len(given) and attempt == 0 else random_mask(layout, rng)
-        if phase == "prune":
-            (parent,) = known.draw_parents(1, mutate_within, 1, rng)
-            return mutate_mask(parent, rng, layout.router_groups, touch=touch, redraw=redraw)
-        if rng.random() < cross and len(known.candidates) > 1:
-            parents = known.draw_parents(2, cross_within, cross_at_least, rng)
-        else:
-            parents = known.draw_parents(1, mutate_within, 1, rng)
-        child = merge_child(
-            parents[0],
-            parents[1] if len(parents) == 2 else None,
-            rng,
-            touch_merging=touch_merging,
-            touch_mapping=touch_mapping,
-            from_first=from_first,
-            change=change,
-            scale=scale,
-        )
-        return normalized(child) if rng.random() < normalize else child
-
+    journal = Journal(Path(out), recorded) if out is not None else None
+    population = _Population(layout, settings)
     history: list[dict[str, Any]] = []
     masks_scored = 0
-    bar = tqdm(total=prune_iters + merge_iters, desc="eep", unit="candidate", disable=not progress)
-    for call, (phase, numbers) in enumerate(_calls(start_count, prune_iters, merge_iters, per_call)):
-        children: dict[Candidate, None] = {}
-        for number in numbers:
-            rng = np.random.default_rng(random.Random(f"{seed}:{number}").getrandbits(128))
-            tries = (draw(phase, number, attempt, rng) for attempt in range(MAX_ATTEMPTS))
-            if new := next((c for c in tries if c not in known.met and c not in children), None):
-                children[new] = None
-        bar.set_postfix_str(f"{phase}: {len(children)} candidates")
-        fitness = _score_call(evaluate, list(children), call, phase, journal)
-        known.add(children, fitness)
-        if phase != "merge":
-            masks_scored = len(known.candidates)
-        history.append(_summary(call, phase, fitness, known))
-        bar.update(len(numbers))
-    bar.close()
-    outcome = _choose(known, masks_scored, validate, test, rerank, history)
-    if journal is not None and distributed.is_first():
-        outcome.pruned.save(journal.folder / "pruned.safetensors")
-        outcome.best.save(journal.folder / "best.safetensors")
-    return outcome
+    total = settings.prune_iters + settings.merge_iters
+    with tqdm(total=total, desc="eep", unit="candidate", disable=not progress) as bar:
+        for call, (phase, numbers) in enumerate(_calls(settings)):
+            children = population.children(phase, numbers, starts)
+            bar.set_postfix_str(f"{phase}: {len(children)} candidates")
+            fitness = _score_call(evaluate, children, call, phase, journal)
+            population.add(children, fitness)
+            if phase != "merge":
+                masks_scored = len(population.candidates)
+            history.append(_summary(call, phase, fitness, population))
+            bar.update(len(numbers))
+    return _choose(population, masks_scored, validate, history)
+
+
+def layout_settings(layout: Layout) -> dict[str, Any]:
+    """Returns what search.json says of a layout."""
+    return {
+        "search": "eep",
+        "groups": [list(group) for group in layout.groups],
+        "num_experts": list(layout.num_experts),
+        "keep": list(layout.keep),
+        "n_group": list(layout.n_group) or None,
+    }
 
 
 def parents_within(fitness: Sequence[Fitness], points: float, at_least: int = 1) -> list[int]:
-    """Places, in ascending order, of those whose score is within so many points (hundredths) of the best, and of the
-    best `at_least` in any case (equals: the earlier)."""
+    """Finds the candidates whose score is near the best.
+
+    Args:
+        fitness: of all.
+        points: distance from the best, in hundredths of a score.
+        at_least: so many of the best are among them in any case (equals: the earlier).
+
+    Returns:
+        Their numbers, ascending.
+    """
     best_first = sorted(range(len(fitness)), key=lambda i: (-fitness[i].comparable, i))
     floor = fitness[best_first[0]].comparable - points / 100 - ROUNDING
-    return sorted(i for place, i in enumerate(best_first) if place < at_least or fitness[i].comparable >= floor)
+    return sorted(i for rank, i in enumerate(best_first) if rank < at_least or fitness[i].comparable >= floor)
 
 
 @dataclass
 class _Population:
-    """Everything scored so far, in the order of scoring. ordered: whether ties count."""
+    """Everything scored so far, in the order of scoring."""
 
-    ordered: bool
-    candidates: list[Candidate] = field(default_factory=list)
+    layout: Layout
+    settings: EepSettings
+    candidates: list[PruningPlan] = field(default_factory=list)
     fitness: list[Fitness] = field(default_factory=list)
-    met: set[Candidate] = field(default_factory=set)
+    met: set[str] = field(default_factory=set)  # fingerprints
 
-    def add(self, candidates: Mapping[Candidate, None], fitness: Sequence[Fitness]) -> None:
-        self.candidates += candidates
+    @property
+    def ordered(self) -> bool:
+        """Whether ties count."""
+        return self.settings.tie_break is not None
+
+    def comparable(self, fitness: Sequence[Fitness]) -> list[Fitness]:
+        """Returns fitness as it counts here."""
+        return list(fitness) if self.ordered else [Fitness(one.score) for one in fitness]
+
+    def add(self, candidates: Mapping[str, PruningPlan], fitness: Sequence[Fitness]) -> None:
+        """Takes in what was scored; candidates by fingerprint."""
+        self.candidates += candidates.values()
         self.met |= candidates.keys()
-        self.fitness += fitness if self.ordered else [Fitness(one.score) for one in fitness]
+        self.fitness += self.comparable(fitness)
 
-    def best_first(self, places: Sequence[int]) -> list[int]:
-        return sorted(places, key=lambda i: self.fitness[i].rank, reverse=True)  # stable: of equals the earlier
+    def best_first(self, numbers: Sequence[int]) -> list[int]:
+        """Sorts candidates, of equals the earlier first."""
+        return sorted(numbers, key=lambda i: self.fitness[i].rank, reverse=True)
 
-    def draw_parents(self, count: int, points: float, at_least: int, rng: np.random.Generator) -> list[Candidate]:
-        """`count` different parents, uniformly; where ties count, the best of a drawn one's score stands for it."""
+    def children(self, phase: str, numbers: range, starts: Sequence[PruningPlan]) -> dict[str, PruningPlan]:
+        """Draws the candidates of one call, {fingerprint: candidate}, that were not met before."""
+        children: dict[str, PruningPlan] = {}
+        for number in numbers:
+            rng = np.random.default_rng(random.Random(f"{self.settings.seed}:{number}").getrandbits(128))
+            for attempt in range(MAX_ATTEMPTS):
+                start = starts[number] if phase == "start" and number < len(starts) and attempt == 0 else None
+                child = self._draw(phase, rng) if start is None else start
+                key = fingerprint(child, self.layout)
+                if key not in self.met and key not in children:
+                    children[key] = child
+                    break
+        return children
+
+    def _draw(self, phase: str, rng: np.random.Generator) -> PruningPlan:
+        layout, rates = self.layout, self.settings.rates
+        if phase == "start":
+            return random_mask(layout, rng)
+        if phase == "prune":
+            return mutate_mask(self._parents(1, rates.mutate_within, 1, rng)[0], layout, rng, rates)
+        if rng.random() < rates.cross and len(self.candidates) > 1:
+            parents = self._parents(2, rates.cross_within, self.settings.cross_at_least, rng)
+        else:
+            parents = self._parents(1, rates.mutate_within, 1, rng)
+        child = merge_child(parents, layout, rng, rates)
+        return normalized(child, layout) if rng.random() < rates.normalize else child
+
+    def _parents(self, count: int, points: float, at_least: int, rng: np.random.Generator) -> list[PruningPlan]:
+        """Draws different parents, uniformly; where ties count, the best of a drawn one's score stands for it."""
         eligible = parents_within(self.fitness, points, at_least)
         drawn: list[int] = []
         while len(drawn) < count:
@@ -276,70 +236,37 @@ class _Population:
         return [self.candidates[i] for i in drawn]
 
 
-def layout_settings(layout: Layout) -> dict[str, Any]:
-    """What search.json says of a layout."""
-    return {
-        "search": "eep",
-        "groups": [list(group) for group in layout.groups],
-        "num_experts": list(layout.num_experts),
-        "keep": list(layout.keep),
-        "n_group": list(layout.n_group) or None,
-    }
-
-
-def check_settings(starts: str, tie_break: str | None, *, merge_iters: int, cross_at_least: int, **sizes: int) -> None:
-    """Refuses (ValueError) what no search can have; `search` calls it first. sizes: of those that are at least 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-    if merge_iters < 0 or cross_at_least < 2:
-        raise ValueError(
-            f"merge_iters is at least 0 and cross_at_least at least 2; got {merge_iters} and {cross_at_least}"
-        )
-    if starts not in STARTS:
-        raise ValueError(f"unknown starts {starts!r}; choose from {', '.join(STARTS)}")
-    if tie_break not in TIE_BREAKS:
-        raise ValueError(f'unknown tie_break {tie_break!r}; choose "log_likelihood" or None')
-
-
-def _check_rates(rates: Mapping[str, float]) -> None:
-    for name, rate in rates.items():
-        if not 0 <= rate <= 1:
-            raise ValueError(f"{name} is a probability; got {rate}")
-    if rates["touch"] == 0 or rates["touch_merging"] == rates["touch_mapping"] == 0:
-        raise ValueError("a child changes something: touch, and touch_merging or touch_mapping, must be above 0")
-
-
-def _calls(start_count: int, prune_iters: int, merge_iters: int, per_call: int) -> Iterator[tuple[str, range]]:
-    """Each call's phase and the numbers of its children."""
-    started, end = min(start_count, prune_iters), prune_iters + merge_iters
+def _calls(settings: EepSettings) -> Iterator[tuple[str, range]]:
+    """Yields each call's phase and the numbers of its children."""
+    end = settings.prune_iters + settings.merge_iters
+    started = min(settings.rates.start_count, settings.prune_iters)
     yield "start", range(started)
-    for phase, first, last in (("prune", started, prune_iters), ("merge", prune_iters, end)):
-        for at in range(first, last, per_call):
-            yield phase, range(at, min(at + per_call, last))
+    for phase, first, last in (("prune", started, settings.prune_iters), ("merge", settings.prune_iters, end)):
+        for at in range(first, last, settings.per_call):
+            yield phase, range(at, min(at + settings.per_call, last))
 
 
 def _score_call(
-    evaluate: Evaluate, children: list[Candidate], call: int, phase: str, journal: Journal | None
+    evaluate: Evaluate, children: Mapping[str, PruningPlan], call: int, phase: str, journal: Journal | None
 ) -> list[Fitness]:
-    """The children's fitness: from the journal what it knows (a call that more merge_iters make longer in part), the
-    rest scored and journalled."""
+    """Returns the children's fitness: what the journal has (of a call that more merge_iters make longer, a part), and
+    the rest scored and journalled."""
     lines = journal.records.get(call, {}).get("scores", []) if journal is not None else []
-    if any(line[0] != child.fingerprint for line, child in zip(lines, children, strict=False)):
+    if any(line[0] != key for line, key in zip(lines, children, strict=False)):
         raise ValueError(
             f"call {call} of the history scores other candidates than this search draws, as another version of "
             "moeprune_ext or numpy would; use another directory"
         )
     lines = lines[: len(children)]
-    if rest := children[len(lines) :]:
-        fresh = _scored(evaluate, rest)
-        lines = lines + [[c.fingerprint, _json(f.score), _json(f.tie)] for c, f in zip(rest, fresh, strict=True)]
+    if rest := list(children.items())[len(lines) :]:
+        fresh = _scored(evaluate, [child for _, child in rest])
+        lines = lines + [[key, _json(f.score), _json(f.tie)] for (key, _), f in zip(rest, fresh, strict=True)]
         if journal is not None:
             journal.append({"generation": call, "phase": phase, "scores": lines})
     return [Fitness(math.nan if score is None else score, tie) for _, score, tie in lines]
 
 
-def _scored(evaluate: Evaluate, candidates: list[Candidate]) -> list[Fitness]:
+def _scored(evaluate: Evaluate, candidates: list[PruningPlan]) -> list[Fitness]:
     fitness = list(evaluate(candidates))
     if len(fitness) != len(candidates):
         raise ValueError(f"{len(candidates)} candidates were to be scored, the evaluation returned {len(fitness)}")
@@ -350,14 +277,15 @@ def _json(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _summary(call: int, phase: str, fitness: Sequence[Fitness], known: _Population) -> dict[str, Any]:
+def _summary(call: int, phase: str, fitness: Sequence[Fitness], population: _Population) -> dict[str, Any]:
+    """Returns a call's record in the history."""
     finite = [one.score for one in fitness if math.isfinite(one.score)]
-    best = max(known.fitness, key=lambda one: one.rank)
+    best = max(population.fitness, key=lambda one: one.rank)
     return {
         "call": call,
         "phase": phase,
         "evaluated": len(fitness),
-        "evaluations": len(known.candidates),
+        "evaluations": len(population.candidates),
         "best": _json(best.score),
         "best_tie": best.tie,
         "mean": sum(finite) / len(finite) if finite else None,
@@ -366,36 +294,31 @@ def _summary(call: int, phase: str, fitness: Sequence[Fitness], known: _Populati
 
 
 def _choose(
-    known: _Population,
-    masks_scored: int,
-    validate: Evaluate | None,
-    test: Evaluate | None,
-    rerank: int,
-    history: list[dict[str, Any]],
+    population: _Population, masks_scored: int, validate: Evaluate | None, history: list[dict[str, Any]]
 ) -> SearchOutcome:
-    """The best mask and the best of all, on the validation split where there is one."""
-    phases = (range(masks_scored), range(masks_scored, len(known.candidates)))
-    mask_places, merge_places = (known.best_first(phase)[:rerank] for phase in phases)
-    finalists = known.best_first([*mask_places, *merge_places])
-    if not math.isfinite(known.fitness[finalists[0]].score):
+    """Chooses the best mask and the best of all, on the validation split where there is one."""
+    fitness, candidates = population.fitness, population.candidates
+    phases = (range(masks_scored), range(masks_scored, len(candidates)))
+    masks, merges = (population.best_first(phase)[: population.settings.rates.rerank] for phase in phases)
+    finalists = population.best_first([*masks, *merges])
+    if not math.isfinite(fitness[finalists[0]].score):
         raise ValueError("no candidate had a finite score; use a dtype with more range, such as bfloat16 or float32")
     valid: dict[int, Fitness] = {}
     if validate is not None:
-        fitness = _scored(validate, [known.candidates[i] for i in finalists])
-        valid = {i: one if known.ordered else Fitness(one.score) for i, one in zip(finalists, fitness, strict=True)}
+        again = population.comparable(_scored(validate, [candidates[i] for i in finalists]))
+        valid = dict(zip(finalists, again, strict=True))
         finalists.sort(key=lambda i: valid[i].rank, reverse=True)  # stable: of equals the better on train
         if not math.isfinite(valid[finalists[0]].score):
             raise ValueError("no candidate had a finite score on the validation split")
     best = finalists[0]
     pruned = next(i for i in finalists if i < masks_scored)
     return SearchOutcome(
-        known.candidates[pruned],
-        known.candidates[best],
-        known.fitness[pruned],
-        known.fitness[best],
-        valid.get(pruned),
-        valid.get(best),
-        _scored(test, [known.candidates[best]])[0] if test is not None else None,
-        len(known.candidates),
-        history,
+        pruned=candidates[pruned],
+        best=candidates[best],
+        pruned_train=fitness[pruned],
+        train=fitness[best],
+        pruned_valid=valid.get(pruned),
+        valid=valid.get(best),
+        evaluations=len(candidates),
+        history=history,
     )

@@ -32,7 +32,7 @@ Mask = dict[int, list[int]]  # {decoder layer: ids of the experts kept}
 
 
 def starting_masks(
-    model: nn.Module,
+    model: nn.Module | MoeModel,
     task: Task,
     layout: Layout,
     *,
@@ -40,26 +40,36 @@ def starting_masks(
     out: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> dict[str, Mask]:
-    """{criterion: {decoder layer: experts to keep}} on a task's prompts and right answers: naee's, where it can be told
-    for this layout and model, and those of criteria.CRITERIA.
+    """Makes the masks that every criterion would keep on a task's prompts and right answers.
 
-    out: a directory that keeps them, so that a search that goes on does not calibrate again; into that of a search
-    that has begun, which may be another, nothing is written.
+    Args:
+        model: a transformers model, or the MoeModel made of it.
+        task: the training split.
+        layout: of the search.
+        seed: of naee's sample.
+        out: a directory that keeps them, so that a search that goes on does not calibrate again; into that of a search
+            that has begun, which may be another, nothing is written.
+        progress: whether to show progress bars on stderr.
+
+    Returns:
+        {criterion: {decoder layer: ids of the experts kept}}: naee's first, where layers share nothing and its router
+        can be run alone, then those of criteria.CRITERIA.
     """
+    moe = MoeModel.of(model)
     batches = answer_batches(task)
     about = {
-        "model": model_fingerprint(model),
+        "model": moe.fingerprint,
         "data": data_fingerprint(batches),
         "layout": [layout.groups, layout.keep],
         "seed": seed,
     }
     file = Path(out) / STARTS if out is not None else None
-    if (found := distributed.from_first(lambda: _read_starts(file, about))) is not None:
-        return found
+    if (stored := distributed.from_first(lambda: _read_starts(file, about))) is not None:
+        return stored
     progress = progress and distributed.is_first()
-    stats = calibrate(model, batches, progress=progress)
+    stats = calibrate(moe, batches, progress=progress)
     masks = {name: criterion_mask(layout, score_experts(stats, name)) for name in CRITERIA}
-    naee = _naee_mask(model, batches, layout, seed, progress)
+    naee = _naee_mask(moe, batches, layout, seed, progress)
     masks = masks if naee is None else {"naee": naee, **masks}
     if file is not None and distributed.is_first() and not (file.parent / SETTINGS).exists():
         write_text(file, json.dumps({"about": about, "masks": masks}) + "\n")
@@ -67,6 +77,7 @@ def starting_masks(
 
 
 def _read_starts(file: Path | None, about: dict[str, Any]) -> dict[str, Mask] | None:
+    """Reads the masks that a directory keeps; None where it keeps none of this search."""
     if file is None or not file.exists():
         return None
     content = read_json(file)
@@ -78,15 +89,17 @@ def _read_starts(file: Path | None, about: dict[str, Any]) -> dict[str, Mask] | 
         raise ValueError(f"{file} is damaged ({error}); remove it") from None
 
 
-def _naee_mask(model: nn.Module, batches: list[TokenBatch], layout: Layout, seed: int, progress: bool) -> Mask | None:
-    """naee's, None where layers share a mask, keep fewer than the router selects, or its router cannot be run alone."""
-    shapes = {index: layer.shape for index, layer in find_moe_layers(model).items()}
-    keep = layout.by_layer(layout.keep)
+def _naee_mask(moe: MoeModel, batches: list[TokenBatch], layout: Layout, seed: int, progress: bool) -> Mask | None:
+    """Returns naee's mask.
+
+    None where layers share a mask, keep fewer than the router selects, or the router cannot be run alone.
+    """
+    shapes, keep = moe.shapes, layout.by_layer(layout.keep)
     if len(layout.groups) < len(keep) or any(keep[i] < shapes[i].min_kept for i in keep):
         return None
     try:
         pruned = {i: shapes[i].num_experts - keep[i] for i in keep}
-        plan = naee_subsets(model, batches, pruned, seed=seed, progress=progress)
+        plan = naee_subsets(moe, batches, pruned, seed=seed, progress=progress)
     except ValueError as reason:
         warnings.warn(f"the search starts without naee's mask: {reason}", stacklevel=3)
         return None

@@ -15,9 +15,14 @@ from moeprune_ext.modeling import MAPPED
 from moeprune_ext.models.layers import MoeLayer, find_moe_layers, list_paths, router_tensors
 
 
+def plain_model(model: Any) -> Any:
+    """Returns the transformers model of a MoeModel, or of itself."""
+    return model.model if isinstance(model, MoeModel) else model
+
+
 def text_config(model: Any) -> Any:
     """Returns the configuration of a model's language part; `model` is a transformers model or a MoeModel."""
-    return (model.model if isinstance(model, MoeModel) else model).config.get_text_config()
+    return plain_model(model).config.get_text_config()
 
 
 @dataclass(frozen=True, eq=False)
