@@ -73,6 +73,8 @@ print(module.build_info()["cpu_isa"])
 def test_one_openmp_runtime_is_shared_with_torch():
     code = """
 import moeprune_ext
+
+moeprune_ext.build_info()  # loads torch and the core
 print(sorted({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}))
 """
     assert len(eval(run(code).stdout)) == 1

@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from moeprune_ext.distributed import from_first
@@ -145,4 +144,6 @@ def _stays(
 
 def student_quantile(probability: float, freedom: int) -> float:
     """Returns the t with P(T <= t) = probability for Student's distribution with so many degrees of freedom."""
+    from scipy.special import stdtrit  # takes 0.2 s, which only a race needs
+
     return float(stdtrit(freedom, probability))

@@ -34,17 +34,17 @@ def run(options: Options) -> tuple[Any, str]:
     if options.out is not None:
         check_new_folder(options.out)
         rows = run_demo(options.out, seed=options.seed, progress=True, say=say)
-        kept = (
+        files = (
             f"\nStatistics, plans, checkpoints and tasks are in {options.out}; the embedded model is {demo_folder()}."
         )
     else:
         with tempfile.TemporaryDirectory() as folder:
             rows = run_demo(Path(folder), seed=options.seed, progress=True, say=say)
-        kept = ""
+        files = ""
     text = (
         f"\n{format_table(rows)}\n\n"
         "ESAP: acceptance of the pruned model as a draft for the full one, on held-out text; ppl: perplexity;\n"
         "arithmetic: token-exact match on held-out problems; word order: four-way multiple choice; MB: weights on disk."
-        f"{kept}\nNext, on your own model:  moeprune info /path/to/model"
+        f"{files}\nNext, on your own model:  moeprune info /path/to/model"
     )
     return as_json(rows), text

@@ -72,9 +72,9 @@ def run(options: Options) -> tuple[Any, str]:
     if options.table:
         rows = eep_table(model, splits[0], list(options.keep), **settings)
         return _shown(rows, splits, {"table": str(options.out / "table.md")})
-    found = eep(model, splits[0], options.keep[0], **settings, **(PAPER if options.searching.paper else {}))
-    rows = result_rows(model, found, options.keep[0])
-    return _shown(rows, splits, {**found.as_json(), "plan": str(options.out / found.file)})
+    outcome = eep(model, splits[0], options.keep[0], **settings, **(PAPER if options.searching.paper else {}))
+    rows = result_rows(model, outcome, options.keep[0])
+    return _shown(rows, splits, {**outcome.as_json(), "plan": str(options.out / outcome.file)})
 
 
 def _check(options: Options) -> None:
@@ -89,14 +89,14 @@ def _check(options: Options) -> None:
     check_folder(options.out)
     checkpoint = read_checkpoint(options.model)
     layers = checkpoint.layers
-    asked: dict[str, Any] = {"layer_groups": searching.layer_groups, "fitness": searching.fitness}
+    request: dict[str, Any] = {"layer_groups": searching.layer_groups, "fitness": searching.fitness}
     if not options.keep:
         all_kept = {index: layer.shape.num_experts for index, layer in layers.items() if layer.shape.prunable}
-        _check_measurement(options, check_request(layers, all_kept, active=options.active, **asked)[1])
-    layouts = [check_request(layers, keep, active=options.active, **asked)[0] for keep in options.keep]
+        _check_measurement(options, check_request(layers, all_kept, active=options.active, **request)[1])
+    layouts = [check_request(layers, keep, active=options.active, **request)[0] for keep in options.keep]
     if options.table:
         for keep in options.keep:
-            check_request(layers, keep, **asked)
+            check_request(layers, keep, **request)
     if options.keep and searching.merge_iters:
         routed = stored_routers(checkpoint)
         for layout in layouts:
@@ -116,8 +116,8 @@ def _check_measurement(options: Options, active: int | None) -> None:
         raise ValueError(f"without --keep nothing is searched, so that {names} would do nothing; give --keep N")
     if active is None:
         raise ValueError(f"--active {options.active}: the routers select as many already; name fewer")
-    if held := [name for name in (PLAN, SETTINGS) if (options.out / name).exists()]:
-        raise ValueError(f"{options.out} holds {' and '.join(held)}; name another directory for {PLAN}")
+    if existing := [name for name in (PLAN, SETTINGS) if (options.out / name).exists()]:
+        raise ValueError(f"{options.out} holds {' and '.join(existing)}; name another directory for {PLAN}")
 
 
 def _fewer_active(model: Any, splits: Sequence[Task], options: Options, measuring: dict[str, Any]) -> tuple[Any, str]:

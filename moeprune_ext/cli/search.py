@@ -39,22 +39,22 @@ def run(options: Options) -> tuple[Any, str]:
     batches = io.load_data(options, io.load_tokenizer(options.model))
     model = io.load_model(options.model, options)
     evaluator = CandidateEvaluator(model, batches, memory_budget=options.memory_bytes, router=options.router)
-    found = search(evaluator, space, out=options.out, progress=distributed.is_first())
+    outcome = search(evaluator, space, out=options.out, progress=distributed.is_first())
     try:
         uniform = getattr(evaluator.evaluate([uniform_plan(scores, sparsity)], (fitness,))[0], fitness)
     except ValueError:  # some layer cannot give the uniform share; the search needs no uniform plan
         uniform = None
-    kept = {str(layer): len(ids) for layer, ids in found.plan.kept.items()}
+    kept = {str(layer): len(ids) for layer, ids in outcome.plan.kept.items()}
     spent, saved = (
-        sum(record[name] for record in found.history) for name in ("token_evaluations", "token_evaluations_saved")
+        sum(record[name] for record in outcome.history) for name in ("token_evaluations", "token_evaluations_saved")
     )
     result = {
         "plan": str(options.out / "plan.json"),
         "fitness": fitness,
-        "score": found.score,
+        "score": outcome.score,
         "uniform": uniform,
         "kept_per_layer": kept,
-        "nan_candidates": sum(record["nan"] for record in found.history),
+        "nan_candidates": sum(record["nan"] for record in outcome.history),
         "token_evaluations": spent,
         "token_evaluations_saved": saved,
         "method": evaluator.method,
@@ -62,7 +62,7 @@ def run(options: Options) -> tuple[Any, str]:
     beside = "" if uniform is None else f" (uniform plan: {uniform:.5f})"
     raced = f", {saved / (spent + saved):.0%} saved by racing" if saved else ""
     text = (
-        f"{fitness} {found.score:.5f}{beside}\nkept per layer: {' '.join(map(str, kept.values()))}\n"
+        f"{fitness} {outcome.score:.5f}{beside}\nkept per layer: {' '.join(map(str, kept.values()))}\n"
         f"{spent:,} token evaluations{raced}; {evaluator.method}\nplan: {options.out / 'plan.json'}"
     )
     return result, text
