@@ -31,19 +31,12 @@ from measure import measure
 from torch import Tensor, nn
 
 import moeprune_ext as mp
+from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.candidates.memory import peak_bytes
 from moeprune_ext.data.tasks import Task
 from moeprune_ext.demo.run import arithmetic_task, load_demo
 from moeprune_ext.eep.fitness import TaskFitness, candidate_plan
-from moeprune_ext.eep.operators import (
-    Candidate,
-    Layout,
-    criterion_mask,
-    given_mask,
-    merge_child,
-    mutate_mask,
-    random_mask,
-)
+from moeprune_ext.eep.operators import Layout, criterion_mask, given_mask, merge_child, mutate_mask, random_mask
 from moeprune_ext.evaluate import correct, generated_matches
 from moeprune_ext.models.layers import find_moe_layers
 
@@ -54,12 +47,12 @@ SEARCH = {"starts: 30 masks": 30, "4 masks": 10, "4 merges": 160}  # evaluations
 
 
 @contextmanager
-def merged(model: Any, candidate: Candidate) -> Iterator[None]:
+def merged(model: Any, candidate: PruningPlan) -> Iterator[None]:
     """Inside, the model holds the candidate's experts and routes by its map."""
     layers = find_moe_layers(model)
     stored: list[tuple[nn.Module, str, Any]] = []
     for index, layer in layers.items():
-        shares, router_map = candidate.merge_map[index], candidate.router_map[index]
+        shares, router_map = candidate.merges[index].experts, candidate.merges[index].router
         for name in ("gate_up_proj", "down_proj"):
             stored.append((layer.experts, name, getattr(layer.experts, name)))
             summed = torch.einsum("ie,e...->i...", shares, getattr(layer.experts, name))
@@ -113,7 +106,7 @@ class Loop:
     def __init__(self, model: Any, task: Task, implementation: str, answer: Callable[[Any, Task], list[bool]]) -> None:
         self.model, self.task, self.implementation, self.answer = model, task, implementation, answer
 
-    def __call__(self, candidates: list[Candidate]) -> list[list[bool]]:
+    def __call__(self, candidates: list[PruningPlan]) -> list[list[bool]]:
         default = self.model.config._experts_implementation
         self.model.config._experts_implementation = self.implementation
         found = []
@@ -126,7 +119,7 @@ class Loop:
 
 
 def fastest(
-    model: Any, task: Task, candidate: Candidate, ways: dict[str, Callable[[Any, Task], list[bool]]]
+    model: Any, task: Task, candidate: PruningPlan, ways: dict[str, Callable[[Any, Task], list[bool]]]
 ) -> tuple[Loop, str]:
     """The fastest way to run it, and what every way takes."""
     default, found, said = model.config._experts_implementation, [], []
@@ -144,7 +137,7 @@ def fastest(
 # ---- ours
 
 
-def answered(fitness: TaskFitness, candidates: list[Candidate]) -> list[list[bool]]:
+def answered(fitness: TaskFitness, candidates: list[PruningPlan]) -> list[list[bool]]:
     """Per candidate and example, whether the answer is right."""
     evaluator = fitness.evaluator
     plans = [candidate_plan(candidate, evaluator, None) for candidate in candidates]
@@ -153,13 +146,13 @@ def answered(fitness: TaskFitness, candidates: list[Candidate]) -> list[list[boo
     return right[:, fitness.places].tolist()
 
 
-def calls(layout: Layout, masks: list[Candidate], rng: np.random.Generator) -> dict[str, list[Candidate]]:
+def calls(layout: Layout, masks: list[PruningPlan], rng: np.random.Generator) -> dict[str, list[PruningPlan]]:
     """Candidates as a search's calls have them: children of the given masks."""
     starts = [*masks, *(random_mask(layout, rng) for _ in range(30 - len(masks)))]
-    mutated = [mutate_mask(masks[i % len(masks)], rng) for i in range(4)]
-    merges = [merge_child(masks[i % 2], masks[(i + 1) % 2] if i == 0 else None, rng) for i in range(4)]
+    mutated = [mutate_mask(masks[i % len(masks)], layout, rng) for i in range(4)]
+    merges = [merge_child(masks[:2] if i == 0 else [masks[i % 2]], layout, rng) for i in range(4)]
     for _ in range(3):  # a few generations on, when most matrices have been touched
-        merges = [merge_child(parent, None, rng) for parent in merges]
+        merges = [merge_child([parent], layout, rng) for parent in merges]
     return dict(zip(SEARCH, (starts, mutated, merges), strict=True))
 
 

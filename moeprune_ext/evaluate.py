@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from moeprune_ext.data.batches import TokenBatch, as_batches
-from moeprune_ext.data.tasks import Task
-from moeprune_ext.models.moe import text_config
+from moeprune_ext.data.tasks import Row, Task, answered_right, padded_batches, rows_of
+from moeprune_ext.models.moe import MoeModel, plain_model, text_config
 
 LOGITS_AT_ONCE = 1 << 26  # elements of [B, S, V] logits alive at a time: 256 MB in float32
 

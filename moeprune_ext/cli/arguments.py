@@ -30,6 +30,18 @@ def flag(help: str | Callable[[], str], default: Any = MISSING, **metadata: Any)
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
+def setting(settings: type, name: str, **metadata: Any) -> Any:
+    """Declares a field as the flag of one of a settings dataclass's fields, with its help and its default.
+
+    Args:
+        settings: the dataclass.
+        name: of its field.
+        **metadata: see `flag`.
+    """
+    field = settings.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    return flag(field.metadata["help"], field.default, **metadata)
+
+
 def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
     """Adds a dataclass's fields to a parser; fields without a `help` take the value of another group's flag."""
     kinds = get_type_hints(options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from moeprune_ext import distributed
 from moeprune_ext.artifacts.journal import SETTINGS
 from moeprune_ext.checkpoint.read import read_checkpoint, stored_routers
 from moeprune_ext.cli import io
-from moeprune_ext.cli.arguments import Common, Memory, Streaming, flag, model_argument
+from moeprune_ext.cli.arguments import Common, Memory, Streaming, flag, model_argument, setting
 from moeprune_ext.data.tasks import Task, load_task, split_task
-from moeprune_ext.eep.eep import PAPER, PLAN, check_folder, check_mergeable, check_request, eep
+from moeprune_ext.eep.eep import PLAN, check_folder, check_mergeable, check_request, eep
+from moeprune_ext.eep.settings import PAPER, EepSettings
 from moeprune_ext.eep.table import TableRow, eep_table, format_table, judges_of, measured_row, result_rows
 from moeprune_ext.models.apply import full_plan
 
@@ -25,11 +26,11 @@ EXAMPLE = "moeprune eep MODEL --task task.jsonl --keep 4 -o RUN_DIR"
 class Searching:
     """Flags that say how to search, and mean nothing where --keep is left out."""
 
-    fitness: str = flag("accuracy, or esap or nll of the right answers: what the search improves", "accuracy")
-    layer_groups: int | None = flag("so many neighbouring layers share what is searched", None, least=1)
+    fitness: str = setting(EepSettings, "fitness")
+    layer_groups: int | None = setting(EepSettings, "layer_groups", least=1)
     paper: bool = flag("the published search: random starts, no order of equals", False)
-    prune_iters: int = flag("candidates that prune, starts included", 40, least=1)
-    merge_iters: int = flag("candidates that merge; 0: prune only", 160, least=0)
+    prune_iters: int = setting(EepSettings, "prune_iters", least=1)
+    merge_iters: int = setting(EepSettings, "merge_iters", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +42,30 @@ class Options(Memory, Streaming, Common):
     keep: tuple[int, ...] = flag("experts that stay in every layer; with --table several", (), least=1)
     active: int | None = flag("experts per token; without --keep nothing is searched, this is measured", None, least=1)
     searching: Searching
-    length_normalized: bool = flag("compare choices by log-likelihood per token", False)
+    length_normalized: bool = setting(EepSettings, "length_normalized")
     table: bool = flag("EEP, also the paper's, beside the full model and all baselines", False)
     out: Path = flag("directory for plans, history, table", short="-o")
+
+    @property
+    def settings(self) -> EepSettings:
+        """Returns the settings that the flags make; ValueError for those that cannot be."""
+        searching = self.searching
+        return EepSettings(
+            fitness=searching.fitness,
+            active=self.active,
+            layer_groups=searching.layer_groups,
+            prune_iters=searching.prune_iters,
+            merge_iters=searching.merge_iters,
+            length_normalized=self.length_normalized,
+            seed=self.seed,
+            **(PAPER if searching.paper else {}),
+        )
 
 
 def run(options: Options) -> tuple[Any, str]:
     """Searches, or measures the model with fewer active experts, and returns a table of rows."""
-    _check(options)
+    settings = options.settings
+    _check(options, settings)
     tokenizer = io.load_tokenizer(options.model)
     valid, test = (None if path is None else load_task(path, tokenizer) for path in (options.valid, options.test))
     splits = split_task(load_task(options.task, tokenizer), valid, test, options.seed)
@@ -56,28 +73,17 @@ def run(options: Options) -> tuple[Any, str]:
     model = io.load_model(options.model, options)
     if not options.keep:
         return _fewer_active(model, splits, options, measuring)
-    settings: dict[str, Any] = {
-        "valid": splits[1],
-        "test": splits[2],
-        "active": options.active,
-        "fitness": options.searching.fitness,
-        "layer_groups": options.searching.layer_groups,
-        "prune_iters": options.searching.prune_iters,
-        "merge_iters": options.searching.merge_iters,
-        "seed": options.seed,
-        "out": options.out,
-        "progress": distributed.is_first(),
-        **measuring,
-    }
+    common: dict[str, Any] = {"valid": splits[1], "test": splits[2], "out": options.out}
+    common |= {"progress": distributed.is_first(), "memory_budget": options.memory_bytes}
     if options.table:
-        rows = eep_table(model, splits[0], list(options.keep), **settings)
+        rows = eep_table(model, splits[0], list(options.keep), settings, **common)
         return _shown(rows, splits, {"table": str(options.out / "table.md")})
-    outcome = eep(model, splits[0], options.keep[0], **settings, **(PAPER if options.searching.paper else {}))
+    outcome = eep(model, splits[0], options.keep[0], **settings.arguments(), **common)
     rows = result_rows(model, outcome, options.keep[0])
-    return _shown(rows, splits, {**outcome.as_json(), "plan": str(options.out / outcome.file)})
+    return _shown(rows, splits, {**outcome.as_json(), "plan": str(options.out / PLAN)})
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, settings: EepSettings) -> None:
     """Raises ValueError for everything that can be refused without loading the weights."""
     searching = options.searching
     if options.table and (not options.keep or searching.paper):
@@ -89,18 +95,17 @@ def _check(options: Options) -> None:
     check_folder(options.out)
     checkpoint = read_checkpoint(options.model)
     layers = checkpoint.layers
-    request: dict[str, Any] = {"layer_groups": searching.layer_groups, "fitness": searching.fitness}
     if not options.keep:
         all_kept = {index: layer.shape.num_experts for index, layer in layers.items() if layer.shape.prunable}
-        _check_measurement(options, check_request(layers, all_kept, active=options.active, **request)[1])
-    layouts = [check_request(layers, keep, active=options.active, **request)[0] for keep in options.keep]
+        _check_measurement(options, check_request(layers, all_kept, settings)[1].active)
+    layouts = [check_request(layers, keep, settings)[0] for keep in options.keep]
     if options.table:
         for keep in options.keep:
-            check_request(layers, keep, **request)
-    if options.keep and searching.merge_iters:
-        routed = stored_routers(checkpoint)
+            check_request(layers, keep, replace(settings, active=None))
+    if options.keep and settings.merge_iters:
+        routers = stored_routers(checkpoint)
         for layout in layouts:
-            check_mergeable(routed, layout)
+            check_mergeable(layers, layout, lambda layer: routers[layer.index])
 
 
 def _check_measurement(options: Options, active: int | None) -> None:

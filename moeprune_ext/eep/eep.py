@@ -310,9 +310,7 @@ def _scorers(
         scorer: TaskFitness | AnswerFitness
         if fitness == "accuracy":
             normalized = settings.length_normalized
-            scorer = TaskFitness(
-                moe, parts[split], length_normalized=normalized, active=settings.active, **options
-            )
+            scorer = TaskFitness(moe, parts[split], length_normalized=normalized, active=settings.active, **options)
         else:
             scorer = AnswerFitness(moe, parts[split], fitness, active=settings.active, **options)
         if settings.merge_iters:

@@ -253,9 +253,7 @@ def criterion_mask(layout: Layout, scores: Mapping[int, Tensor]) -> dict[int, li
 # ---- phase 1: masks
 
 
-def mutate_mask(
-    parent: PruningPlan, layout: Layout, rng: np.random.Generator, rates: Rates = PUBLISHED
-) -> PruningPlan:
+def mutate_mask(parent: PruningPlan, layout: Layout, rng: np.random.Generator, rates: Rates = PUBLISHED) -> PruningPlan:
     """Makes a mask like its parent, a mask, but for some rows.
 
     A matrix is touched with probability `touch`, at least one always is; each row of a touched one is drawn again with

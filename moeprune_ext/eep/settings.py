@@ -11,6 +11,11 @@ STARTS = ("criteria", "random")
 TIE_BREAKS = ("log_likelihood", None)
 
 
+def _check_count(name: str, count: int) -> None:
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+
+
 @dataclass(frozen=True)
 class Rates:
     """How often and how far children differ from their parents: arXiv 2407.00945 and its released code.
@@ -93,9 +98,7 @@ class EepSettings:
     cross_at_least: int = 2
     prune_iters: int = field(default=40, metadata={"help": "candidates that prune, starts included"})
     merge_iters: int = field(default=160, metadata={"help": "candidates that merge; 0: prune only"})
-    length_normalized: bool = field(
-        default=False, metadata={"help": "compare choices by log-likelihood per token"}
-    )
+    length_normalized: bool = field(default=False, metadata={"help": "compare choices by log-likelihood per token"})
     seed: int = 0
     rates: Rates = PUBLISHED
 
@@ -118,16 +121,15 @@ class EepSettings:
                 f"{self.merge_iters} and {self.cross_at_least}"
             )
 
+    def arguments(self) -> dict[str, Any]:
+        """Returns the settings as the arguments of `eep`."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rates"}
+
     def recorded(self) -> dict[str, Any]:
         """Returns what search.json holds: all but `merge_iters`, which a resumed search may raise, and the layout's."""
         apart = ("layer_groups", "merge_iters", "rates")
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         return settings | {name: value for name, value in asdict(self.rates).items() if name != "rerank"}
-
-
-def _check_count(name: str, count: int) -> None:
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 # The published search as far as it differs from the defaults: eep(model, task, keep=4, **PAPER).

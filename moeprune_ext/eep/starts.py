@@ -23,7 +23,7 @@ from moeprune_ext.data.batches import TokenBatch, data_fingerprint
 from moeprune_ext.data.tasks import Task, answer_batches
 from moeprune_ext.eep.operators import Layout, criterion_mask
 from moeprune_ext.files import read_json, write_text
-from moeprune_ext.models.layers import find_moe_layers
+from moeprune_ext.models.moe import MoeModel
 
 STARTS = "starts.json"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import isnan, nan
 from pathlib import Path
 from statistics import fmean, stdev
@@ -20,11 +20,11 @@ import numpy as np
 from torch import nn
 
 from moeprune_ext import distributed
+from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.data.tasks import SPLITS, Task, split_task
 from moeprune_ext.eep.eep import (
-    OURS,
-    PAPER,
     PLAN,
+    PRUNED_PLAN,
     EepResult,
     check_folder,
     check_mergeable,
@@ -33,29 +33,33 @@ from moeprune_ext.eep.eep import (
     known_settings,
 )
 from moeprune_ext.eep.fitness import TaskFitness, candidate_plan
-from moeprune_ext.eep.operators import given_mask, random_mask
-from moeprune_ext.eep.search import check_settings
+from moeprune_ext.eep.operators import Layout, given_mask, random_mask
+from moeprune_ext.eep.settings import PAPER, EepSettings
 from moeprune_ext.eep.starts import starting_masks
 from moeprune_ext.files import write_text
 from moeprune_ext.models.apply import full_plan
 from moeprune_ext.models.costs import costs
-from moeprune_ext.models.layers import find_moe_layers
-from moeprune_ext.models.merging import mapped_layer
+from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.tables import markdown_table
 
 RANDOM_MASKS = 5
-
-
 BASELINES = ("frequency", "seer", "naee")
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """model: what was done. keep: experts kept per layer, None: all. active: experts per token.
+    """One row of the table.
 
-    accuracy: {"train", "valid", "test": share of examples answered right}, of several masks the mean. spread: standard
-    deviation on the test split over these (NaN where one has no accuracy), else None. plan: the file to export, below
-    the table's directory; None where there is none. experts, bytes, flops_per_token: see costs.Costs.
+    Attributes:
+        model: what was done.
+        keep: experts kept per layer; None: all.
+        active: experts per token.
+        accuracy: {"train", "valid", "test": share of examples answered right}, of several masks the mean.
+        spread: standard deviation on the test split over several masks (NaN where one has no accuracy), else None.
+        plan: the file to export, below the table's directory; None where there is none.
+        experts: see costs.Costs, as for the next two.
+        bytes: of weights.
+        flops_per_token: of matrix products.
     """
 
     model: str
@@ -69,158 +73,164 @@ class TableRow:
     flops_per_token: int = field(kw_only=True)
 
     def as_json(self) -> dict[str, Any]:
-        """None for an accuracy or a spread that is not a number."""
+        """Returns the row with None for an accuracy or a spread that is not a number."""
         accuracy = {split: None if isnan(value) else value for split, value in self.accuracy.items()}
         spread = None if self.spread is None or isnan(self.spread) else self.spread
         return {**asdict(self), "accuracy": accuracy, "spread": spread}
 
 
 def eep_table(
-    model: nn.Module,
+    model: nn.Module | MoeModel,
     task: Task,
     keep: Sequence[int],
+    settings: EepSettings = EepSettings(),  # noqa: B008  (it is frozen)
     *,
     out: str | os.PathLike[str],
     valid: Task | None = None,
     test: Task | None = None,
-    active: int | None = None,
-    fitness: str = "accuracy",
-    layer_groups: int | Sequence[Sequence[int]] | None = None,
-    length_normalized: bool = False,
-    seed: int = 0,
     progress: bool = False,
-    prune_iters: int = 40,
-    merge_iters: int = 160,
     **options: Any,
 ) -> list[TableRow]:
-    """The rows of the table; table.json, table.md and every search's directory are written to `out`.
+    """Makes the rows of the table; table.json, table.md and every search's directory are written to `out`.
 
-    keep: budgets, experts kept per layer. For each: random masks (RANDOM_MASKS seeds), the BASELINES, EEP as `eep` does
-    it, and with the paper's settings (eep.PAPER). active: experts per token, for further rows: the full model, naee,
-    and EEP searched with so few. The other arguments are `eep`'s, as are the errors, all before anything is scored.
+    Args:
+        model: a transformers model, or the MoeModel made of it.
+        task: what candidates are scored on.
+        keep: budgets, experts kept per layer. For each: random masks (RANDOM_MASKS seeds), the BASELINES, EEP as `eep`
+            does it, and with the paper's settings (settings.PAPER).
+        settings: of the searches. Where `active` is fewer than the model's there are further rows: the full model, naee
+            and EEP with so few.
+        out: a directory.
+        valid: see `eep`.
+        test: see `eep`.
+        progress: whether to show progress bars on stderr.
+        **options: see CandidateEvaluator.
+
+    Raises:
+        ValueError: before anything is scored, as `eep`, and where `keep` names no budget.
     """
-    layers = find_moe_layers(model)
+    moe = MoeModel.of(model)
     budgets = list(dict.fromkeys(keep))
     if not budgets:
         raise ValueError("keep names no budget; give numbers of experts to keep")
-    asked: dict[str, Any] = {"layer_groups": layer_groups, "fitness": fitness}
-    layouts = {k: check_request(layers, k, **asked)[0] for k in budgets}
-    fewer = {check_request(layers, k, active=active, **asked)[1] for k in budgets} - {None}
-    check_settings("criteria", None, merge_iters=merge_iters, cross_at_least=2, prune_iters=prune_iters)
+    plain = replace(settings, active=None)
+    layouts = {k: check_request(moe.layers, k, plain)[0] for k in budgets}
+    fewer = {check_request(moe.layers, k, settings)[1].active for k in budgets} - {None}
     check_folder(out)
-    if merge_iters:
-        routed = {index: mapped_layer(layer) for index, layer in layers.items()}
-        for layout in layouts.values():
-            check_mergeable(routed, layout)
+    for layout in layouts.values() if settings.merge_iters else ():
+        check_mergeable(moe.layers, layout)
     out = Path(out)
-    train, valid, test = split_task(task, valid, test, seed)
-    measured: dict[str, Any] = {"seed": seed, "length_normalized": length_normalized, "prune_iters": prune_iters}
+    splits = split_task(task, valid, test, settings.seed)
     for k, layout in layouts.items():
-        for folder, settings in _searches(k, fewer).items():
-            check_folder(out / folder, known_settings(model, layout, train, fitness, **measured, **settings))
-    judges = judges_of(model, (train, valid, test), length_normalized=length_normalized, **options)
-    evaluator = judges["test"].evaluator
-    for layout in layouts.values() if merge_iters else ():
+        for folder, search in _searches(k, plain, fewer).items():
+            check_folder(out / folder, known_settings(moe, layout, splits[0], search))
+    judges = judges_of(moe, splits, length_normalized=settings.length_normalized, **options)
+    for layout in layouts.values() if settings.merge_iters else ():
         for judge in judges.values():
             judge.evaluator.check_merged(layout.by_layer(layout.keep))
 
     def searched(name: str, k: int, folder: str, **changes: Any) -> list[TableRow]:
+        arguments = {**_searches(k, plain, fewer)[folder].arguments(), **changes, **options}
         result = eep(
-            model,
-            train,
-            k,
-            valid=valid,
-            test=test,
-            merge_iters=merge_iters,
-            out=out / folder,
-            progress=progress,
-            **asked,
-            **measured,
-            **{**_searches(k, fewer)[folder], **changes},
-            **options,
+            moe, splits[0], k, valid=splits[1], test=splits[2], out=out / folder, progress=progress, **arguments
         )
-        return searched_rows(model, result, k, f"{name}: ", f"{folder}/")
+        return searched_rows(moe, result, k, f"{name}: ", f"{folder}/")
 
-    rows = [measured_row(model, judges, "full", None, [full_plan(model, few)]) for few in (None, *fewer)]
+    rows = [measured_row(moe, judges, "full", None, [full_plan(moe, active)]) for active in (None, *fewer)]
     for k, layout in layouts.items():
         folder = f"keep-{k}"
-        masks = starting_masks(model, train, layout, seed=seed, out=out / folder, progress=progress)
-        drawn = [random_mask(layout, np.random.default_rng([seed, number])) for number in range(RANDOM_MASKS)]
-        candidates = {f"random, {RANDOM_MASKS} masks": drawn}
-        candidates |= {name: [given_mask(layout, masks[name])] for name in BASELINES if name in masks}
-        for name, of in candidates.items():
-            rows.append(measured_row(model, judges, name, k, [candidate_plan(one, evaluator, None) for one in of]))
+        masks = starting_masks(moe, splits[0], layout, seed=settings.seed, out=out / folder, progress=progress)
+        candidates = _baselines(layout, masks, settings.seed)
+        for name, plans in candidates.items():
+            rows.append(measured_row(moe, judges, name, k, _completed(plans, judges)))
         rows += searched("EEP", k, folder, starts=masks)
         rows += searched("EEP, paper's settings", k, f"{folder}-paper")
-        for few in fewer:
+        for active in fewer:
             for mask in candidates.get("naee", ()):
-                rows.append(measured_row(model, judges, "naee", k, [candidate_plan(mask, evaluator, few)]))
-            rows += searched("EEP", k, f"{folder}-active-{few}", starts=masks)
+                rows.append(measured_row(moe, judges, "naee", k, _completed([mask], judges, active)))
+            rows += searched("EEP", k, f"{folder}-active-{active}", starts=masks)
     if distributed.is_first():
         write_text(out / "table.json", json.dumps([row.as_json() for row in rows], indent=1) + "\n")
         write_text(out / "table.md", format_table(rows) + "\n")
     return rows
 
 
-def _searches(keep: int, fewer: Collection[int | None]) -> dict[str, dict[str, Any]]:
-    """{directory: settings} of a budget's searches."""
-    found = {f"keep-{keep}": OURS, f"keep-{keep}-paper": PAPER}
-    return found | {f"keep-{keep}-active-{few}": {**OURS, "active": few} for few in fewer}
+def _searches(keep: int, plain: EepSettings, fewer: Collection[int | None]) -> dict[str, EepSettings]:
+    """Returns the searches of a budget, {directory: settings}."""
+    searches = {f"keep-{keep}": plain, f"keep-{keep}-paper": replace(plain, **PAPER)}
+    return searches | {f"keep-{keep}-active-{active}": replace(plain, active=active) for active in fewer}
 
 
-def judges_of(model: nn.Module, splits: Sequence[Task], **options: Any) -> dict[str, TaskFitness]:
+def _baselines(
+    layout: Layout, masks: Mapping[str, Mapping[int, Sequence[int]]], seed: int
+) -> dict[str, list[PruningPlan]]:
+    """Returns the candidates beside which EEP is measured, by name."""
+    drawn = [random_mask(layout, np.random.default_rng([seed, number])) for number in range(RANDOM_MASKS)]
+    named = {name: [given_mask(layout, masks[name])] for name in BASELINES if name in masks}
+    return {f"random, {RANDOM_MASKS} masks": drawn, **named}
+
+
+def _completed(
+    candidates: Sequence[PruningPlan], judges: Mapping[str, TaskFitness], active: int | None = None
+) -> list[PruningPlan]:
+    return [candidate_plan(candidate, judges["test"].evaluator, active) for candidate in candidates]
+
+
+def judges_of(model: nn.Module | MoeModel, splits: Sequence[Task], **options: Any) -> dict[str, TaskFitness]:
+    """Returns a scorer of each split by accuracy; options: see TaskFitness."""
     return {name: TaskFitness(model, split, **options) for name, split in zip(SPLITS, splits, strict=True)}
 
 
 def measured_row(
-    model: nn.Module, judges: Mapping[str, TaskFitness], name: str, keep: int | None, plans: Sequence[Plan]
+    model: nn.Module | MoeModel,
+    judges: Mapping[str, TaskFitness],
+    name: str,
+    keep: int | None,
+    plans: Sequence[PruningPlan],
 ) -> TableRow:
-    """The row of one plan, or of several that cost the same."""
+    """Measures the row of one plan, or of several that cost the same."""
     right = {split: [one.score for one in judge(plans)] for split, judge in judges.items()}
     spread = None
     if len(plans) > 1:
         spread = nan if any(map(isnan, right["test"])) else stdev(right["test"])
-    return TableRow(
-        name,
-        keep,
-        _active(model, plans[0]),
-        {split: fmean(scores) for split, scores in right.items()},
-        spread,
-        **vars(costs(model, plans[0])),
-    )
+    accuracy = {split: fmean(scores) for split, scores in right.items()}
+    return _row(model, plans[0], name, keep, accuracy, spread)
 
 
-def result_rows(model: nn.Module, result: EepResult, keep: int) -> list[TableRow]:
-    """The full model's row, and those of what was found."""
-    active = _active(model, full_plan(model))
-    full = TableRow("full", None, active, result.accuracy["full"], **vars(costs(model)))
+def result_rows(model: nn.Module | MoeModel, result: EepResult, keep: int) -> list[TableRow]:
+    """Returns the full model's row, and those of what was found."""
+    full = _row(model, full_plan(model), "full", None, result.accuracy["full"])
     return [full, *searched_rows(model, result, keep)]
 
 
-def searched_rows(model: nn.Module, result: EepResult, keep: int, prefix: str = "", folder: str = "") -> list[TableRow]:
-    """What pruning alone found, and what merging made of it, which may be the same mask."""
+def searched_rows(
+    model: nn.Module | MoeModel, result: EepResult, keep: int, prefix: str = "", folder: str = ""
+) -> list[TableRow]:
+    """Returns the rows of what pruning alone found, and of what merging made of it, which may be the same mask."""
     return [
-        TableRow(
-            f"{prefix}{name}",
-            keep,
-            _active(model, plan),
-            result.accuracy[which],
-            plan=f"{folder}{file}",
-            **vars(costs(model, plan)),
-        )
+        replace(_row(model, plan, f"{prefix}{name}", keep, result.accuracy[which]), plan=f"{folder}{file}")
         for name, which, plan, file in (
-            ("prune", "pruned", result.plan, PLAN),
-            ("prune + merge", "best", result.best_plan, result.file),
+            ("prune", "pruned", result.pruned_plan, PRUNED_PLAN),
+            ("prune + merge", "best", result.plan, PLAN),
         )
     ]
 
 
-def _active(model: nn.Module, plan: Plan) -> int:
-    return plan.active or max(layer.shape.top_k for layer in find_moe_layers(model).values())
+def _row(
+    model: nn.Module | MoeModel,
+    plan: PruningPlan,
+    name: str,
+    keep: int | None,
+    accuracy: Mapping[str, float],
+    spread: float | None = None,
+) -> TableRow:
+    moe = MoeModel.of(model)
+    active = plan.active or max(shape.top_k for shape in moe.shapes.values())
+    return TableRow(name, keep, active, accuracy, spread, **vars(costs(moe, plan)))
 
 
 def format_table(rows: Sequence[TableRow]) -> str:
-    """The rows as a Markdown table; MB: 10^6 bytes, MFLOPs: 10^6 floating-point operations."""
+    """Writes the rows as a Markdown table; MB: 10^6 bytes, MFLOPs: 10^6 floating-point operations."""
     lines = [
         [
             row.model,

@@ -9,12 +9,13 @@ from tiny_models import tiny_model
 from tiny_tasks import make_task
 
 import moeprune_ext as mp
+from moeprune_ext.calibration.criteria import CRITERIA
 from moeprune_ext.candidates import sweep as swept
 from moeprune_ext.data.tasks import SPLITS, Example, Task, split_task
 from moeprune_ext.eep import fitness as tf
 from moeprune_ext.eep import starts as eep_starts
-from moeprune_ext.eep.eep import PAPER
 from moeprune_ext.eep.operators import Layout
+from moeprune_ext.eep.settings import PAPER
 
 SHORT = dict(prune_iters=12, merge_iters=10)
 TINY = dict(prune_iters=4, merge_iters=3)
@@ -73,7 +74,7 @@ def test_scores_are_those_of_the_plans_on_the_splits(model, task, full, found, f
     result, _ = found[fitness]
     splits = dict(zip(SPLITS, split_task(task, None, None, 0), strict=True))
     assert result.examples == {"train": 8, "valid": 4, "test": 4}
-    for name, plan in (("pruned", result.plan), ("best", result)):  # a result stands for its best plan
+    for name, plan in (("pruned", result.pruned_plan), ("best", result)):  # a result stands for its best plan
         with mp.applied(model, plan):
             for split, part in splits.items():
                 assert result.scores[name][split] == pytest.approx(measured(model, part, fitness, full), abs=1e-5)
@@ -98,27 +99,25 @@ def test_merging_is_chosen_where_it_is_better_on_the_validation_split(found, fit
 def test_plans_and_maps_say_the_same(found):
     kinds = set()
     for result, _ in found.values():
-        assert {len(ids) for ids in result.plan.kept.values()} == {4} and result.plan.is_uniform
+        assert {len(ids) for ids in result.pruned_plan.kept.values()} == {4} and result.pruned_plan.is_uniform
+        assert not result.pruned_plan.merges
         assert list(result.router_map) == list(result.merge_map) == list(result.plan.kept) == [0, 1, 2, 3]
         maps = [*result.router_map.values(), *result.merge_map.values()]
         assert all(m.shape == (4, 8) and m.dtype == torch.float32 for m in maps)
-        kinds.add(type(result.best_plan))
-        if isinstance(result.best_plan, MergedPlan):
-            for layer, merge in result.best_plan.merges.items():
-                assert torch.equal(merge.experts, result.merge_map[layer])
-                assert torch.equal(merge.router, result.router_map[layer])
-    assert MergedPlan in kinds
+        kinds.add(bool(result.plan.merges))
+        for layer, merge in result.plan.merges.items():
+            assert torch.equal(merge.experts, result.merge_map[layer])
+            assert torch.equal(merge.router, result.router_map[layer])
+    assert True in kinds
 
 
 def test_files_hold_the_result(found):
     for result, out in found.values():
         assert mp.PruningPlan.load(out / "plan.json") == result.plan
-        assert (out / "merged.safetensors").exists() == isinstance(result.best_plan, MergedPlan)
-        if isinstance(result.best_plan, MergedPlan):
-            assert MergedPlan.load(out / result.file) == result.best_plan
+        assert mp.PruningPlan.load(out / "pruned_plan.json") == result.pruned_plan
         about = json.loads((out / "result.json").read_text())
         assert about["scores"] == result.scores and about["accuracy"] == result.accuracy
-        assert about["export"] == result.file and about["fitness"] == result.fitness
+        assert about["merges"] == bool(result.plan.merges) and about["fitness"] == result.fitness
 
 
 def test_the_exported_checkpoint_does_what_was_measured(model, task, full, found, tmp_path):
@@ -126,16 +125,16 @@ def test_the_exported_checkpoint_does_what_was_measured(model, task, full, found
     result, _ = found["esap"]
     exported = mp.load(mp.export(tmp_path / "model", result, tmp_path / "out"), dtype=torch.float32)
     test = split_task(task, None, None, 0)[2]
-    assert isinstance(result.best_plan, MergedPlan)
+    assert result.plan.merges
     assert measured(exported, test, "esap", full) == pytest.approx(result.test_score, abs=1e-5)
 
 
 def test_fewer_active_experts_need_fewer_kept(model, task, full):
     result = mp.eep(model, task, 1, "esap", active=1, prune_iters=4, merge_iters=6)
-    assert result.plan.active == result.best_plan.active == 1
-    assert {len(ids) for ids in result.plan.kept.values()} == {1}
+    assert result.pruned_plan.active == result.plan.active == 1
+    assert {len(ids) for ids in result.pruned_plan.kept.values()} == {1}
     test = split_task(task, None, None, 0)[2]
-    for plan, score in ((result.plan, result.pruned_test_score), (result.best_plan, result.test_score)):
+    for plan, score in ((result.pruned_plan, result.pruned_test_score), (result.plan, result.test_score)):
         with mp.applied(model, plan):
             assert measured(model, test, "esap", full) == pytest.approx(score, abs=1e-5)
     assert result.scores["full"]["test"] == pytest.approx(1, abs=1e-5)  # the model as it is
@@ -150,7 +149,7 @@ def test_as_many_active_as_the_model_has_is_no_change(model, task):
 def test_layers_of_a_group_share_what_is_found(model, task, tmp_path, groups, shared):
     result = mp.eep(model, task, 4, "esap", layer_groups=groups, out=tmp_path, **TINY)
     for group in shared:
-        assert len({tuple(result.plan.kept[layer]) for layer in group}) == 1
+        assert len({tuple(result.pruned_plan.kept[layer]) for layer in group}) == 1
         for layer in group[1:]:
             assert torch.equal(result.merge_map[layer], result.merge_map[group[0]])
             assert torch.equal(result.router_map[layer], result.router_map[group[0]])
@@ -169,7 +168,7 @@ def test_routers_with_groups_are_pruned_group_by_group():
     model = tiny_model("deepseek_v3")  # two groups of four experts
     task = make_task(model, 8)
     result = mp.eep(model, task, 4, prune_iters=14, merge_iters=0)
-    assert result.best_plan == result.plan and list(result.plan.kept) == [1, 2, 3]
+    assert result.pruned_plan == result.plan and list(result.plan.kept) == [1, 2, 3]
     for ids in result.plan.kept.values():
         assert sum(expert < 4 for expert in ids) == sum(expert >= 4 for expert in ids) == 2
     with mp.applied(model, result):
@@ -206,7 +205,7 @@ def test_nothing_of_the_test_split_reaches_the_search(model, task, tmp_path):
     train, valid, test = split_task(task, None, None, 0)
     one = mp.eep(model, train, 4, valid=valid, test=test, out=tmp_path / "one", **TINY)
     other = mp.eep(model, train, 4, valid=valid, test=make_task(model, 5, seed=7), out=tmp_path / "two", **TINY)
-    assert one.plan == other.plan and one.best_plan == other.best_plan and one.history == other.history
+    assert one.pruned_plan == other.pruned_plan and one.plan == other.plan and one.history == other.history
     for name in ("history.jsonl", "search.json", "starts.json", "plan.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -220,8 +219,8 @@ def test_the_search_starts_from_what_the_criteria_keep(model, task, found):
     train = split_task(task, None, None, 0)[0]
     rows = [torch.tensor([e.prompt + e.options[e.answer or 0]]) for e in train.examples]
     stats = mp.calibrate(model, rows)
-    assert set(masks) == {"naee", *mp.criteria.CRITERIA}
-    for name in mp.criteria.CRITERIA:
+    assert set(masks) == {"naee", *CRITERIA}
+    for name in CRITERIA:
         plan = mp.uniform_plan(mp.score_experts(stats, name), 0.5)
         assert {int(layer): ids for layer, ids in masks[name].items()} == plan.kept
     naee = mp.naee_plan(model, rows, 0.5)
@@ -254,14 +253,14 @@ def test_a_router_without_naee_is_searched_from_the_criteria_alone(model, task, 
     monkeypatch.setattr(eep_starts, "naee_subsets", refuse)
     with pytest.warns(UserWarning, match="without naee's mask: cannot be run on its own"):
         mp.eep(model, task, 4, prune_iters=2, merge_iters=0, out=tmp_path)
-    assert set(json.loads((tmp_path / "starts.json").read_text())["masks"]) == set(mp.criteria.CRITERIA)
+    assert set(json.loads((tmp_path / "starts.json").read_text())["masks"]) == set(CRITERIA)
 
 
 # ---- resuming
 
 
 def same(one, other):
-    return all(getattr(one, name) == getattr(other, name) for name in ("plan", "best_plan", "scores", "history"))
+    return all(getattr(one, name) == getattr(other, name) for name in ("plan", "pruned_plan", "scores", "history"))
 
 
 def test_a_killed_search_goes_on_and_a_finished_one_can_be_extended(model, task, found, tmp_path, monkeypatch):
@@ -282,13 +281,13 @@ def test_a_killed_search_goes_on_and_a_finished_one_can_be_extended(model, task,
 
     monkeypatch.setattr(eep_starts, "calibrate", lambda *_, **__: pytest.fail("the starts are known"))
     masks_only = mp.eep(model, task, 4, "esap", prune_iters=12, merge_iters=0, out=tmp_path)
-    assert masks_only.plan == whole.plan and masks_only.best_plan == masks_only.plan
-    assert not (tmp_path / "merged.safetensors").exists()
+    assert masks_only.pruned_plan == whole.pruned_plan and masks_only.plan == masks_only.pruned_plan
+    assert not mp.PruningPlan.load(tmp_path / "plan.json").merges
     assert same(mp.eep(model, task, 4, "esap", out=tmp_path, **SHORT), whole)
-    assert (tmp_path / "merged.safetensors").exists()
+    assert mp.PruningPlan.load(tmp_path / "plan.json").merges
 
     mp.eep(model, task, 4, "esap", prune_iters=12, merge_iters=0, out=tmp_path)
-    assert not (tmp_path / "merged.safetensors").exists()  # not left beside a result of which it is no part
+    assert not mp.PruningPlan.load(tmp_path / "plan.json").merges  # not left of a longer search
 
 
 @pytest.mark.parametrize(
@@ -367,12 +366,13 @@ def test_impossible_requests_are_refused_before_any_work(model, task, tmp_path, 
 @pytest.mark.parametrize("fitness", ["accuracy", "esap"])
 @pytest.mark.parametrize("lacking", [4, 10])  # sequences: right answers, by which nll and ESAP are told, are fewer
 def test_merges_without_room_are_refused_before_a_candidate_is_scored(model, task, monkeypatch, fitness, lacking):
-    def room(self, merged, real=swept.SweptModel._room):
+    def room(self, merged, real=swept.LayerSweep._room):
+        merged = list(merged)
         if len(self._lengths) >= lacking and merged:
             raise ValueError("are missing")
         return real(self, merged)
 
-    monkeypatch.setattr(swept.SweptModel, "_room", room)
+    monkeypatch.setattr(swept.LayerSweep, "_room", room)
     for scorer in (tf.TaskFitness, tf.AnswerFitness):
         monkeypatch.setattr(scorer, "__call__", lambda *_: pytest.fail("candidates were scored"))
     with pytest.raises(ValueError, match="are missing"):

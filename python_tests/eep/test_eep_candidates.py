@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
 
+from moeprune_ext.artifacts.stats import LayerShape
 from moeprune_ext.eep import operators as ec
-from moeprune_ext.eep.operators import Candidate, Layout
+from moeprune_ext.eep.operators import Layout
+from moeprune_ext.eep.settings import Rates
 
 
 @st.composite
@@ -27,11 +28,18 @@ rngs = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 
 def constant(layout, merging, mapping):
     shapes = list(zip(layout.keep, layout.num_experts, strict=True))
-    return Candidate(
-        layout.groups,
-        tuple(np.full(shape, merging, np.float32) for shape in shapes),
-        tuple(np.full(shape, mapping, np.float32) for shape in shapes),
-    )
+    merging, mapping = ([torch.full(shape, float(value)) for shape in shapes] for value in (merging, mapping))
+    return ec.candidate_of(layout, merging, mapping)
+
+
+def matrices(candidate, layout):
+    return [*ec.merging_of(candidate, layout), *ec.mapping_of(candidate, layout)]
+
+
+def mask_of(layout, rows):
+    """Keeps the experts of `rows`, in this order."""
+    one_hot = [torch.eye(experts)[ids] for ids, experts in zip(rows, layout.num_experts, strict=True)]
+    return ec.candidate_of(layout, one_hot, one_hot)
 
 
 # ---- candidates
@@ -41,92 +49,51 @@ def constant(layout, merging, mapping):
 @given(layouts(), rngs)
 def test_random_masks_keep_as_many_experts_as_they_should(layout, rng):
     mask = ec.random_mask(layout, rng)
-    assert mask.is_pruning and all(m is w for m, w in zip(mask.merging, mask.mapping, strict=True))
+    assert ec.is_mask(mask)
+    assert all(m is w for m, w in zip(ec.merging_of(mask, layout), ec.mapping_of(mask, layout), strict=True))
     for group, keep, experts in zip(layout.groups, layout.keep, layout.num_experts, strict=True):
         for layer in group:
-            ids = mask.kept[layer]
+            ids = ec.kept_by(mask)[layer]
             assert ids == sorted(set(ids)) and len(ids) == keep and ids[0] >= 0 and ids[-1] < experts
-            assert mask.merge_map[layer].shape == mask.router_map[layer].shape == (keep, experts)
-            assert mask.merge_map[layer].nonzero()[:, 1].tolist() == ids
-    assert ec.given_mask(layout, mask.kept) == mask
+            assert mask.merges[layer].experts.shape == mask.merges[layer].router.shape == (keep, experts)
+            assert mask.merges[layer].experts.nonzero()[:, 1].tolist() == ids
+    assert ec.given_mask(layout, ec.kept_by(mask)) == mask
 
 
 def test_every_mask_is_as_likely_to_start():
     layout, rng = Layout.of({0: 5}, 2), np.random.default_rng(0)
-    met = [tuple(ec.random_mask(layout, rng).kept[0]) for _ in range(2000)]
+    met = [tuple(ec.kept_by(ec.random_mask(layout, rng))[0]) for _ in range(2000)]
     counts = [met.count(ids) for ids in set(met)]
     assert len(counts) == 10 and min(counts) > 150 and max(counts) < 250
 
 
 def test_equal_candidates_are_those_with_the_same_rows():
     layout = Layout.of({0: 6, 1: 6}, 2)
-    one, other = Candidate.of_mask(layout, [[0, 3], [1, 2]]), Candidate.of_mask(layout, [[3, 0], [1, 2]])
-    assert one == other and hash(one) == hash(other) and one.fingerprint == other.fingerprint
-    swapped = Candidate.of_mask(layout, [[1, 2], [0, 3]])
-    rerouted = Candidate(one.groups, one.merging, other.mapping)  # expert 0's tokens go to expert 3
-    assert len({one, other, swapped, rerouted}) == 3
-    assert one.is_pruning and not rerouted.is_pruning
-    with pytest.raises(ValueError, match="merges experts"):
-        rerouted.kept  # noqa: B018
+    one, other = mask_of(layout, [[0, 3], [1, 2]]), mask_of(layout, [[3, 0], [1, 2]])
+    assert ec.fingerprint(one, layout) == ec.fingerprint(other, layout)
+    swapped = mask_of(layout, [[1, 2], [0, 3]])
+    # Expert 0's tokens go to expert 3.
+    rerouted = ec.candidate_of(layout, ec.merging_of(one, layout), ec.mapping_of(other, layout))
+    assert len({ec.fingerprint(candidate, layout) for candidate in (one, other, swapped, rerouted)}) == 3
+    assert ec.is_mask(one) and not ec.is_mask(rerouted)
 
 
 @pytest.mark.parametrize("rows", [[[1, 0, 0], [1, 0, 0]], [[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 0.5]]])
 def test_rows_that_are_not_distinct_and_one_hot_are_no_mask(rows):
-    matrix = np.array(rows, np.float32)
-    assert not Candidate(((0,),), (matrix,), (matrix,)).is_pruning
+    matrix = torch.tensor(rows).float()
+    assert not ec.is_mask(ec.candidate_of(Layout.of({0: 3}, 2), [matrix], [matrix]))
 
 
-def test_matrices_are_read_only_copies():
-    matrix = np.eye(2, 4, dtype=np.float32)
-    candidate = Candidate(((0,),), (matrix,), (matrix,))
-    before = candidate.fingerprint
-    matrix[:] = 7
-    candidate.merge_map[0].zero_()
-    assert candidate.kept == {0: [0, 1]} and candidate.fingerprint == before
-    with pytest.raises(ValueError, match="read-only"):
-        candidate.merging[0][0, 0] = 2
-
-
-@properties
-@given(layouts(), rngs)
-def test_a_saved_candidate_is_read_back_bit_for_bit(tmp_path_factory, layout, rng):
-    path = tmp_path_factory.mktemp("eep") / "best.safetensors"
-    saved = ec.merge_child(ec.random_mask(layout, rng), None, rng)
-    saved.save(path)
-    read = Candidate.load(path)
-    assert read.groups == saved.groups and read == saved
-    for one, other in zip([*read.merging, *read.mapping], [*saved.merging, *saved.mapping], strict=True):
-        assert np.array_equal(one, other)
-
-
-@pytest.mark.parametrize("content", ["missing", "text", "other safetensors", "damaged", "infinite"])
-def test_files_that_are_no_candidate_are_refused(tmp_path, content):
-    path, metadata = tmp_path / "best.safetensors", {"format": ec.FORMAT, "groups": "[[0]]"}
-    if content == "text":
-        path.write_text("{}")
-    elif content == "other safetensors":
-        save_file({"merging.0": np.eye(2, dtype=np.float32)}, path)
-    elif content == "damaged":
-        save_file({"merging.0": np.eye(2, dtype=np.float32)}, path, metadata)
-    elif content == "infinite":
-        matrix = np.full((2, 2), np.inf, np.float32)
-        save_file({"merging.0": matrix, "mapping.0": matrix}, path, metadata)
-    with pytest.raises(ValueError, match="best.safetensors is not a readable EEP candidate"):
-        Candidate.load(path)
-
-
-@pytest.mark.parametrize(
-    ("groups", "merging", "mapping", "message"),
-    [
-        (((0,), (1,)), [(2, 4)], [(2, 4)], "two matrices for every group"),
-        (((0,),), [(2, 4)], [(3, 4)], "experts kept, experts"),
-        (((0,),), [(5, 4)], [(5, 4)], "experts kept, experts"),
-        (((0, 1), (1,)), [(2, 4)] * 2, [(2, 4)] * 2, "each layer once"),
-    ],
-)
-def test_matrices_that_do_not_fit_are_refused(groups, merging, mapping, message):
-    with pytest.raises(ValueError, match=message):
-        Candidate(groups, tuple(map(np.ones, merging)), tuple(map(np.ones, mapping)))
+def test_a_candidate_is_simplified_to_the_mask_that_it_is():
+    shapes = {0: LayerShape(4, 1), 1: LayerShape(6, 2), 2: LayerShape(6, 2, min_kept=6, prunable=False)}
+    layout = Layout.of({0: 4, 1: 6}, 2)
+    mask = mask_of(layout, [[3, 0], [1, 2]])
+    plan = ec.simplified(mask, shapes, "m:1", 1)
+    assert plan.kept == {0: [0, 3], 1: [1, 2], 2: [0, 1, 2, 3, 4, 5]} and not plan.merges
+    assert (plan.model, plan.active, plan.criterion) == ("m:1", 1, "eep")
+    merge = ec.merge_child([mask], layout, np.random.default_rng(0), Rates(change=1))
+    plan = ec.simplified(merge, shapes, "m:1")
+    assert plan.merges == merge.merges and plan.kept == {0: [0, 1], 1: [0, 1]} and plan.model == "m:1"
 
 
 def test_a_criterions_mask_keeps_the_best_of_each_layer_or_group():
@@ -146,14 +113,14 @@ def test_masks_of_routers_with_groups_keep_as_many_in_each(layers, parts, keep, 
     layout = Layout.of(everywhere[0], everywhere[1], None, everywhere[2])
     scores = {layer: torch.from_numpy(rng.random(parts * size)) for layer in range(layers)}
     mask = ec.given_mask(layout, ec.criterion_mask(layout, scores))
-    for layer, ids in mask.kept.items():
+    for layer, ids in ec.kept_by(mask).items():
         best = scores[layer].view(parts, size).topk(keep).indices + size * torch.arange(parts)[:, None]
         assert ids == sorted(best.flatten().tolist())
     for candidate in (ec.random_mask(layout, rng), mask):
         for _ in range(4):
-            for ids in candidate.kept.values():
+            for ids in ec.kept_by(candidate).values():
                 assert np.bincount(np.array(ids) // size, minlength=parts).tolist() == [keep] * parts
-            candidate = ec.mutate_mask(candidate, rng, layout.router_groups, touch=1, redraw=0.7)
+            candidate = ec.mutate_mask(candidate, layout, rng, Rates(touch=1, redraw=0.7))
 
 
 def test_what_groups_of_a_router_cannot_share_is_refused():
@@ -174,9 +141,9 @@ def test_what_groups_of_a_router_cannot_share_is_refused():
 def test_a_mutated_mask_is_a_mask_and_what_did_not_change_is_the_parents(layout, rng):
     parent = ec.random_mask(layout, rng)
     for _ in range(5):
-        child = ec.mutate_mask(parent, rng)
-        assert child.is_pruning
-        for mine, before in zip(child.merging, parent.merging, strict=True):
+        child = ec.mutate_mask(parent, layout, rng)
+        assert ec.is_mask(child)
+        for mine, before in zip(ec.merging_of(child, layout), ec.merging_of(parent, layout), strict=True):
             assert mine is before or (mine != before).any()
         parent = child
 
@@ -184,9 +151,13 @@ def test_a_mutated_mask_is_a_mask_and_what_did_not_change_is_the_parents(layout,
 def test_masks_mutate_as_often_as_they_should():
     layout, rng = Layout.of(dict.fromkeys(range(16), 1000), 4), np.random.default_rng(0)
     parent = ec.random_mask(layout, rng)
-    children = [ec.mutate_mask(parent, rng) for _ in range(400)]
+    children = [ec.mutate_mask(parent, layout, rng) for _ in range(400)]
     rows = [
-        [int((a != b).any(1).sum()) for a, b in zip(child.merging, parent.merging, strict=True)] for child in children
+        [
+            int((a != b).any(1).sum())
+            for a, b in zip(ec.merging_of(child, layout), ec.merging_of(parent, layout), strict=True)
+        ]
+        for child in children
     ]
     changed = np.array(rows)  # an expert re-drawn is itself in one case of 997
     assert (changed > 0).mean() == pytest.approx(0.25 * (1 - 0.85**4), abs=0.015)
@@ -196,13 +167,15 @@ def test_masks_mutate_as_often_as_they_should():
 def test_a_matrix_is_touched_even_where_there_is_one():
     layout, rng = Layout.of({0: 10_000}, 1), np.random.default_rng(0)
     parent = ec.random_mask(layout, rng)
-    assert all(ec.mutate_mask(parent, rng, redraw=1).kept != parent.kept for _ in range(200))
+    assert all(
+        ec.kept_by(ec.mutate_mask(parent, layout, rng, Rates(redraw=1))) != ec.kept_by(parent) for _ in range(200)
+    )
 
 
 def test_a_redrawn_row_may_become_any_expert_that_no_other_row_has():
     layout, rng = Layout.of({0: 5}, 2), np.random.default_rng(0)
-    parent = Candidate.of_mask(layout, [[4, 1]])
-    met = {tuple(ec.mutate_mask(parent, rng).merging[0].argmax(1).tolist()) for _ in range(500)}
+    parent = mask_of(layout, [[4, 1]])
+    met = {tuple(ec.mutate_mask(parent, layout, rng).merges[0].experts.argmax(1).tolist()) for _ in range(500)}
     assert {(e, 1) for e in (0, 2, 3, 4)} | {(4, e) for e in (0, 1, 2, 3)} <= met
 
 
@@ -213,8 +186,8 @@ def test_a_redrawn_row_may_become_any_expert_that_no_other_row_has():
 @given(layouts(), rngs)
 def test_what_a_merge_does_not_touch_is_the_parents_and_something_always_is_touched(layout, rng):
     parent = constant(layout, 1, 2)
-    child = ec.merge_child(parent, None, rng, change=1, scale=10)
-    pairs = list(zip([*child.merging, *child.mapping], [*parent.merging, *parent.mapping], strict=True))
+    child = ec.merge_child([parent], layout, rng, Rates(change=1, scale=10))
+    pairs = list(zip(matrices(child, layout), matrices(parent, layout), strict=True))
     assert not all(mine is before for mine, before in pairs)
     assert all(mine is before or (mine != before).all() for mine, before in pairs)
 
@@ -222,9 +195,9 @@ def test_what_a_merge_does_not_touch_is_the_parents_and_something_always_is_touc
 def test_merges_touch_and_change_as_often_and_as_much_as_they_should():
     layout, rng = Layout.of(dict.fromkeys(range(8), 40), 10), np.random.default_rng(0)
     parent = constant(layout, 1, 2)
-    children = [ec.merge_child(parent, None, rng) for _ in range(400)]
-    before = np.array([*parent.merging, *parent.mapping])
-    moved = np.array([[*child.merging, *child.mapping] for child in children]) - before
+    children = [ec.merge_child([parent], layout, rng) for _ in range(400)]
+    before = torch.stack(matrices(parent, layout)).numpy()
+    moved = np.array([torch.stack(matrices(child, layout)).numpy() for child in children]) - before
     touched = (moved != 0).any((-1, -2))
     for half in (touched[:, :8], touched[:, 8:]):  # W_EM and W_RM
         assert half.mean() == pytest.approx(0.25 / (1 - 0.75**16), abs=0.03)
@@ -239,9 +212,9 @@ def test_merges_touch_and_change_as_often_and_as_much_as_they_should():
 def test_each_kind_of_matrix_has_its_own_probability():
     layout, rng = Layout.of(dict.fromkeys(range(3), 4), 2), np.random.default_rng(0)
     parent = constant(layout, 1, 2)
-    child = ec.merge_child(parent, None, rng, touch_merging=1, touch_mapping=0, change=1)
-    assert child.mapping == parent.mapping
-    assert all((matrix != 1).all() for matrix in child.merging)
+    child = ec.merge_child([parent], layout, rng, Rates(touch_merging=1, touch_mapping=0, change=1))
+    assert all(a is b for a, b in zip(ec.mapping_of(child, layout), ec.mapping_of(parent, layout), strict=True))
+    assert all((matrix != 1).all() for matrix in ec.merging_of(child, layout))
 
 
 def test_a_cross_takes_rows_of_both_parents_and_untouched_matrices_whole():
@@ -249,13 +222,8 @@ def test_a_cross_takes_rows_of_both_parents_and_untouched_matrices_whole():
     first, second = constant(layout, 1, 2), constant(layout, -1, -2)
     from_first, mixed, whole = [], 0, []
     for _ in range(300):
-        child = ec.merge_child(first, second, rng, change=0)
-        for mine, a, b in zip(
-            [*child.merging, *child.mapping],
-            [*first.merging, *first.mapping],
-            [*second.merging, *second.mapping],
-            strict=True,
-        ):
+        child = ec.merge_child([first, second], layout, rng, Rates(change=0))
+        for mine, a, b in zip(*(matrices(one, layout) for one in (child, first, second)), strict=True):
             if mine is a or mine is b:
                 whole.append(mine is a)
             else:
@@ -271,24 +239,29 @@ def test_a_cross_takes_rows_of_both_parents_and_untouched_matrices_whole():
 
 def test_a_crossed_child_mutates_too():
     layout, rng = Layout.of({0: 9}, 5), np.random.default_rng(0)
-    child = ec.merge_child(constant(layout, 1, 2), constant(layout, -1, -2), rng, touch_merging=1, change=1)
-    assert not np.isin(child.merging[0], (1, -1)).any()
-    assert np.abs(np.abs(child.merging[0]) - 1).max() < 0.4
+    child = ec.merge_child(
+        [constant(layout, 1, 2), constant(layout, -1, -2)], layout, rng, Rates(touch_merging=1, change=1)
+    )
+    merging = child.merges[0].experts.numpy()
+    assert not np.isin(merging, (1, -1)).any()
+    assert np.abs(np.abs(merging) - 1).max() < 0.4
 
 
 def test_normalisation_gives_rows_of_sum_one_but_where_a_sum_is_near_zero():
-    merging = np.array([[1, 2, 1], [0.5, 0.5, -0.9996], [-1, -1, 0], [0.25, 0.75, 0]], np.float32)[:3]
-    candidate = Candidate(((0,),), (merging,), (merging,))
-    child = ec.normalized(candidate)
-    assert child.merging[0].tolist() == [[0.25, 0.5, 0.25], merging[1].tolist(), [0.5, 0.5, 0]]
-    assert child.mapping[0] is candidate.mapping[0]
+    layout, merging = Layout.of({0: 3}, 3), torch.tensor([[1, 2, 1], [0.5, 0.5, -0.9996], [-1, -1, 0]])
+    candidate = ec.candidate_of(layout, [merging], [merging])
+    child = ec.normalized(candidate, layout)
+    assert child.merges[0].experts.tolist() == [[0.25, 0.5, 0.25], merging[1].tolist(), [0.5, 0.5, 0]]
+    assert child.merges[0].router is candidate.merges[0].router
 
 
 @properties
 @given(layouts(), rngs)
 def test_normalising_twice_or_a_mask_changes_nothing(layout, rng):
     mask = ec.random_mask(layout, rng)
-    assert all(a is b for a, b in zip(ec.normalized(mask).merging, mask.merging, strict=True))
-    once = ec.normalized(ec.merge_child(mask, None, rng))
-    for a, b in zip(ec.normalized(once).merging, once.merging, strict=True):
+    same = zip(ec.merging_of(ec.normalized(mask, layout), layout), ec.merging_of(mask, layout), strict=True)
+    assert all(a is b for a, b in same)
+    once = ec.normalized(ec.merge_child([mask], layout, rng), layout)
+    twice = ec.normalized(once, layout)
+    for a, b in zip(ec.merging_of(twice, layout), ec.merging_of(once, layout), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)

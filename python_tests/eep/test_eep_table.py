@@ -10,8 +10,8 @@ import moeprune_ext as mp
 from moeprune_ext.data.tasks import SPLITS
 from moeprune_ext.eep import fitness as tf
 from moeprune_ext.eep import starts as eep_starts
-from moeprune_ext.eep.eep import PAPER
-from moeprune_ext.eep.search import Fitness
+from moeprune_ext.eep.fitness import Fitness
+from moeprune_ext.eep.settings import PAPER, EepSettings
 from moeprune_ext.eep.table import eep_table, format_table, measured_row
 from moeprune_ext.models.apply import full_plan
 
@@ -27,7 +27,7 @@ def task(model):
 
 
 def test_a_table_goes_on_where_its_searches_are(model, task, tmp_path, monkeypatch):
-    ask = dict(active=1, out=tmp_path, prune_iters=2, merge_iters=1)
+    ask = dict(settings=EepSettings(active=1, prune_iters=2, merge_iters=1), out=tmp_path)
     rows = eep_table(model, task, [4], **ask)
     monkeypatch.setattr(eep_starts, "calibrate", lambda *_, **__: pytest.fail("the starts are known"))
     assert eep_table(model, task, [4], **ask) == rows
@@ -55,7 +55,8 @@ def test_a_table_that_cannot_be_finished_is_refused_before_any_work(
     change = {name: meant.get(value, value) if isinstance(value, str) else value for name, value in change.items()}
     ask = {"model": model, "task": task, "keep": [4, 5], "prune_iters": 2, "merge_iters": 1, **change}
     with pytest.raises(ValueError, match=message):
-        eep_table(**ask, out=tmp_path)
+        settings = EepSettings(prune_iters=ask.pop("prune_iters"), merge_iters=ask.pop("merge_iters"))
+        eep_table(**ask, settings=settings, out=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["keep-5-paper"]
 
 

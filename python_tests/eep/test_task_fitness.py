@@ -7,15 +7,15 @@ from tiny_models import tiny_model
 from tiny_tasks import greedy
 
 import moeprune_ext as mp
-from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.data.tasks import Example, Task
 from moeprune_ext.demo.run import arithmetic_task, load_demo
 from moeprune_ext.eep.fitness import TaskFitness, candidate_plan
-from moeprune_ext.eep.operators import Candidate, Layout, criterion_mask, given_mask, merge_child
+from moeprune_ext.eep.operators import Layout, candidate_of, criterion_mask, given_mask, is_mask, merge_child
 from moeprune_ext.eep.search import search
+from moeprune_ext.eep.settings import EepSettings, Rates
 from moeprune_ext.evaluate import correct, generated_matches
+from moeprune_ext.models.apply import planned
 from moeprune_ext.models.layers import find_moe_layers
-from moeprune_ext.models.merging import mapped_layer
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def random_candidate(seed, keep=4):
     layout = Layout.of(dict.fromkeys(range(4), 8), keep)
     generator = torch.Generator().manual_seed(seed)
     ids = [sorted(torch.randperm(8, generator=generator)[:keep].tolist()) for _ in range(4)]
-    mask = Candidate.of_mask(layout, ids)
-    noise = [[0.2 * torch.rand(keep, 8, generator=generator).numpy() for _ in range(4)] for _ in range(2)]
-    merging = tuple(m + n for m, n in zip(mask.merging, noise[0], strict=True))
-    mapping = tuple(m + n for m, n in zip(mask.mapping, noise[1], strict=True))
-    return mask, Candidate(mask.groups, merging, mapping)
+    mask = given_mask(layout, dict(enumerate(ids)))
+    noise = [[0.2 * torch.rand(keep, 8, generator=generator) for _ in range(4)] for _ in range(2)]
+    one_hot = [merge.experts for merge in mask.merges.values()]
+    merging, mapping = ([m + n for m, n in zip(one_hot, kind, strict=True)] for kind in noise)
+    return mask, candidate_of(layout, merging, mapping)
 
 
 @pytest.mark.parametrize("length_normalized", [False, True])
@@ -60,11 +60,9 @@ def test_right_answers_are_those_of_the_candidate_run_alone(model, task, length_
     fitness = TaskFitness(model, task, length_normalized=length_normalized, active=active)
     candidates = [candidate for seed in range(3) for candidate in random_candidate(seed)]
     found = fitness(candidates)
-    routed = {index: mapped_layer(layer) for index, layer in find_moe_layers(model).items()}
     for candidate, got in zip(candidates, found, strict=True):
-        router = candidate.router_map
-        plan = MergedPlan({i: Merge(m, router[i]) for i, m in candidate.merge_map.items()}, active=active)
-        with merged_model(routed, plan):
+        plan = mp.PruningPlan.from_merges(candidate.merges, active=active)
+        with planned(find_moe_layers(model), plan):
             expected = correct(model, task, length_normalized=length_normalized)
         assert got.score == pytest.approx(sum(expected) / len(expected))
     assert [f.tie for f in found] == pytest.approx([fitness([c])[0].tie for c in candidates], abs=1e-4)
@@ -79,7 +77,7 @@ def test_exact_match_in_the_sweep_is_greedy_generation_with_merged_experts():
     stats = mp.calibrate(model, [s.input_ids for s in fitness.evaluator.sequences])
     mask = given_mask(layout, criterion_mask(layout, mp.score_experts(stats, "weighted_ean")))
     rng = np.random.default_rng(0)
-    candidates = [mask, *(merge_child(mask, None, rng, scale=0.25) for _ in range(3))]
+    candidates = [mask, *(merge_child([mask], layout, rng, Rates(scale=0.25)) for _ in range(3))]
     scores = [one.score for one in fitness(candidates)]
     for candidate, score in zip(candidates, scores, strict=True):
         with mp.applied(model, candidate_plan(candidate, fitness.evaluator, None)):
@@ -105,17 +103,14 @@ def test_eep_on_the_demo_model_beats_its_starts(tmp_path):
     masks = [criterion_mask(layout, mp.score_experts(stats, name)) for name in ("frequency", "seer", "reap", "ean")]
     outcome = search(
         fitness,
-        dict.fromkeys(fitness.evaluator.layers, 16),
-        8,
+        layout,
+        EepSettings(prune_iters=10, merge_iters=8, rates=Rates(start_count=6)),
         masks=masks,
-        start_count=6,
-        prune_iters=10,
-        merge_iters=8,
         identity=fitness.evaluator.identity,
         out=tmp_path,
     )
-    starts = fitness([Candidate.of_mask(layout, [mask[layer] for layer in sorted(mask)]) for mask in masks])
-    assert outcome.pruned.is_pruning and outcome.evaluations == 18
+    starts = fitness([given_mask(layout, mask) for mask in masks])
+    assert is_mask(outcome.pruned) and outcome.evaluations == 18
     best_start = max(starts, key=lambda start: start.rank)
     for better, worse in ((outcome.pruned_train, best_start), (outcome.train, outcome.pruned_train)):
         # A likelihood is not the same to the last digit in other company.

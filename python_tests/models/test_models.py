@@ -1,7 +1,7 @@
 """Every MoE architecture of the installed transformers, each from calibration to the reloaded export.
 
-All of them: `pytest python_tests/models/test_models.py`. The table docs/models.md is written from it, a section for each
-version of transformers, by `pytest python_tests/models/test_models.py --write-models docs/models.md`.
+All of them: `pytest python_tests/models/test_models.py`. The table docs/models.md is written from it, a section for
+each version of transformers, by `pytest python_tests/models/test_models.py --write-models docs/models.md`.
 """
 
 import copy
@@ -243,8 +243,8 @@ def write_models(path):
 
 HEAD = """# Models
 
-Every Mixture-of-Experts language model that transformers can make, as `python_tests/models/test_models.py` found them: by
-their experts and router classes, each built small and random, then calibrated, scored, masked, pruned, exported and
+Every Mixture-of-Experts language model that transformers can make, as `python_tests/models/test_models.py` found them:
+by their experts and router classes, each built small and random, then calibrated, scored, masked, pruned, exported and
 loaded again. Generated; do not edit. To make it again:
 `pytest python_tests/models/test_models.py --write-models docs/models.md`.
 
