@@ -8,8 +8,8 @@
 // The scores of a softmax are exp(logit - the row's highest logit), made once for all maps. Where a map refers to none
 // but experts far below, they are made anew, relative to the highest that it refers to: so that it does not matter what
 // others have, nor which maps are routed together.
-#include "mapped_router.h"
 #include "cuda/router_rows.cuh"
+#include "mapped_router.h"
 
 namespace moeprune {
 namespace {

@@ -7,8 +7,8 @@
 // every stop; where the choice itself needs the denominator (softmax plus bias, sums of scores of groups), the list is
 // walked before. Answers, which are most of the traffic, leave by way of shared memory, a warp's rows as one run of
 // consecutive words.
-#include "masked_router.h"
 #include "cuda/router_rows.cuh"
+#include "masked_router.h"
 
 namespace moeprune {
 namespace {
