@@ -32,35 +32,43 @@ __device__ inline float rounded(float value, DType dtype) {
   return value;
 }
 
+// A value for each of the best K, or none: an unused array would cost a kernel registers.
+template <int kCount>
+struct CarriedValues {
+  float value[kCount];
+};
+template <>
+struct CarriedValues<0> {};
+
 // The running top-k of a thread's row, best first, and with kCarries a value for each of them: in registers where top_k
 // is known to the compiler, otherwise (kTopK = 0) in local memory.
-template <int kTopK, bool kCarries>
-struct BestK {
-  static constexpr int kRoom = kTopK > 0 ? kTopK : kMaxTopK;
+template <int kTopK, bool kCarries, int kRoom = kTopK == 0 ? kMaxTopK : kTopK>
+struct BestK : CarriedValues<kCarries ? kRoom : 0> {
   std::uint64_t key[kRoom];
-  float value[kCarries ? kRoom : 1];
 
   __device__ void clear(int top_k) {
 #pragma unroll
     for (int j = 0; j < (kTopK > 0 ? kTopK : top_k); ++j) {
       key[j] = kNoKey;
-      if constexpr (kCarries) value[j] = 0;
+      if constexpr (kCarries) this->value[j] = 0;
     }
   }
-  // Keys are distinct: each place keeps its own, or takes the smaller of the new key and the one before it.
-  __device__ void insert(std::uint64_t entering, float its_value, int top_k) {
+  // Keys are distinct: each place keeps its own, or takes the new one or the one before it.
+  __device__ void insert(std::uint64_t entering, [[maybe_unused]] float its_value, int top_k) {
     const int last = (kTopK > 0 ? kTopK : top_k) - 1;
     if (entering <= key[last]) return;
 #pragma unroll
     for (int j = last; j > 0; --j) {
-      if constexpr (kCarries)
-        if (entering > key[j]) value[j] = entering > key[j - 1] ? value[j - 1] : its_value;
-      const std::uint64_t sinking = key[j - 1] < entering ? key[j - 1] : entering;
-      key[j] = key[j] > sinking ? key[j] : sinking;
+      const bool before = entering > key[j - 1];  // belongs before: the one before comes here
+      if (entering > key[j]) {
+        if constexpr (kCarries) this->value[j] = before ? this->value[j - 1] : its_value;
+        key[j] = before ? key[j - 1] : entering;
+      }
     }
-    if constexpr (kCarries)
-      if (entering > key[0]) value[0] = its_value;
-    key[0] = key[0] > entering ? key[0] : entering;
+    if (entering > key[0]) {
+      if constexpr (kCarries) this->value[0] = its_value;
+      key[0] = entering;
+    }
   }
 };
 
