@@ -93,9 +93,9 @@ import sys, moeprune_ext as mp
 info = mp.build_info()
 print("compute capabilities", *info["cuda_archs"], "CUDA", info["cuda_runtime"], "usable:", info["cuda_available"])
 sys.exit(not mp.__file__.startswith(sys.argv[1]))' "$work/site" # what was just built is what is checked
-stage tests 75 "$python" -m pytest -q -p no:cacheprovider --rootdir "$work" -k "$tests" python_tests/test_overlap.py \
-  python_tests/test_masked_router.py python_tests/test_router_map.py python_tests/test_routing_moments.py \
-  python_tests/test_streaming.py
+stage tests 75 "$python" -m pytest -q -p no:cacheprovider --rootdir "$work" -k "$tests" \
+  python_tests/ops/test_overlap.py python_tests/ops/test_masked_router.py python_tests/ops/test_router_map.py \
+  python_tests/ops/test_routing_moments.py python_tests/checkpoint/test_streaming.py
 sanitizer memcheck 40
 sanitizer racecheck 35 --quick
 sanitizer synccheck 20 --quick

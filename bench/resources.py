@@ -40,7 +40,8 @@ def short_name(symbol: str) -> str:
 
 def compile_report(nvcc: str, source: Path, arch: str) -> str:
     with tempfile.TemporaryDirectory() as work:
-        command = [nvcc, *FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", f"{work}/out.cubin", str(source)]
+        output = ["-Xptxas", "-v", "-cubin", "-o", f"{work}/out.cubin"]
+        command = [nvcc, *FLAGS, f"-I{SOURCES}", f"-arch=sm_{arch}", *output, str(source)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(f"{' '.join(command)}\n{result.stderr}")
@@ -49,7 +50,7 @@ def compile_report(nvcc: str, source: Path, arch: str) -> str:
 
 def rows(report: str, arch: str) -> list[str]:
     """One row per kernel of a report. A kernel's figures follow its name, as do those of functions it calls."""
-    found = []
+    table = []
     for part in re.split(r"(?=ptxas info\s*: Compiling entry function)", report):
         kernel, used = KERNEL.search(part), USED.search(part)
         if not kernel or not used:
@@ -59,10 +60,10 @@ def rows(report: str, arch: str) -> list[str]:
         stack, stores, loads = frame.groups() if frame else ("0", "0", "0")
         shared = SHARED.search(part)
         name = short_name(kernel[1])
-        found.append(
+        table.append(
             f"| {name} | sm_{arch} | {used[1]} | {stores} / {loads} | {stack} | {shared[1] if shared else 0} |"
         )
-    return found
+    return table
 
 
 def main() -> None:

@@ -19,15 +19,13 @@ namespace {
 
 constexpr int kVectors = 2, kWide = kVectors * kLanes;  // rows of logits taken together
 constexpr int kMapRows = 4;                             // of the map, likewise
-constexpr float kLowest = -__FLT_MAX__;
 
 // By expert, row of the map, or place in the top-k, and then by lane.
 struct Scratch {
   alignas(64) float logit[kMaxExperts * kWide];
   alignas(64) float score[kMaxExperts * kWide];
   alignas(64) float pi[kMaxExperts * kWide];
-  alignas(64) std::int32_t best_key[kMaxExperts * kWide];  // the running top-k, best first
-  alignas(64) std::int32_t best_id[kMaxExperts * kWide];
+  BestK<kWide> best;
   alignas(64) float offset[kWide];   // what the scores of a softmax are relative to
   alignas(64) double sum[kWide];     // of the scores that the map refers to
   alignas(64) float share[kWide];    // of a score's unit in the softmax over all experts
@@ -36,25 +34,21 @@ struct Scratch {
   bool finite;                       // all scores, where there is no softmax
 };
 
-bool is_softmax(const MappedRouterArgs& args) {
-  return args.score == Score::softmax || args.score == Score::softmax_over_chosen;
-}
-
 // Whether the choice is by the softmax over all experts.
-bool chooses_among_all(const MappedRouterArgs& args) { return args.score == Score::softmax && args.mapped_bias; }
+bool chooses_among_all(const MappedRouterArgs& args) { return is_softmax(args) && args.mapped_bias; }
 
 // What depends on the rows only.
 void prepare_rows(const MappedRouterArgs& args, const Rows<kWide>& rows, Scratch& s) {
   const int n_experts = static_cast<int>(args.logits.shape[1]), n = n_experts * kWide;
   transpose(args.logits, rows, s.logit);
-  if (is_softmax(args)) {
+  if (is_exponential(args)) {
     for (int lane = 0; lane < kWide; ++lane) s.offset[lane] = __builtin_nanf("");  // of no map: scores are to be made
   } else if (args.score == Score::sigmoid) {
     sigmoids(s.logit, n, s.score);
   } else {
     roots_of_softplus(s.logit, n, s.score);
   }
-  if (!is_softmax(args)) {
+  if (!is_exponential(args)) {
     IntVec undefined = {};
     for (int at = 0; at < n; at += kLanes) {
       const Vec score = load(s.score + at);
@@ -133,33 +127,12 @@ void product(const Map& map, int j, Scratch& s) {
     for (int v = 0; v < kVectors; ++v) store(s.pi + (j + u) * kWide + v * kLanes, pi[u][v]);
 }
 
-// Puts a row of the map, later than all before, into the top-k of the lanes from `first` on where it belongs.
-template <int kTopK>
-MOEPRUNE_INLINE void insert(IntVec key, int row, int first, int top_k, Scratch& s) {
-  int at = ((kTopK > 0 ? kTopK : top_k) - 1) * kWide + first;
-  const IntVec id = splat_bits(row);
-  IntVec here_key = load(s.best_key + at), here_id = load(s.best_id + at);
-  IntVec belongs = key > here_key;  // here or before
-  if (kTopK == 0 && !any(belongs)) return;
-  for (; at >= kWide; at -= kWide) {
-    const IntVec before_key = load(s.best_key + at - kWide), before_id = load(s.best_id + at - kWide);
-    const IntVec moves = key > before_key;  // belongs before: the one before comes here
-    store(s.best_key + at, select(moves, before_key, select(belongs, key, here_key)));
-    store(s.best_id + at, select(moves, before_id, select(belongs, id, here_id)));
-    belongs = moves;
-    here_key = before_key;
-    here_id = before_id;
-  }
-  store(s.best_key + at, select(belongs, key, here_key));
-  store(s.best_id + at, select(belongs, id, here_id));
-}
-
 template <int kTopK>
 void choose(const MappedRouterArgs& args, const Map& map, const float* bias, Scratch& s) {
-  for (int at = 0; at < args.top_k * kWide; at += kLanes) store(s.best_key + at, splat_bits(kNoKey));
+  s.best.clear(args.top_k);
   for (int j = 0, step; j < map.n_rows; j += step) {
     step = map.n_rows - j < kMapRows ? 1 : kMapRows;
-    if (!is_softmax(args) && !s.finite) {
+    if (!is_exponential(args) && !s.finite) {
       step = 1;
       product<1, true>(map, j, s);
     } else if (step == 1) {
@@ -172,31 +145,23 @@ void choose(const MappedRouterArgs& args, const Map& map, const float* bias, Scr
         Vec choice = load(s.pi + row * kWide + first);
         if (chooses_among_all(args)) choice *= load(s.share + first);
         if (bias) choice += bias[row];
-        insert<kTopK>(key_of(choice), row, first, args.top_k, s);
+        s.best.insert<kTopK, true>(key_of(choice), splat_bits(row), first, args.top_k);
       }
   }
 }
 
-// The answer of one row of logits, written to its slot.
+// Writes the answer of one row of logits to ids and weights from `to` on.
 void answer(const MappedRouterArgs& args, int lane, std::int64_t to, const Scratch& s) {
   alignas(64) float weight[kMaxExperts];
-  double chosen = 0;
+  double chosen = 0, factor;
   for (int k = 0; k < args.top_k; ++k) {
-    const std::int32_t row = s.best_id[k * kWide + lane];
+    const std::int32_t row = s.best.id[k * kWide + lane];
     args.ids[to + k] = row;
     weight[k] = s.pi[row * kWide + lane];
     chosen += static_cast<double>(weight[k]);
   }
-  double factor = args.score == Score::softmax               ? 1.0 / s.sum[lane]
-                  : args.score == Score::softmax_over_chosen ? 1.0 / chosen
-                                                             : 1.0;
-  if (args.renormalize) factor /= chosen * factor + static_cast<double>(args.eps);
-  factor *= static_cast<double>(args.scale);
-  for (int k = 0; k < args.top_k; ++k) weight[k] = static_cast<float>(static_cast<double>(weight[k]) * factor);
-  if (args.weights_dtype != DType::float32) {
-    for (int k = args.top_k; k % kLanes != 0; ++k) weight[k] = 0;
-    for (int k = 0; k < args.top_k; k += kLanes) store(weight + k, rounded(load(weight + k), args.weights_dtype));
-  }
+  weight_factors<1>(args, s.sum + lane, &chosen, &factor);
+  scale_weights(weight, args.top_k, factor, true, args.weights_dtype, weight);
   __builtin_memcpy(args.weights + to, weight, sizeof(float) * static_cast<std::size_t>(args.top_k));
 }
 
@@ -207,26 +172,8 @@ void route(const MappedRouterArgs& args, const Rows<kWide>& rows, Scratch& s) {
   for (std::int64_t c = first; c < end; ++c) {
     const Map map(args, c);
     const float* bias = args.mapped_bias ? args.mapped_bias + c * map.n_rows : nullptr;
-    if (is_softmax(args)) prepare_softmax(args, map.experts, map.n_experts, s);
-    switch (args.top_k) {
-      case 1:
-        choose<1>(args, map, bias, s);
-        break;
-      case 2:
-        choose<2>(args, map, bias, s);
-        break;
-      case 4:
-        choose<4>(args, map, bias, s);
-        break;
-      case 6:
-        choose<6>(args, map, bias, s);
-        break;
-      case 8:
-        choose<8>(args, map, bias, s);
-        break;
-      default:
-        choose<0>(args, map, bias, s);
-    }
+    if (is_exponential(args)) prepare_softmax(args, map.experts, map.n_experts, s);
+    with_top_k(args.top_k, [&](auto k) { choose<decltype(k)::value>(args, map, bias, s); });
     const std::int64_t slot = args.assigned ? 0 : c;
     for (int lane = 0; lane < rows.count; ++lane)
       answer(args, lane, (slot * args.logits.shape[0] + rows.index[lane]) * args.top_k, s);

@@ -3,20 +3,19 @@
 // A block is one warp, a thread routes a row. The warp's scores lie in shared memory, by experts, so that a step of the
 // product reads neighbouring words. The map comes to shared memory in tiles of 64 experts by 8 rows of the map: a step
 // reads one score and, the same for all threads, 8 entries in two loads of 16 bytes, for 8 multiplications. A row of
-// the map that is done enters the thread's running top-k, in registers (see masked_router.cu).
+// the map that is done enters the thread's running top-k, in registers.
 //
 // The scores of a softmax are exp(logit - the row's highest logit), made once for all maps. Where a map refers to none
 // but experts far below, they are made anew, relative to the highest that it refers to: so that it does not matter what
 // others have, nor which maps are routed together.
-#include "mapped_router.h"
 #include "cuda/router_rows.cuh"
+#include "mapped_router.h"
 
 namespace moeprune {
 namespace {
 
 constexpr int kMapRows = 8, kTileExperts = 64;
 constexpr int kColumns = kWarp + 1;  // rows of logits in shared memory, and one more, against bank conflicts
-constexpr float kLowest = -3.4028235e38f;
 constexpr float kFarBelow = 1e-12f;
 
 struct alignas(16) Entries {
@@ -30,42 +29,6 @@ struct Tile {
 };
 
 std::size_t scores_bytes(int n_experts) { return sizeof(float) * kColumns * static_cast<std::size_t>(n_experts); }
-std::size_t answers_bytes(int top_k) {
-  return (sizeof(std::int32_t) + sizeof(float)) * kWarp * static_cast<std::size_t>(top_k + 1);
-}
-
-// The running top-k with its pi: in registers where top_k is known to the compiler, otherwise (kTopK = 0) in local
-// memory.
-template <int kTopK>
-struct Best {
-  std::uint64_t key[kTopK > 0 ? kTopK : kMaxTopK];
-  float pi[kTopK > 0 ? kTopK : kMaxTopK];
-
-  __device__ void clear(int top_k) {
-#pragma unroll
-    for (int j = 0; j < (kTopK > 0 ? kTopK : top_k); ++j) {
-      key[j] = kNoKey;
-      pi[j] = 0;
-    }
-  }
-  // Keys are distinct: each place keeps its own, or takes the new one or the one before it.
-  __device__ void insert(std::uint64_t entering, float its_pi, int top_k) {
-    const int last = (kTopK > 0 ? kTopK : top_k) - 1;
-    if (entering <= key[last]) return;
-#pragma unroll
-    for (int j = last; j > 0; --j) {
-      const bool before = entering > key[j - 1];  // belongs before: the one before comes here
-      if (entering > key[j]) {
-        pi[j] = before ? pi[j - 1] : its_pi;
-        key[j] = before ? key[j - 1] : entering;
-      }
-    }
-    if (entering > key[0]) {
-      pi[0] = its_pi;
-      key[0] = entering;
-    }
-  }
-};
 
 template <int kTopK>
 struct RowRouter {
@@ -74,15 +37,12 @@ struct RowRouter {
   float highest = kLowest, offset = kLowest;  // of a softmax: the highest logit, and what the scores are relative to
   double total = 0;                           // the denominator over all experts
   bool undefined = false;                     // whether a row of the warp has a NaN score, where there is no softmax
-  Best<kTopK> best;
+  BestK<kTopK, true> best;
 
   __device__ RowRouter(const MappedRouterArgs& args_, std::int64_t first) : args(args_), first_row(first) {}
 
   __device__ int n_experts() const { return static_cast<int>(args.logits.shape[1]); }
   __device__ int n_map_rows() const { return static_cast<int>(args.maps.shape[1]); }
-  __device__ bool is_softmax() const {
-    return args.score == Score::softmax || args.score == Score::softmax_over_chosen;
-  }
   __device__ float* scores() const { return reinterpret_cast<float*>(dynamic_shared()); }
   __device__ float& score(int expert) const { return scores()[expert * kColumns + threadIdx.x]; }
 
@@ -99,7 +59,7 @@ struct RowRouter {
 
   __device__ void prepare() {
     stage_logits();
-    if (is_softmax()) {
+    if (is_exponential(args)) {
       for (int e = 0; e < n_experts(); ++e) highest = fmaxf(highest, score(e));
       take_exponentials(highest);
       for (int e = 0; e < n_experts(); ++e) total += static_cast<double>(score(e));
@@ -175,8 +135,8 @@ struct RowRouter {
   __device__ void route(std::int64_t c, std::int64_t slot) {
     const std::int32_t* experts = args.experts + c * n_experts();
     const int n = args.counts[c];
-    const double sum = is_softmax() ? softmax_of(experts, n) : 1.0;
-    const bool among_all = args.score == Score::softmax && args.mapped_bias;
+    const double sum = is_exponential(args) ? softmax_of(experts, n) : 1.0;
+    const bool among_all = is_softmax(args) && args.mapped_bias;
     const float share =  // of a score's unit in the softmax over all experts
         among_all ? static_cast<float>(exp(static_cast<double>(offset) - static_cast<double>(highest)) / total) : 1.0f;
     Tile& tile = block_shared<Tile>();
@@ -205,19 +165,14 @@ struct RowRouter {
 
   __device__ void answer(std::int64_t c, std::int64_t slot, double sum) const {
     const int k = kTopK > 0 ? kTopK : args.top_k;
-    const StagedAnswers staged{reinterpret_cast<std::int32_t*>(scores() + n_experts() * kColumns),
-                               scores() + n_experts() * kColumns + kWarp * (k + 1)};
+    const StagedAnswers staged(scores() + n_experts() * kColumns, kWarp, k);
     double chosen = 0;
 #pragma unroll
-    for (int j = 0; j < k; ++j) chosen += static_cast<double>(best.pi[j]);
-    double factor = args.score == Score::softmax               ? 1.0 / sum
-                    : args.score == Score::softmax_over_chosen ? 1.0 / chosen
-                                                               : 1.0;
-    if (args.renormalize) factor /= chosen * factor + static_cast<double>(args.eps);
-    factor *= static_cast<double>(args.scale);
+    for (int j = 0; j < k; ++j) chosen += static_cast<double>(best.value[j]);
+    const double factor = weight_factor(args, sum, chosen);
 #pragma unroll
     for (int j = 0; j < k; ++j) {
-      const float weight = static_cast<float>(static_cast<double>(best.pi[j]) * factor);
+      const float weight = static_cast<float>(static_cast<double>(best.value[j]) * factor);
       staged.ids[threadIdx.x * (k + 1) + j] = id_of(best.key[j]);
       staged.weights[threadIdx.x * (k + 1) + j] = rounded(weight, args.weights_dtype);
     }
@@ -249,30 +204,13 @@ void mapped_router_cuda(const MappedRouterArgs& args) {
   if (args.top_k > kMaxTopK)
     throw std::invalid_argument("masked_router: the CUDA kernel takes top_k and n_group up to 64");
   const DeviceInfo device = device_info();
-  const std::size_t shared = scores_bytes(static_cast<int>(args.logits.shape[1])) + answers_bytes(args.top_k);
+  const std::size_t shared = scores_bytes(static_cast<int>(args.logits.shape[1])) + answers_bytes(kWarp, args.top_k);
   if (shared + sizeof(Tile) > device.shared_per_block)
     throw std::invalid_argument("masked_router: " + std::to_string(args.logits.shape[1]) +
                                 " experts with a router_map need more shared memory than the GPU has");
-  const std::int64_t blocks = (args.logits.shape[0] + kWarp - 1) / kWarp;
-  if (blocks > 0x7FFFFFFF) throw std::invalid_argument("masked_router: too many rows in one call on CUDA");
-  // Few rows: their maps go to several blocks each, which bring in the logits each for itself.
-  const std::int64_t wanted = (16 * device.multiprocessors + blocks - 1) / blocks;
-  const std::int64_t per_rows = wanted < args.maps.shape[0] ? wanted : args.maps.shape[0];
-  const LaunchShape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(per_rows)), kWarp, shared};
-  switch (args.top_k) {
-    case 1:
-      return launch(mapped_router_kernel<1>, shape, args.stream, args);
-    case 2:
-      return launch(mapped_router_kernel<2>, shape, args.stream, args);
-    case 4:
-      return launch(mapped_router_kernel<4>, shape, args.stream, args);
-    case 6:
-      return launch(mapped_router_kernel<6>, shape, args.stream, args);
-    case 8:
-      return launch(mapped_router_kernel<8>, shape, args.stream, args);
-    default:
-      return launch(mapped_router_kernel<0>, shape, args.stream, args);
-  }
+  const std::int64_t maps = args.maps.shape[0];
+  const LaunchShape shape{router_grid(args, kWarp, maps, 16 * device.multiprocessors), kWarp, shared};
+  with_top_k(args.top_k, [&](auto k) { launch(mapped_router_kernel<decltype(k)::value>, shape, args.stream, args); });
 }
 
 }  // namespace moeprune

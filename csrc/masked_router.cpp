@@ -14,16 +14,14 @@
 namespace moeprune::MOEPRUNE_ISA {
 namespace {
 
-constexpr float kLowest = -__FLT_MAX__;
 constexpr std::int64_t kStreamedAnswers = 1 << 20;  // 12 MB: more than a core's caches keep for the reader
 
 // By expert, place in the top-k, or group, and then by lane.
 struct Scratch {
   alignas(64) float logit[kMaxExperts * kLanes];
-  alignas(64) float score[kMaxExperts * kLanes];            // sigmoid, sqrtsoftplus; probability
-  alignas(64) std::int32_t key[kMaxExperts * kLanes];       // of what experts are chosen by
-  alignas(64) std::int32_t best_key[kMaxExperts * kLanes];  // the running top-k, best first
-  alignas(64) std::int32_t best_id[kMaxExperts * kLanes];
+  alignas(64) float score[kMaxExperts * kLanes];       // sigmoid, sqrtsoftplus; probability
+  alignas(64) std::int32_t key[kMaxExperts * kLanes];  // of what experts are chosen by
+  BestK<kLanes> best;
   alignas(64) float group_first[kMaxExperts * kLanes];
   alignas(64) float group_second[kMaxExperts * kLanes];
   alignas(64) std::int32_t group_key[kMaxExperts * kLanes];
@@ -38,8 +36,6 @@ struct Scratch {
   bool streaming;  // answers go to memory past the caches
 };
 
-bool is_softmax(const MaskedRouterArgs& args) { return args.score == Score::softmax; }
-
 // Whether the choice needs the whole denominator, hence a walk of its own before.
 bool key_depends_on_mask(const MaskedRouterArgs& args) { return is_softmax(args) && args.bias; }
 
@@ -49,8 +45,6 @@ float score_of_key(std::int32_t key) {
   __builtin_memcpy(&score, &bits, sizeof score);
   return score;
 }
-
-constexpr std::int32_t kNoId = 0x7FFFFFFF;  // with kNoKey, loses against every expert
 
 // What depends on the rows only: logits, scores, keys.
 void prepare_rows(const MaskedRouterArgs& args, const Rows<kLanes>& rows, Scratch& s) {
@@ -94,51 +88,23 @@ void sum_prefixes(const std::int32_t* list, int n, Scratch& s) {
   }
 }
 
-MOEPRUNE_INLINE IntVec beats(IntVec key, IntVec id, IntVec other_key, IntVec other_id) {
-  return (key > other_key) | ((key == other_key) & (id < other_id));
-}
-
-// Puts an expert into the top-k of the lanes where it belongs, and returns these lanes.
-template <int kTopK>
-MOEPRUNE_INLINE IntVec insert(IntVec key, IntVec id, int top_k, Scratch& s) {
-  int at = ((kTopK > 0 ? kTopK : top_k) - 1) * kLanes;
-  IntVec here_key = load(s.best_key + at), here_id = load(s.best_id + at);
-  const IntVec enters = beats(key, id, here_key, here_id);
-  // A list of known length is gone through faster than this branch is mispredicted.
-  if (kTopK == 0 && !any(enters)) return enters;
-  IntVec belongs = enters;  // here or before
-  for (; at > 0; at -= kLanes) {
-    const IntVec before_key = load(s.best_key + at - kLanes), before_id = load(s.best_id + at - kLanes);
-    const IntVec moves = beats(key, id, before_key, before_id);  // belongs before: the one before comes here
-    store(s.best_key + at, select(moves, before_key, select(belongs, key, here_key)));
-    store(s.best_id + at, select(moves, before_id, select(belongs, id, here_id)));
-    belongs = moves;
-    here_key = before_key;
-    here_id = before_id;
-  }
-  store(s.best_key, select(belongs, key, here_key));
-  store(s.best_id, select(belongs, id, here_id));
-  return enters;
-}
-
 // Renews the lane's answer.
 template <int kTopK>
 void refresh(const MaskedRouterArgs& args, int lane, float offset, Scratch& s) {
   const int k = kTopK > 0 ? kTopK : args.top_k;
-  const bool over_chosen = args.score == Score::softmax_over_chosen;
-  const bool exponentials = over_chosen || is_softmax(args);
+  const bool exponentials = is_exponential(args);
   float* weight = s.weight[lane];
   float highest = kLowest;
   for (int j = 0; j < k; ++j) {
-    const std::int32_t expert = s.best_id[j * kLanes + lane];
+    const std::int32_t expert = s.best.id[j * kLanes + lane];
     s.id[lane][j] = expert;
     weight[j] = !exponentials ? s.score[expert * kLanes + lane]
                 : args.bias   ? s.logit[expert * kLanes + lane]
-                              : score_of_key(s.best_key[j * kLanes + lane]);
+                              : score_of_key(s.best.key[j * kLanes + lane]);
     highest = weight[j] > highest ? weight[j] : highest;
   }
   s.weight_offset[lane] = offset;
-  if (over_chosen) offset = highest;
+  if (args.score == Score::softmax_over_chosen) offset = highest;
   if (key_depends_on_mask(args)) {  // the bias may choose experts so unlikely that the fast exponential gives 0
     for (int j = 0; j < k; ++j) weight[j] = __builtin_expf(weight[j] - offset);
   } else if (exponentials) {
@@ -150,36 +116,12 @@ void refresh(const MaskedRouterArgs& args, int lane, float offset, Scratch& s) {
   s.total[lane] = total;
 }
 
-// By what the lanes' kept weights are multiplied; `sum` is the denominator, by lane.
-void factors(const MaskedRouterArgs& args, const double* sum, const float* total, double* out) {
-  const double eps = static_cast<double>(args.eps), scale = static_cast<double>(args.scale);
-  double chosen[kLanes];  // the sum of the chosen weights
-  for (int lane = 0; lane < kLanes; ++lane) chosen[lane] = static_cast<double>(total[lane]);
-  if (is_softmax(args)) {
-    for (int lane = 0; lane < kLanes; ++lane) out[lane] = 1.0 / sum[lane];
-  } else if (args.score == Score::softmax_over_chosen) {
-    for (int lane = 0; lane < kLanes; ++lane) out[lane] = 1.0 / chosen[lane];
-  } else {
-    for (int lane = 0; lane < kLanes; ++lane) out[lane] = 1.0;
-  }
-  if (args.renormalize)
-    for (int lane = 0; lane < kLanes; ++lane) out[lane] /= chosen[lane] * out[lane] + eps;
-  for (int lane = 0; lane < kLanes; ++lane) out[lane] *= scale;
-}
-
 // One row's answer, written to its slot.
 template <int kTopK>
 void write(const MaskedRouterArgs& args, const Scratch& s, int lane, double factor, std::int64_t at) {
   const int k = kTopK > 0 ? kTopK : args.top_k;
   alignas(64) float scaled[kTopK > 0 ? (kTopK + kLanes - 1) / kLanes * kLanes : kMaxExperts];
-  const float* weight = s.weight[lane];
-  if (key_depends_on_mask(args)) {  // vanishing weights need a factor beyond float32
-    for (int j = 0; j < k; ++j) scaled[j] = static_cast<float>(static_cast<double>(weight[j]) * factor);
-  } else {
-    for (int j = 0; j < k; j += kLanes) store(scaled + j, load(weight + j) * static_cast<float>(factor));
-  }
-  if (args.weights_dtype != DType::float32)
-    for (int j = 0; j < k; j += kLanes) store(scaled + j, rounded(load(scaled + j), args.weights_dtype));
+  scale_weights(s.weight[lane], k, factor, key_depends_on_mask(args), args.weights_dtype, scaled);
   if (s.streaming && kTopK == 8) {
     stream_8(args.weights + at, scaled);
     stream_8(args.ids + at, s.id[lane]);
@@ -202,7 +144,7 @@ void answer(const MaskedRouterArgs& args, const Rows<kLanes>& rows, IntVec chang
       if (stale[lane]) refresh<kTopK>(args, lane, offset[lane], s);
   }
   double factor[kLanes];
-  factors(args, s.sum + place * kLanes, s.total, factor);
+  weight_factors<kLanes>(args, s.sum + place * kLanes, s.total, factor);
   for (int lane = 0; lane < rows.count; ++lane) {
     const std::int64_t at = (slot * args.logits.shape[0] + rows.index[lane]) * args.top_k;
     write<kTopK>(args, s, lane, factor[lane], at);
@@ -266,10 +208,7 @@ void walk(const MaskedRouterArgs& args, const Rows<kLanes>& rows, std::int64_t w
   }
   if (grouped) allow_groups(args, list, n, s);
   const int group_size = static_cast<int>(args.logits.shape[1]) / args.n_group;
-  for (int at = 0; at < args.top_k * kLanes; ++at) {
-    s.best_key[at] = kNoKey;
-    s.best_id[at] = kNoId;
-  }
+  s.best.clear(args.top_k);
 
   IntVec changed = splat_bits(-1);
   std::int64_t stop = 0;
@@ -281,7 +220,7 @@ void walk(const MaskedRouterArgs& args, const Rows<kLanes>& rows, std::int64_t w
       key = select(allowed, key, splat_bits(kNoKey));
       id = select(allowed, id, splat_bits(kNoId));
     }
-    changed |= insert<kTopK>(key, id, args.top_k, s);
+    changed |= s.best.insert<kTopK, false>(key, id, 0, args.top_k);
     for (; stop < args.n_stops && stops[stop] == i + 1; ++stop) {
       answer<kTopK>(args, rows, changed, i, slots[stop], s);
       changed = IntVec{};
@@ -295,22 +234,7 @@ void route(const MaskedRouterArgs& args, const Rows<kLanes>& rows, Scratch& s) {
   const std::int64_t first_walk = args.assigned ? args.assigned[rows.index[0]] : 0;
   const std::int64_t end = args.assigned ? first_walk + 1 : args.n_walks;
   for (std::int64_t w = first_walk; w < end; ++w) {
-    switch (args.top_k) {
-      case 2:
-        walk<2>(args, rows, w, s);
-        break;
-      case 4:
-        walk<4>(args, rows, w, s);
-        break;
-      case 6:
-        walk<6>(args, rows, w, s);
-        break;
-      case 8:
-        walk<8>(args, rows, w, s);
-        break;
-      default:
-        walk<0>(args, rows, w, s);
-    }
+    with_top_k(args.top_k, [&](auto k) { walk<decltype(k)::value>(args, rows, w, s); });
   }
 }
 

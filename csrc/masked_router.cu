@@ -7,8 +7,8 @@
 // every stop; where the choice itself needs the denominator (softmax plus bias, sums of scores of groups), the list is
 // walked before. Answers, which are most of the traffic, leave by way of shared memory, a warp's rows as one run of
 // consecutive words.
-#include "masked_router.h"
 #include "cuda/router_rows.cuh"
+#include "masked_router.h"
 
 namespace moeprune {
 namespace {
@@ -19,7 +19,7 @@ constexpr int kRowsOfBlock = 64;  // two warps: many small blocks, since they wa
 // A running sum of exp(x - offset). The offset follows the largest x at a distance, so that the sum is hardly ever
 // rescaled and neither overflows nor vanishes.
 struct Denominator {
-  float offset = -3.4028235e38f;
+  float offset = kLowest;
   double sum = 0;
 
   __device__ void add(float x) {
@@ -40,31 +40,6 @@ struct Layout {
   __host__ __device__ std::size_t logits(int n_experts) const {
     return staged ? sizeof(float) * static_cast<std::size_t>(n_experts) * (rows + 1) : 0;
   }
-  __host__ __device__ std::size_t answers(int top_k) const {
-    return (sizeof(std::int32_t) + sizeof(float)) * static_cast<std::size_t>(rows) * (top_k + 1);
-  }
-};
-
-// The running top-k: in registers where top_k is known to the compiler, otherwise (kTopK = 0) in local memory.
-template <int kTopK>
-struct Best {
-  std::uint64_t key[kTopK > 0 ? kTopK : kMaxTopK];
-
-  __device__ void clear(int top_k) {
-#pragma unroll
-    for (int j = 0; j < (kTopK > 0 ? kTopK : top_k); ++j) key[j] = kNoKey;
-  }
-  // Keys are distinct: each place keeps its own, or takes the smaller of the new key and the one before it.
-  __device__ void insert(std::uint64_t entering, int top_k) {
-    const int last = (kTopK > 0 ? kTopK : top_k) - 1;
-    if (entering <= key[last]) return;
-#pragma unroll
-    for (int j = last; j > 0; --j) {
-      const std::uint64_t sinking = key[j - 1] < entering ? key[j - 1] : entering;
-      key[j] = key[j] > sinking ? key[j] : sinking;
-    }
-    key[0] = key[0] > entering ? key[0] : entering;
-  }
 };
 
 template <int kTopK>
@@ -73,7 +48,7 @@ struct RowRouter {
   const Layout& layout;
   std::int64_t row;  // of the tensor; rows beyond its end repeat the last and are not written
   Denominator denominator;
-  Best<kTopK> best;
+  BestK<kTopK, false> best;
 
   __device__ int top_k() const { return kTopK > 0 ? kTopK : args.top_k; }
   __device__ int n_experts() const { return static_cast<int>(args.logits.shape[1]); }
@@ -140,15 +115,12 @@ struct RowRouter {
       ids[j] = expert;
       w[j] = logit(expert);
     }
-    double factor = 1;
-    if (args.score == Score::softmax || args.score == Score::softmax_over_chosen) {
+    if (is_exponential(args)) {
       float offset = denominator.offset;
       if (args.score == Score::softmax_over_chosen) {
         offset = -INFINITY;
 #pragma unroll
         for (int j = 0; j < k; ++j) offset = fmaxf(offset, w[j]);
-      } else {
-        factor = 1.0 / denominator.sum;
       }
 #pragma unroll
       for (int j = 0; j < k; ++j) w[j] = expf(w[j] - offset);
@@ -159,13 +131,7 @@ struct RowRouter {
     float total = 0;
 #pragma unroll
     for (int j = 0; j < k; ++j) total += w[j];
-    double chosen = factor * static_cast<double>(total);  // the sum of the weights before they are renormalized
-    if (args.score == Score::softmax_over_chosen) {
-      factor = 1.0 / static_cast<double>(total);
-      chosen = 1;
-    }
-    if (args.renormalize) factor /= chosen + static_cast<double>(args.eps);
-    factor *= static_cast<double>(args.scale);
+    const double factor = weight_factor(args, denominator.sum, static_cast<double>(total));
 #pragma unroll
     for (int j = 0; j < k; ++j) w[j] = static_cast<float>(static_cast<double>(w[j]) * factor);
     if (args.weights_dtype != DType::float32) {
@@ -179,9 +145,7 @@ struct RowRouter {
   // The warp's answers to one slot: staged, then written as runs of consecutive words.
   __device__ void answer(std::int32_t slot) const {
     const int k = top_k(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    char* answers = dynamic_shared() + layout.logits(n_experts());
-    const StagedAnswers staged{reinterpret_cast<std::int32_t*>(answers) + warp * kWarp * (k + 1),
-                               reinterpret_cast<float*>(answers) + (layout.rows + warp * kWarp) * (k + 1)};
+    const StagedAnswers staged(dynamic_shared() + layout.logits(n_experts()), layout.rows, k);
     stage(staged.ids + lane * (k + 1), staged.weights + lane * (k + 1));
     __syncwarp();
     const std::int64_t n_rows = args.logits.shape[0], to = slot * n_rows * k;
@@ -195,7 +159,7 @@ struct RowRouter {
     const std::int32_t* stops = args.stops + w * args.n_stops;
     const std::int32_t* slots = args.slots + w * args.n_stops;
     const int n = stops[args.n_stops - 1];
-    const bool softmax = args.score == Score::softmax;
+    const bool softmax = is_softmax(args);
     const bool denominator_first = softmax && (args.n_group > 1 || args.bias);
     denominator = Denominator();
     for (int i = 0; denominator_first && i < n; ++i) denominator.add(logit(list[i]));
@@ -208,7 +172,7 @@ struct RowRouter {
       const float x = logit(expert);
       if (softmax && !denominator_first) denominator.add(x);
       if (args.n_group == 1 || allowed >> (expert / group_size) & 1)
-        best.insert(key_of(choice(x, expert), expert), top_k());
+        best.insert(key_of(choice(x, expert), expert), 0, top_k());
       // The rows of a warp share their list, or (assigned) have one stop each, taken below.
       if (args.assigned) continue;
       for (; stop < args.n_stops && stops[stop] == i + 1; ++stop) answer(slots[stop]);
@@ -244,8 +208,8 @@ __global__ void __launch_bounds__(kRowsOfBlock, 6) masked_router_kernel(MaskedRo
 Layout layout_of(const MaskedRouterArgs& args, std::size_t shared_per_block) {
   const int n_experts = static_cast<int>(args.logits.shape[1]);
   const Layout whole{kRowsOfBlock, true}, half{kRowsOfBlock / 2, true};
-  if (whole.logits(n_experts) + whole.answers(args.top_k) <= shared_per_block / 3) return whole;
-  if (half.logits(n_experts) + half.answers(args.top_k) <= shared_per_block) return half;
+  if (whole.logits(n_experts) + answers_bytes(whole.rows, args.top_k) <= shared_per_block / 3) return whole;
+  if (half.logits(n_experts) + answers_bytes(half.rows, args.top_k) <= shared_per_block) return half;
   return {kRowsOfBlock / 2, false};
 }
 
@@ -256,28 +220,12 @@ void masked_router_cuda(const MaskedRouterArgs& args) {
     throw std::invalid_argument("masked_router: the CUDA kernel takes top_k and n_group up to 64");
   const DeviceInfo device = device_info();
   const Layout layout = layout_of(args, device.shared_per_block);
-  const std::int64_t blocks = (args.logits.shape[0] + layout.rows - 1) / layout.rows;
-  if (blocks > 0x7FFFFFFF) throw std::invalid_argument("masked_router: too many rows in one call on CUDA");
-  // Few rows: their walks go to several blocks each, which bring in the logits each for itself.
-  const std::int64_t wanted = (8 * device.multiprocessors + blocks - 1) / blocks;
   const std::int64_t walks = args.assigned ? 1 : args.n_walks;
-  const std::int64_t per_rows = wanted < walks ? wanted : walks;
-  const LaunchShape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(per_rows)), layout.rows,
-                          layout.logits(static_cast<int>(args.logits.shape[1])) + layout.answers(args.top_k)};
-  switch (args.top_k) {
-    case 1:
-      return launch(masked_router_kernel<1>, shape, args.stream, args, layout);
-    case 2:
-      return launch(masked_router_kernel<2>, shape, args.stream, args, layout);
-    case 4:
-      return launch(masked_router_kernel<4>, shape, args.stream, args, layout);
-    case 6:
-      return launch(masked_router_kernel<6>, shape, args.stream, args, layout);
-    case 8:
-      return launch(masked_router_kernel<8>, shape, args.stream, args, layout);
-    default:
-      return launch(masked_router_kernel<0>, shape, args.stream, args, layout);
-  }
+  const LaunchShape shape{
+      router_grid(args, layout.rows, walks, 8 * device.multiprocessors), layout.rows,
+      layout.logits(static_cast<int>(args.logits.shape[1])) + answers_bytes(layout.rows, args.top_k)};
+  with_top_k(args.top_k,
+             [&](auto k) { launch(masked_router_kernel<decltype(k)::value>, shape, args.stream, args, layout); });
 }
 
 }  // namespace moeprune

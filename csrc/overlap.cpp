@@ -13,7 +13,7 @@
 #include "overlap.h"
 
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/rows.h"
 
 namespace moeprune::MOEPRUNE_ISA {
 namespace {

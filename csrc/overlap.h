@@ -1,7 +1,7 @@
 // overlap: how alike the next-token distributions of a teacher (p) and of C candidates (q) are, row by row.
 //
-//   p [T, V], q [C, T, V]: logits, float32 | bfloat16 | float16, any strides; p and q below are their
-//   softmaxes out[metric] [C, T] float32, contiguous, null where not asked for, each multiplied by weight[t]:
+//   p [T, V], q [C, T, V]: logits, float32 | bfloat16 | float16, any strides; p and q below are their softmaxes
+//   out[metric] [C, T] float32, contiguous, null where not asked for, each multiplied by weight[t]:
 //     esap        sum_v min(p, q)
 //     kl_pq       sum_v p (log p - log q)        kl_qp       sum_v q (log q - log p)
 //     top1_agree  1 where argmax p = argmax q, the lowest index among equals

@@ -12,7 +12,7 @@
 #include "routing_moments.h"
 
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/rows.h"
 
 namespace moeprune::MOEPRUNE_ISA {
 namespace {

@@ -7,9 +7,9 @@
 //   ids [S] int32 | int64; gates [S] and norms [S] any float; outputs [S, H] float32 | bfloat16 | float16;
 //   valid [S] bool or absent; any strides
 //
-// Every id of a valid pair must lie in [0, E): check with first_bad_id before. The pairs of an expert are
-// added in the order of s, in float64, whatever the number of threads: same input, same bits. A NaN norm is
-// counted and makes the expert's sums and max_norm NaN.
+// The caller ensures that the id of every valid pair lies in [0, E). The pairs of an expert are added in the order of
+// s, in float64, whatever the number of threads: same input, same bits. A NaN norm counts and makes the expert's sums
+// and max_norm NaN.
 #pragma once
 
 #include "tensor.h"

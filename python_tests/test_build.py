@@ -85,9 +85,13 @@ def test_the_core_refuses_what_would_crash_it():
 
     a, b = torch.zeros(2, 3), torch.zeros(1, 2, 4)
     with pytest.raises(ValueError, match="q_logits has the wrong shape"):
-        ops._C.overlap(a, b, None, None, None, None, None, [None] * 6, 1)
+        ops._C.overlap(p_logits=a, q_logits=b, out=[None] * 6, threads=1)
     with pytest.raises(ValueError, match="p_logits has the wrong dtype"):
-        ops._C.overlap(a.long(), b, None, None, None, None, None, [None] * 6, 1)
+        ops._C.overlap(p_logits=a.long(), q_logits=b, out=[None] * 6, threads=1)
     out = torch.zeros(1, 4)[:, ::2]
     with pytest.raises(ValueError, match="out is not contiguous"):
-        ops._C.overlap(a, a[None], None, None, None, None, None, [out] + [None] * 5, 1)
+        ops._C.overlap(p_logits=a, q_logits=a[None], out=[out] + [None] * 5, threads=1)
+    with pytest.raises(ValueError, match="q_logits is missing"):
+        ops._C.overlap(p_logits=a, out=[None] * 6, threads=1)
+    with pytest.raises(ValueError, match="tokens is not an argument"):
+        ops._C.overlap(p_logits=a, q_logits=a[None], out=[None] * 6, threads=1, tokens=None)

@@ -1,4 +1,4 @@
-"""The three operations, one file each; what `backend` means is in backend.py, what each computes in reference.py.
+"""The operations, one file each; reference.py defines what each computes, backend.py which code runs it.
 
 None is differentiable.
 """

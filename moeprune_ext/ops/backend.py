@@ -1,9 +1,9 @@
 """Which code runs an operation, and the checks the operations share.
 
 `backend="auto"` takes the compiled CPU kernels where they apply (float32, bfloat16 or float16 tensors on the CPU) and
-`moeprune_ext.reference` elsewhere: for float64, and for CUDA tensors, because the CUDA kernels have not been verified
-on hardware yet. `backend="native"` insists on the kernels, the CUDA ones included, and raises where they do not
-apply; `backend="torch"` insists on the reference.
+reference.py elsewhere: for float64, and for CUDA tensors, because the CUDA kernels have not been verified on hardware
+yet. `backend="native"` insists on the kernels, the CUDA ones included, and raises where they do not apply;
+`backend="torch"` insists on the reference.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ import torch
 from torch import Tensor
 
 _C: ModuleType | None = None
-
-
 _import_error: ImportError | None = None
-
-
 try:  # after torch, so that both share one OpenMP pool
     _C = importlib.import_module("moeprune_ext._C")
 except ImportError as error:
@@ -30,19 +26,24 @@ except ImportError as error:
 
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
-
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
 _warned = False
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled in and what runs: version, cuda (compiled in), cuda_archs, cuda_runtime (version or
-    None), cuda_available (a device can be used), cpu_isa (in use), cpu_isas (usable here), openmp, compiler.
+    """Says what was compiled in and what runs.
 
-    Without the compiled module: cpu_isa is "none" and compiler None.
+    Returns:
+        A dictionary of
+            version: of the package,
+            cuda: whether CUDA kernels were compiled in,
+            cuda_archs: the compute capabilities that they were compiled for,
+            cuda_runtime: the version of the CUDA runtime, or None,
+            cuda_available: whether a device can be used,
+            cpu_isa: the instruction set in use; "none" without the compiled module,
+            cpu_isas: the instruction sets that this processor can run,
+            openmp: whether the kernels were built with OpenMP,
+            compiler: name and version; None without the compiled module.
     """
     if _C is not None:
         return dict(_C.build_info())
@@ -60,13 +61,23 @@ def build_info() -> dict[str, Any]:
 
 
 def kernels(backend: str, *tensors: Tensor) -> ModuleType | None:
-    """The compiled module if it is to be used for tensors of these dtypes and devices, None for the
-    reference."""
+    """Chooses between the compiled module and the reference.
+
+    Args:
+        backend: "auto", "native" or "torch", as described at the top of this file.
+        tensors: the operation's large tensors; all are on one device.
+
+    Returns:
+        The compiled module, or None where the reference is to be used.
+
+    Raises:
+        ValueError: `backend` is unknown, the tensors are on several devices, or "native" has no kernels for them.
+        RuntimeError: "native" is asked for and the compiled module cannot be imported.
+    """
     if backend not in ("auto", "native", "torch"):
         raise ValueError(f"backend is {backend!r}; expected 'auto', 'native' or 'torch'")
     for tensor in tensors:
-        if tensor.device != tensors[0].device:
-            raise ValueError(f"tensors are on {tensors[0].device} and on {tensor.device}; move them to one device")
+        _check_device(tensor, tensors[0])
     if backend == "torch":
         return None
     if _C is None:
@@ -95,6 +106,7 @@ def kernels(backend: str, *tensors: Tensor) -> ModuleType | None:
 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
+    """Raises ValueError unless the tensor has the expected shape; a name stands for any size."""
     shape = list(tensor.shape)
     fits = len(shape) == len(expected) and all(
         isinstance(e, str) or s == e for s, e in zip(shape, expected, strict=True)
@@ -104,20 +116,45 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> Non
 
 
 def check_float(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless the tensor's dtype is one of the floats that operations take."""
     if tensor.dtype not in (*_FLOATS, torch.float64):
         raise ValueError(f"{name} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
 
 
-def row_vector(tensor: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A per-row vector (small beside the logits) in the dtype that the kernels read."""
-    if tensor is None:
+def check_integer(name: str, tensor: Tensor, expected: str = "an integer dtype") -> None:
+    """Raises ValueError unless the tensor's dtype is an integer one."""
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected {expected}")
+
+
+def check_same_device(name: str, tensor: Tensor, *others: Tensor | None) -> None:
+    """Raises ValueError unless the other arguments that are given are on the device of the tensor `name`."""
+    for other in others:
+        if other is not None and other.device != tensor.device:
+            raise ValueError(
+                f"{name} are on {tensor.device} and another argument on {other.device}; move them to one device"
+            )
+
+
+def row_vector(vector: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Makes a vector contiguous and of the dtype that the kernels read; None stays None.
+
+    Raises:
+        ValueError: the vector is not on the device of `like`.
+    """
+    if vector is None:
         return None
-    if tensor.device != like.device:
-        raise ValueError(f"tensors are on {like.device} and on {tensor.device}; move them to one device")
-    return tensor.detach().to(dtype).contiguous()
+    _check_device(vector, like)
+    return vector.detach().to(dtype).contiguous()
 
 
 def row_chunks(rows: int, bytes_per_row: int, chunk_bytes: int) -> Iterator[slice]:
+    """Yields slices that cover `rows` rows, each of at most `chunk_bytes` bytes but at least one row."""
     step = max(1, chunk_bytes // max(1, bytes_per_row))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
+
+
+def _check_device(tensor: Tensor, first: Tensor) -> None:
+    if tensor.device != first.device:
+        raise ValueError(f"tensors are on {first.device} and on {tensor.device}; move them to one device")

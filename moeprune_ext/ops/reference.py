@@ -1,9 +1,8 @@
-"""The definition of the three operations in plain PyTorch.
+"""The definition of the operations in plain PyTorch.
 
-The kernels in csrc/ are compared with this file, which therefore prefers the literal spelling to the fast
-one: a pruned expert is sliced away, a draw walks the cumulative distribution. Everything works on any
-device; float64 inputs are computed in float64, all others in float32. Inputs are trusted here;
-`moeprune_ext.ops` checks them.
+The tests compare the kernels in csrc/ with this file, which therefore prefers the literal spelling to the fast one: a
+pruned expert is sliced away, a draw walks the cumulative distribution. Everything works on any device; float64 inputs
+are computed in float64, all others in float32. Inputs are trusted here; the files beside this one check them.
 """
 
 from __future__ import annotations
@@ -16,30 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 METRICS = ("esap", "kl_pq", "kl_qp", "top1_agree", "nll", "accept")
-
-
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_over_chosen")
-
-
 GROUP_SCORES = ("max", "top2_sum")
-
-
 IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True, eq=False)
 class RouterSpec:
-    """How a router turns logits into top-k experts and their weights (methods: families of router).
+    """How a router turns logits into top-k experts and their weights.
 
-    score: of an expert, from its logit; a softmax runs over the kept experts only. `softmax_over_chosen`
-        (GPT-OSS) chooses by the logits and takes the softmax of the chosen ones.
-    renormalize, eps: weights / (sum of the chosen weights + eps); DeepSeek-V3 has eps = 1e-20.
-    scale: multiplies the weights last.
-    correction_bias: [E], added to the score to *choose*, never to the weight.
-    n_group, topk_group, group_score: choose only among the best `topk_group` of `n_group` equal groups of
-        consecutive experts; a group's score is its best kept expert's, or the sum of its best two.
-    weights_dtype: the dtype to which the model rounds the weights (they are returned as float32 all the
-    same).
+    Attributes:
+        score: of an expert, from its logit, one of SCORES; a softmax runs over the kept experts only.
+            "softmax_over_chosen" (GPT-OSS) chooses by the logits and takes the softmax of the chosen ones.
+        renormalize: whether weights are divided by (sum of the chosen weights + eps).
+        eps: see renormalize; 1e-20 in DeepSeek-V3.
+        scale: multiplies the weights last.
+        correction_bias: [E] or None, added to the score to *choose*, never to the weight.
+        n_group: number of equal groups of consecutive experts; 1 for a router without groups.
+        topk_group: number of the best groups among whose experts the router chooses.
+        group_score: "max", the score of a group's best kept expert, or "top2_sum", the sum of its best two.
+        weights_dtype: the dtype to which the model rounds the weights; they are returned as float32 all the same.
     """
 
     score: str = "softmax"
@@ -71,9 +66,17 @@ class RouterSpec:
 
 
 def draw_uniforms(seed: int, rows: int, device: torch.device | str = "cpu") -> Tensor:
-    """float64 [rows] in [0, 1): SplitMix64 of (seed, row), the draw behind the metric `accept`.
+    """Makes the draws behind the metric `accept`: SplitMix64 of (seed, row).
 
-    It depends on the seed and the row only, so a candidate gets the same draw alone or among others.
+    They depend on the seed and the row only, so a candidate gets the same draws alone or among others.
+
+    Args:
+        seed: any integer.
+        rows: number of draws.
+        device: of the result.
+
+    Returns:
+        [rows] float64 in [0, 1).
     """
 
     def signed(value: int) -> int:
@@ -90,7 +93,7 @@ def draw_uniforms(seed: int, rows: int, device: torch.device | str = "cpu") -> T
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
-    """[..., V] -> float64 [...]; NaN where the softmax does not exist (a NaN, +inf or only -inf in the row)."""
+    """logits [..., V] -> [...] float64; NaN where the softmax does not exist (NaN, +inf or only -inf in a row)."""
     x = _computed(logits)
     highest = x.amax(-1, keepdim=True)
     lse = highest[..., 0].double() + (x - highest).exp().sum(-1, dtype=torch.float64).log()
@@ -98,7 +101,7 @@ def log_sum_exp(logits: Tensor) -> Tensor:
 
 
 def _log_probabilities(x: Tensor, lse: Tensor) -> Tensor:
-    """x - lse, with lse in two parts so that an offset common to all logits costs no accuracy."""
+    """Computes x - lse with lse in two parts, so that an offset common to all logits costs no accuracy."""
     lse = torch.where(lse.isfinite(), lse.double(), torch.nan)
     high = lse.to(x.dtype)
     return (x - high[..., None]) - (lse - high.double()).to(x.dtype)[..., None]
@@ -117,7 +120,8 @@ def overlap(
 ) -> dict[str, Tensor]:
     """p_logits [T, V], q_logits [C, T, V] or [T, V] -> {metric: [C, T]}; see `moeprune_ext.overlap`.
 
-    uniform: [T], the draws behind `accept`; draw_uniforms(seed, T) unless the rows are part of a larger set.
+    Args:
+        uniform: [T], the draws behind `accept`; draw_uniforms(seed, T) unless the rows are part of a larger set.
     """
     p_logits = _computed(p_logits)
     q_logits = _computed(q_logits if q_logits.dim() == 3 else q_logits[None])
@@ -249,31 +253,30 @@ def routing_moments_(
 
 
 def _computed(values: Tensor) -> Tensor:
+    """Converts to the dtype that is computed in."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def _kl(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b), with 0 log 0 = 0, and +inf where b is impossible and a is not."""
+    """Computes KL(a || b), with 0 log 0 = 0, and +inf where b is impossible and a is not."""
     terms = a * (log_a - log_b)
     terms = torch.where(log_b == -torch.inf, torch.inf, terms)
     return torch.where(log_a == -torch.inf, 0.0, terms).sum(-1)
 
 
 def _first_argmax(values: Tensor) -> Tensor:
-    """The lowest index of the largest value (torch.argmax does not promise which of equals)."""
+    """Finds the lowest index of the largest value (torch.argmax does not promise which of equals)."""
     index = torch.arange(values.shape[-1], device=values.device)
     is_largest = values == values.amax(-1, keepdim=True)
     return torch.where(is_largest, index, values.shape[-1]).amin(-1)
 
 
 def _route(logits: Tensor, kept: Tensor, top_k: int, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    """Routes every row of logits [N, E] among the experts in `kept` (ascending ids): ids and weights [N,
-    K]."""
+    """Routes every row of logits [N, E] among the experts in `kept` (ascending ids): ids and weights [N, K]."""
     n_experts = logits.shape[1]
     logits = logits[:, kept]
     scores = logits if spec.score == "softmax_over_chosen" else _scores(logits, spec)
-    # Every score grows with the logit, so without a bias the logits give the same choice, free of rounding
-    # ties.
+    # Every score grows with the logit, so without a bias the logits give the same choice, free of rounding ties.
     choice = logits
     if spec.correction_bias is not None:
         scores_for_choice = choice = scores + spec.correction_bias[kept].to(scores)
@@ -324,15 +327,17 @@ def _route_mapped(logits: Tensor, router_map: Tensor, top_k: int, spec: RouterSp
 
 
 def _mapped(scores: Tensor, router_map: Tensor) -> Tensor:
-    """scores [N, E] @ router_map^T, where a score that is not finite makes NaN of what refers to it, and only of
-    that: an entry of zero leaves the expert out."""
+    """Computes scores [N, E] @ router_map^T, where an entry of 0 leaves the expert out.
+
+    A score that is not finite makes NaN of what refers to it, and only of that.
+    """
     finite = scores.isfinite()
     referring = F.linear((~finite).to(scores), (router_map != 0).to(scores)) > 0
     return F.linear(scores.where(finite, 0), router_map).masked_fill(referring, torch.nan)
 
 
 def _scores(logits: Tensor, spec: RouterSpec) -> Tensor:
-    """The scores of the experts, probabilities for both kinds of softmax."""
+    """Computes the scores of the experts, probabilities for both kinds of softmax."""
     if spec.score == "sigmoid":
         return logits.sigmoid()
     if spec.score == "sqrtsoftplus":
@@ -341,7 +346,7 @@ def _scores(logits: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def _finished(weights: Tensor, spec: RouterSpec) -> Tensor:
-    """What is done last to the weights of the chosen [N, K]."""
+    """Renormalises, scales and rounds the weights of the chosen [N, K] as the router does."""
     if spec.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + spec.eps)
     weights = weights * spec.scale

@@ -239,7 +239,7 @@ def test_the_workspace_changes_no_bit(isa, threads, candidates, dtypes):
     for size in (0, 1, 1025, 2100, 5000, 10_500, 40_000):
         result = torch.empty(candidates, 2)
         workspace = torch.empty(size)
-        ops._C.overlap(p, q, None, None, None, None, workspace, [result] + [None] * 5, 1)
+        ops._C.overlap(p_logits=p, q_logits=q, workspace=workspace, out=[result] + [None] * 5, threads=1)
         results.append(result)
     assert all(torch.equal(result, results[0]) for result in results)
     close(results[0], reference.overlap(p.double(), q.double())["esap"])
