@@ -11,20 +11,19 @@ layer at a time.
 from __future__ import annotations
 
 import copy
-import os
 import re
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moeprune_ext.checkpoint.read import (
+    Folder,
     find_shards,
     from_pretrained,
     read_config,
@@ -33,6 +32,7 @@ from moeprune_ext.checkpoint.read import (
     refuse,
     renaming,
     skeleton,
+    stored_tensors,
 )
 from moeprune_ext.modeling import model_class
 from moeprune_ext.models.moe import MoeModel, decoder_layers, router_tensors
@@ -51,7 +51,7 @@ ALIGNMENT = 256  # bytes, of a tensor in a GPU's buffer
 
 
 def load_streamed(
-    folder: str | os.PathLike[str],
+    folder: Folder,
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
@@ -166,7 +166,7 @@ class _LayerReader:
                 stay.add(name)
         return {
             name: stored[...].clone() if name in stay else _Unread(stored.get_shape())  # a copy: no shard stays mapped
-            for name, stored in _stored(self._shards)
+            for name, stored in stored_tensors(self._shards)
         }
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ class _LayerReader:
         """The layer's streamed parameters, in CPU memory of their own."""
         recipes = self._recipes.get(layer, {})
         wanted = {name for _, sources in recipes.values() for _, name in sources}
-        stored = {name: tensor[...] for name, tensor in _stored(self._shards, wanted)}
+        stored = {name: tensor[...] for name, tensor in stored_tensors(self._shards, wanted)}
         mapped = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
         made: dict[str, Tensor] = {}
         for target, (converter, sources) in recipes.items():
@@ -191,19 +191,6 @@ class _LayerReader:
             if tensor.untyped_storage().data_ptr() in mapped:
                 made[name] = tensor.clone()
         return made
-
-
-def _stored(shards: Mapping[Path, list[str]], wanted: Container[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """The stored tensors as safetensors slices, which read when they are indexed."""
-    for file, names in shards.items():
-        chosen = [name for name in names if wanted is None or name in wanted]
-        if chosen:
-            try:
-                with safe_open(file, framework="pt") as shard:
-                    for name in chosen:
-                        yield name, shard.get_slice(name)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} is missing or not a readable safetensors file: {error}") from None
 
 
 class LayerStream:

@@ -47,7 +47,7 @@ def info(options: argparse.Namespace) -> tuple[Any, str]:
     for file, names in checkpoint.shards.items():
         with safe_open(file, framework="pt") as shard:
             for name in names:
-                place = checkpoint.places.get(name)
+                place = checkpoint.roles.get(name)
                 part = "everything else" if place is None else "routers" if place.is_router else "experts"
                 stored = shard.get_slice(name)
                 sizes[part] += math.prod(stored.get_shape()) * _BYTES[stored.get_dtype()]
