@@ -156,8 +156,11 @@ def _new_config(result: _Result) -> dict[str, Any]:
     for part in parts:
         if part.get("num_nextn_predict_layers"):
             part["num_nextn_predict_layers"] = 0  # its layers are not written
-    numbers = [(EXPERT_COUNT_NAMES, next(iter(result.counts.values())))] if result.is_stock else []
-    numbers += [] if active is None else [(TOP_K_CONFIG_NAMES, active)]
+    numbers: list[tuple[tuple[str, ...], int]] = []
+    if result.is_stock:
+        numbers.append((EXPERT_COUNT_NAMES, next(iter(result.counts.values()))))
+    if active is not None:
+        numbers.append((TOP_K_CONFIG_NAMES, active))
     defaults = hf_config.get_text_config().to_dict()
     for names, number in numbers:
         # Where no part says the number (a default left out), the language model's does, under the architecture's name.
