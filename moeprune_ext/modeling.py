@@ -123,6 +123,7 @@ def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
     score, rows, experts, places = SCORES[rule["score"]], rule["rows"], rule["experts"], rule["places"]
     if not all(isinstance(count, int) and count > 0 for count in (rows, experts)) or sorted(places) != [0, 1, 2]:
         raise ValueError(f"a router cannot be mapped by {dict(rule)}")
+    logits_index, weights_index, ids_index = places
     scale, eps, renormalize = float(rule["scale"]), float(rule["eps"]), bool(rule["renormalize"])
     weight = router_weight(router)
     for name, shape in zip(MAPPED, ((rows, experts), (rows,)), strict=True):
@@ -134,7 +135,7 @@ def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         answer = list(original.forward(self, *args, **kwargs))
-        logits, before = answer[places[0]].float(), answer[places[1]]
+        logits, before = answer[logits_index].float(), answer[weights_index]
         map_ = self.router_map.float()
         referred = (map_ != 0).any(0)
         pi = choice = F.linear(score(logits.masked_fill(~referred, -torch.inf)), map_)
@@ -146,7 +147,7 @@ def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
         weights = pi.gather(-1, ids)
         if renormalize or rule["score"] == "softmax_over_chosen":
             weights = weights / (weights.sum(-1, keepdim=True) + (eps if renormalize else 0.0))
-        answer[places[0]], answer[places[1]], answer[places[2]] = pi, (weights * scale).to(before.dtype), ids
+        answer[logits_index], answer[weights_index], answer[ids_index] = pi, (weights * scale).to(before.dtype), ids
         return tuple(answer)
 
     router.moeprune_rule = dict(rule)  # type: ignore[assignment]

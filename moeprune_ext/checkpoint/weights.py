@@ -47,9 +47,9 @@ class Siblings:
         experts = {names[expert]: expert for expert in range(count)}
         stack: Tensor | None = None
         for expert_name, stored in stored_tensors(self._shards, experts):
-            one = stored[...]
-            stack = one.new_empty(count, *one.shape) if stack is None else stack
-            stack[experts[expert_name]] = one
+            tensor = stored[...]
+            stack = tensor.new_empty(count, *tensor.shape) if stack is None else stack
+            stack[experts[expert_name]] = tensor
         assert stack is not None
         return stack
 
