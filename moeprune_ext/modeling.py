@@ -35,9 +35,14 @@ SCORES = {
 
 
 def reshape_(model: nn.Module, differences: Mapping[str, Any]) -> None:
-    """Makes a model of the original sizes, on any device, one of the recorded sizes; weights are not filled in.
+    """Gives a model of the original sizes the recorded sizes and mapped routers; weights are not filled in.
 
-    Raises ValueError for differences that this model cannot have.
+    Args:
+        model: on any device.
+        differences: what config.json holds under CONFIG_KEY; may be empty.
+
+    Raises:
+        ValueError: for differences that this model cannot have.
     """
     try:
         for path, shape in differences.get("tensors", {}).items():
@@ -65,24 +70,34 @@ def reshape_(model: nn.Module, differences: Mapping[str, Any]) -> None:
 
 
 def _owner(model: nn.Module, path: str, own_config: bool = False) -> tuple[Any, str]:
-    """The object that holds what a path names, and its name there. own_config: the router's configuration, where the
-    path leads into one, becomes its own first.
+    """Finds the object that holds a parameter, buffer, module or number; returns it, and the name there.
 
     Paths are those of the language model alone; where a model has it inside, the one module whose path ends so is
     meant.
+
+    Args:
+        model: of the original architecture.
+        path: may lead into a router's configuration.
+        own_config: whether that configuration, which modules share, becomes the router's own first.
+
+    Raises:
+        ValueError: where there is no such object, or more than one.
     """
     *parts, name = path.split(".")
-    inside = parts.pop() if parts and parts[-1] == "config" else None
-    names = dict(model.named_modules())
-    if ".".join(parts) in names:
-        owner: Any = names[".".join(parts)]
+    in_config = bool(parts) and parts[-1] == "config"
+    if in_config:
+        parts.pop()
+    modules = dict(model.named_modules())
+    if ".".join(parts) in modules:
+        owner: Any = modules[".".join(parts)]
     else:
-        ends = (f".{'.'.join(parts[cut:])}" for cut in range(1, len(parts)))
-        found = next((m for end in ends if (m := [n for n in names if f".{n}".endswith(end)])), [])
-        if len(found) != 1:
+        endings = (f".{'.'.join(parts[start:])}" for start in range(1, len(parts)))
+        matches = ([module for module in modules if f".{module}".endswith(ending)] for ending in endings)
+        candidates = next((names for names in matches if names), [])
+        if len(candidates) != 1:
             raise ValueError(f"there is no {path}")
-        owner = names[found[0]]
-    if inside is not None:
+        owner = modules[candidates[0]]
+    if in_config:
         if own_config:
             owner.config = copy.copy(owner.config)
         owner = owner.config
@@ -90,15 +105,25 @@ def _owner(model: nn.Module, path: str, own_config: bool = False) -> tuple[Any, 
 
 
 def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
-    """Makes a router map its scores.
+    """Makes a router map its scores to stored experts; the map itself is a parameter that is not filled in.
 
-    rule: "rows", experts stored K'; "experts", those scored E; "score", a name of SCORES; "renormalize", "eps",
-    "scale", of the chosen weights; "bias", whether a correction bias is added to what is chosen by; "places", where the
-    router's answer, a tuple, holds logits [T, E], weights [T, K] and ids [T, K]; pi [T, K'] takes the logits' place.
+    Args:
+        router: its forward returns a tuple of logits [T, E], weights [T, K] and ids [T, K], in any order.
+        rule: what it computes.
+            "rows": experts stored, K'.
+            "experts": experts scored, E.
+            "score": a name of SCORES.
+            "renormalize", "eps", "scale": what becomes of the chosen weights.
+            "bias": whether a correction bias [K'] is added to what experts are chosen by.
+            "places": indices of logits, weights and ids in the tuple; pi [T, K'] takes the logits' place.
+
+    Raises:
+        ValueError: for a rule that cannot be.
     """
     score, rows, experts, places = SCORES[rule["score"]], rule["rows"], rule["experts"], rule["places"]
     if not all(isinstance(count, int) and count > 0 for count in (rows, experts)) or sorted(places) != [0, 1, 2]:
         raise ValueError(f"a router cannot be mapped by {dict(rule)}")
+    logits_index, weights_index, ids_index = places
     scale, eps, renormalize = float(rule["scale"]), float(rule["eps"]), bool(rule["renormalize"])
     weight = router_weight(router)
     for name, shape in zip(MAPPED, ((rows, experts), (rows,)), strict=True):
@@ -110,7 +135,7 @@ def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         answer = list(original.forward(self, *args, **kwargs))
-        logits, before = answer[places[0]].float(), answer[places[1]]
+        logits, before = answer[logits_index].float(), answer[weights_index]
         map_ = self.router_map.float()
         referred = (map_ != 0).any(0)
         pi = choice = F.linear(score(logits.masked_fill(~referred, -torch.inf)), map_)
@@ -122,7 +147,7 @@ def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
         weights = pi.gather(-1, ids)
         if renormalize or rule["score"] == "softmax_over_chosen":
             weights = weights / (weights.sum(-1, keepdim=True) + (eps if renormalize else 0.0))
-        answer[places[0]], answer[places[1]], answer[places[2]] = pi, (weights * scale).to(before.dtype), ids
+        answer[logits_index], answer[weights_index], answer[ids_index] = pi, (weights * scale).to(before.dtype), ids
         return tuple(answer)
 
     router.moeprune_rule = dict(rule)  # type: ignore[assignment]
@@ -130,7 +155,7 @@ def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
 
 
 def router_weight(router: nn.Module) -> Tensor:
-    """The matrix that makes a router's logits, [E, H]; ValueError where there is none."""
+    """Returns the matrix that makes a router's logits, [E, H]; raises ValueError where there is none."""
     for name, parameter in router.named_parameters():
         if parameter.dim() == 2 and name not in MAPPED:
             return parameter
@@ -138,17 +163,22 @@ def router_weight(router: nn.Module) -> Tensor:
 
 
 def freeze_maps_(model: nn.Module) -> None:
-    """Maps are found by a search, not by gradients; loading makes every parameter trainable."""
+    """Makes routers' maps untrainable again after loading: they are found by a search, not by gradients."""
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in MAPPED:
             parameter.requires_grad_(False)
 
 
 def model_class(base: Any, differences: Mapping[str, Any], **methods: Any) -> Any:
-    """A subclass of a transformers model class whose models differ as recorded before their weights arrive.
+    """Makes a subclass of a transformers model class whose models differ as recorded before their weights arrive.
 
-    It carries the base's name and module because transformers looks weight conversions up by them. Its save_pretrained
-    leaves this file beside the weights.
+    It has the base's name and module because transformers looks weight conversions up by them. Its save_pretrained
+    leaves this file beside the weights, where there are differences.
+
+    Args:
+        base: the transformers class.
+        differences: as for `reshape_`.
+        **methods: further ones of the subclass.
     """
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -161,23 +191,30 @@ def model_class(base: Any, differences: Mapping[str, Any], **methods: Any) -> An
             shutil.copyfile(__file__, Path(folder) / "modeling.py")
         return result
 
-    own = {"__init__": __init__, "save_pretrained": save_pretrained, "__module__": base.__module__}
-    return type(base.__name__, (base,), {**own, **methods})
+    attributes = {"__init__": __init__, "save_pretrained": save_pretrained, "__module__": base.__module__}
+    return type(base.__name__, (base,), {**attributes, **methods})
 
 
 class MoepruneModel:
-    """What `auto_map` names: loads such a checkpoint as a model of its original class."""
+    """Loads such a checkpoint as a model of its original class; `auto_map` names it.
+
+    Attributes:
+        auto: the transformers auto class in whose place it stands.
+    """
 
     auto = "AutoModelForCausalLM"
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
-        """Nothing to register: a model's class is its original one."""
+        """Does nothing: a model's class is its original one, which is registered."""
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """As transformers' method of that name."""
-        loader, config = cls._class_and_config(_read_config(folder) if config is None else config)
+        """Loads a model, as transformers' method of that name."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False) if config is None else config
+        loader, config = cls._class_and_config(config)
         loaded = loader.from_pretrained(folder, *args, config=config, **kwargs)
         freeze_maps_(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
@@ -191,61 +228,65 @@ class MoepruneModel:
     def _class_and_config(cls, config: Any) -> tuple[Any, Any]:
         import transformers
 
-        base, own = base_class(getattr(transformers, cls.auto), config)
-        return model_class(base, getattr(config, CONFIG_KEY)), own
+        base, base_config = base_class(getattr(transformers, cls.auto), config)
+        return model_class(base, getattr(config, CONFIG_KEY)), base_config
 
 
 class MoepruneForImageTextToText(MoepruneModel):
-    """The same for the auto class of models that read images."""
+    """Does the same for models that read images."""
 
     auto = "AutoModelForImageTextToText"
 
 
 class MoepruneForMultimodalLM(MoepruneModel):
-    """The same for the auto class of models that read more than text."""
+    """Does the same for models that read more than text."""
 
     auto = "AutoModelForMultimodalLM"
 
 
 CLASSES: dict[str, type[MoepruneModel]] = {
-    one.auto: one for one in (MoepruneModel, MoepruneForImageTextToText, MoepruneForMultimodalLM)
+    loader.auto: loader for loader in (MoepruneModel, MoepruneForImageTextToText, MoepruneForMultimodalLM)
 }
 
 
-def _read_config(folder: Any) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-
-
 def auto_map(config: Any) -> dict[str, str]:
-    """config.json's entry for a configuration: each of transformers' auto classes that loads it, and our class then."""
+    """Makes config.json's entry `auto_map`: {auto class that loads the configuration: the class here in its place}."""
     import transformers
 
-    known = {auto: one for auto, one in CLASSES.items() if type(config) in getattr(transformers, auto)._model_mapping}
-    return {auto: f"modeling.{one.__name__}" for auto, one in known.items()}
+    return {
+        auto: f"modeling.{loader.__name__}"
+        for auto, loader in CLASSES.items()
+        if type(config) in getattr(transformers, auto)._model_mapping
+    }
 
 
 def auto_class(config: Any) -> Any:
-    """The transformers class that loads models of this configuration: a causal language model where there is one, else
-    the multimodal model around it."""
-    # Here, because they double the time to import what uses this file.
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+    """Returns the transformers auto class that loads models of this configuration.
 
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        if type(config) in auto._model_mapping:
-            return auto
+    A causal language model comes first, then the multimodal model around one.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    import transformers  # here, because it doubles the time to import what uses this file
+
+    for name in CLASSES:
+        if type(config) in getattr(transformers, name)._model_mapping:
+            return getattr(transformers, name)
     raise ValueError(f"{config.model_type} is not a language model that transformers can load")
 
 
 def base_class(auto: Any, config: Any) -> tuple[Any, Any]:
-    """The class that an auto class loads a configuration with, and its configuration: of a model of text and more that
-    is loaded as a language model alone, the language model's, with the whole one's record."""
+    """Returns the class with which an auto class loads a configuration, and that class's configuration.
+
+    Where a model of text and more is loaded as a language model alone, that is the language model's, with the record
+    of the whole one.
+    """
     base = auto._model_mapping[type(config)]
     if base.config_class is type(config):
         return base, config
-    own = copy.deepcopy(config.get_text_config())
+    text_config = copy.deepcopy(config.get_text_config())
     if hasattr(config, CONFIG_KEY):
-        setattr(own, CONFIG_KEY, getattr(config, CONFIG_KEY))
-        own.auto_map = auto_map(own)
-    return base, own
+        setattr(text_config, CONFIG_KEY, getattr(config, CONFIG_KEY))
+        text_config.auto_map = auto_map(text_config)
+    return base, text_config

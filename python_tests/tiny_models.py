@@ -114,3 +114,9 @@ def random_tokens(rows: int = 3, length: int = 24, seed: int = 1) -> torch.Tenso
 
 def rotation(size, seed=0):
     return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)))[0]
+
+
+def logits_of(model: PreTrainedModel, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """The model's logits, of `random_tokens()` if no tokens are given."""
+    with torch.no_grad():
+        return model(random_tokens() if tokens is None else tokens, use_cache=False).logits

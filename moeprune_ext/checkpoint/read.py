@@ -1,5 +1,4 @@
-"""What a checkpoint directory holds: its configuration, MoE layers, shards, and which stored tensors belong to
-experts."""
+"""What a checkpoint directory holds: configuration, MoE layers, shards, and which stored tensors belong to experts."""
 
 from __future__ import annotations
 
@@ -7,14 +6,14 @@ import copy
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeprune_ext.files import read_json
 from moeprune_ext.modeling import CONFIG_KEY, MAPPED, auto_class, reshape_
@@ -23,16 +22,25 @@ from moeprune_ext.models.merging import mapped_layer
 from moeprune_ext.models.moe import MoeModel, decoder_layers, fingerprint_text, text_config, update_fingerprint
 from moeprune_ext.models.routers import RoutedLayer
 
+Folder = str | os.PathLike[str]
+
+# A checkpoint's weights stand in one file, or in several with an index.
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-SINGLE = "model.safetensors"
-
-
 @dataclass(frozen=True)
-class Place:
-    """What a stored tensor is to its layer: one expert's (`expert` its id), or sliced along `axis`, where `trailing`
-    slices beyond the experts' stay. path: what it becomes in the layer's block, as in moe.PerExpertTensor."""
+class Role:
+    """What a stored tensor is to its decoder layer: one slice for each expert, or the tensor of one expert.
+
+    Attributes:
+        layer: the decoder layer.
+        path: the parameter that it becomes or goes into, named inside the layer's block as in `PerExpertTensor`.
+        expert: id of the one expert whose tensor it is; None: it has a slice for each.
+        axis: the axis that counts experts.
+        trailing: slices beyond the experts', which stay.
+        is_router: whether it belongs to the routing decision.
+    """
 
     layer: int
     path: str
@@ -46,16 +54,22 @@ class Place:
 class Checkpoint:
     """A model directory, read without loading its weights.
 
-    config: config.json as it is. layers: the MoE layers of a skeleton without weights. shards: {file: tensor names}.
-    places: {tensor name: Place} of every per-expert tensor. extra: names of multi-token-prediction layers, which
-    transformers does not build. fingerprint: as moe.model_fingerprint. loader: the transformers class that loads it.
+    Attributes:
+        folder: the directory.
+        config: the content of config.json.
+        layers: {decoder layer: MoeLayer} of a model without weights.
+        shards: {weight file: stored names}.
+        roles: {stored name: Role} of every per-expert tensor.
+        extra: stored names of multi-token-prediction layers, which transformers does not build.
+        fingerprint: as `MoeModel.fingerprint`.
+        loader: name of the transformers class that loads it.
     """
 
     folder: Path
     config: dict[str, Any]
     layers: dict[int, MoeLayer]
     shards: dict[Path, list[str]]
-    places: dict[str, Place]
+    roles: dict[str, Role]
     extra: frozenset[str]
     fingerprint: str
     loader: str
@@ -64,36 +78,27 @@ class Checkpoint:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Reads a Hugging Face directory with safetensors weights, or an export.
 
-    Raises ValueError for a directory that is not one, or whose tensor names do not fit its architecture.
+    Raises:
+        ValueError: for a directory that is not one, or whose tensor names do not fit its architecture.
     """
     config = read_config(folder)
     hf_config = read_hf_config(folder)
-    model = skeleton(hf_config, config)
-    moe = MoeModel.of(model)
-    layers = moe.layers
+    moe = MoeModel.of(skeleton(hf_config, config))
     shards = find_shards(folder)
-    rename = renaming(model, None)
-    becomes = {name: rename(name)[0] for stored in shards.values() for name in stored}
-    extra = _extra(becomes, moe)
-    places = _locate(shards, becomes, layers, extra)
-    fingerprint = _fingerprint(shards, places, layers, model)
-    return Checkpoint(folder, config, layers, shards, places, extra, fingerprint, auto_class(hf_config).__name__)
+    rename = renaming(moe.model, None)
+    targets = {name: rename(name)[0] for names in shards.values() for name in names}
+    extra = _extra(targets, moe)
+    roles = _find_roles(shards, targets, moe.layers, extra)
+    _check_roles(roles, moe.layers)
+    fingerprint = _fingerprint(shards, roles, moe)
+    return Checkpoint(folder, config, moe.layers, shards, roles, extra, fingerprint, auto_class(hf_config).__name__)
 
 
-def _extra(becomes: Mapping[str, str], moe: MoeModel) -> frozenset[str]:
-    """Names of layers that the architecture does not have: multi-token prediction, past the last decoder layer."""
-    path, decoder = decoder_layers(moe)
-    parameters = moe.model.state_dict()
-    found = []
-    for name, target in becomes.items():
-        past = re.match(rf"{re.escape(path)}\.(\d+)\.", target)
-        predicts = re.search(r"(?:^|\.)mtp(?:\.|_)", name) and target not in parameters
-        if predicts or (past is not None and int(past[1]) >= len(decoder)):
-            found.append(name)
-    return frozenset(found)
+# ---- the configuration
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json; raises ValueError where there is none, or it is not a model's."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a Hugging Face model directory: it has no config.json")
     config = read_json(folder / "config.json")
@@ -102,16 +107,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def recorded(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json of an export says that its configuration cannot (modeling.py); {} of any other checkpoint."""
-    found = raw.get(CONFIG_KEY, {})
-    if not isinstance(found, dict) or (CONFIG_KEY in raw and not isinstance(found.get("tensors"), dict)):
-        raise ValueError(f"config.json has a damaged {CONFIG_KEY!r} entry: {str(found)[:200]}")
-    return found
+def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what an export's config.json records beside the configuration (modeling.py); {} for other checkpoints.
+
+    Raises:
+        ValueError: for a damaged record.
+    """
+    record = config.get(CONFIG_KEY, {})
+    if not isinstance(record, dict) or (CONFIG_KEY in config and not isinstance(record.get("tensors"), dict)):
+        raise ValueError(f"config.json has a damaged {CONFIG_KEY!r} entry: {str(record)[:200]}")
+    return record
 
 
 def read_hf_config(folder: Path) -> Any:
-    """The directory's configuration as transformers sees it; ValueError for whatever it does not accept."""
+    """Reads the configuration as transformers sees it; raises ValueError for whatever it does not accept."""
     from transformers import AutoConfig  # here, because it doubles the time to import this package
 
     try:
@@ -121,62 +130,31 @@ def read_hf_config(folder: Path) -> Any:
         raise ValueError(f"{folder}: transformers does not accept config.json: {message[:300]}") from error
 
 
-def skeleton(config: Any, raw: Mapping[str, Any]) -> Any:
-    """The model that a configuration describes, without weights."""
+def skeleton(hf_config: Any, config: Mapping[str, Any]) -> Any:
+    """Makes the model that a configuration describes, without weights.
+
+    Args:
+        hf_config: as transformers sees it.
+        config: the content of config.json, of which the record of an export is used.
+    """
     with torch.device("meta"):
-        model = auto_class(config).from_config(copy.deepcopy(config))
-    reshape_(model, recorded(raw))
+        model = auto_class(hf_config).from_config(copy.deepcopy(hf_config))
+    reshape_(model, recorded(config))
     return model
 
 
-def renaming(model: Any, rules: list[Any] | None) -> Callable[[str], tuple[str, Any]]:
-    """Stored tensor's name -> (the parameter that it becomes or goes into, the (pattern, converter) that makes it or
-    None), as transformers' convert_and_load_state_dict_in_model decides.
-
-    rules: the model's weight conversions; None: its own.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules = copy.deepcopy(get_model_conversion_mapping(model) if rules is None else rules)  # they remember being used
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    parameters, prefix = model.state_dict(), model.base_model_prefix
-
-    def rename(name: str) -> tuple[str, Any]:
-        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if target not in parameters and name in parameters:
-            target, pattern = rename_source_key(name, [], [], prefix, parameters)
-        return target, None if pattern is None else (pattern, by_pattern[pattern])
-
-    return rename
-
-
-def stored_routers(checkpoint: Checkpoint) -> dict[int, RoutedLayer]:
-    """How each layer's router can be mapped, found out with its stored weights, in float32.
-
-    Of a router whose formula is not known, or that has more weights than those of experts, the `spec` is None.
-    """
-    missing = {}
-    for index, layer in checkpoint.layers.items():
-        router = layer.router.to_empty(device="cpu").float()
-        tensors = [*router.named_parameters(), *router.named_buffers()]
-        missing[index] = {f"{layer.router_name}.{name}": tensor for name, tensor in tensors}
-    for file, names in checkpoint.shards.items():
-        with safe_open(file, framework="pt") as shard:
-            for name in names:
-                place = checkpoint.places.get(name)
-                if place is not None and place.is_router and place.path in missing[place.layer]:
-                    missing[place.layer].pop(place.path).data.copy_(shard.get_tensor(name))
-    return {
-        index: RoutedLayer(layer, None, None) if missing[index] else mapped_layer(layer)
-        for index, layer in checkpoint.layers.items()
-    }
+# ---- stored tensors
 
 
 def find_shards(folder: Path) -> dict[Path, list[str]]:
-    """{weight file: tensor names} of a checkpoint; the single file comes first, as in transformers."""
+    """Finds a checkpoint's weight files; a single file comes before an index, as in transformers.
+
+    Returns:
+        {weight file: stored names}.
+
+    Raises:
+        ValueError: where there are none, or one cannot be read.
+    """
     if (folder / SINGLE).is_file():
         files = [folder / SINGLE]
     elif (folder / INDEX).is_file():
@@ -196,85 +174,190 @@ def find_shards(folder: Path) -> dict[Path, list[str]]:
     return shards
 
 
-def _locate(
+def stored_tensors(
+    shards: Mapping[Path, Sequence[str]], wanted: Container[str] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yields stored names and their tensors, as safetensors slices: a tensor is read when its slice is indexed.
+
+    Args:
+        shards: {weight file: stored names}; the order is kept.
+        wanted: names to yield; None: all.
+
+    Raises:
+        ValueError: for a shard that is missing or damaged.
+    """
+    for file, names in shards.items():
+        chosen = [name for name in names if wanted is None or name in wanted]
+        if chosen:
+            try:
+                with safe_open(file, framework="pt") as shard:
+                    for name in chosen:
+                        yield name, shard.get_slice(name)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file} is missing or not a readable safetensors file: {error}") from None
+
+
+def renaming(model: Any, rules: list[Any] | None) -> Callable[[str], tuple[str, Any]]:
+    """Makes the function that tells what a stored tensor becomes.
+
+    It decides as transformers' convert_and_load_state_dict_in_model.
+
+    Args:
+        model: with or without weights.
+        rules: weight conversions of transformers; None: the model's own.
+
+    Returns:
+        Stored name -> (the parameter that it becomes or goes into, the (pattern, converter) that makes it, or None).
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = copy.deepcopy(get_model_conversion_mapping(model) if rules is None else rules)  # they remember being used
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    parameters, prefix = model.state_dict(), model.base_model_prefix
+
+    def rename(name: str) -> tuple[str, Any]:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if target not in parameters and name in parameters:
+            target, pattern = rename_source_key(name, [], [], prefix, parameters)
+        return target, None if pattern is None else (pattern, by_pattern[pattern])
+
+    return rename
+
+
+def _extra(targets: Mapping[str, str], moe: MoeModel) -> frozenset[str]:
+    """Names of layers that the architecture does not have: multi-token prediction, past the last decoder layer."""
+    path, decoder = decoder_layers(moe)
+    parameters = moe.model.state_dict()
+    extra = []
+    for name, target in targets.items():
+        number = re.match(rf"{re.escape(path)}\.(\d+)\.", target)
+        predicts = re.search(r"(?:^|\.)mtp(?:\.|_)", name) and target not in parameters
+        if predicts or (number is not None and int(number[1]) >= len(decoder)):
+            extra.append(name)
+    return frozenset(extra)
+
+
+def _find_roles(
     shards: Mapping[Path, Sequence[str]],
-    becomes: Mapping[str, str],
+    targets: Mapping[str, str],
     layers: Mapping[int, MoeLayer],
     extra: frozenset[str],
-) -> dict[str, Place]:
-    """Finds the per-expert tensors among the stored names, and checks that every layer's set is complete.
+) -> dict[str, Role]:
+    """Finds the per-expert tensors among the stored ones.
 
-    becomes: {stored name: parameter}. Experts may be stored one by one (`experts.3.w1.weight`) or stacked.
+    Args:
+        shards: {weight file: stored names}.
+        targets: {stored name: the parameter that it becomes or goes into}.
+        layers: {decoder layer: MoeLayer}.
+        extra: stored names to leave out.
+
+    Returns:
+        {stored name: Role}. Experts may be stored one by one (`experts.3.w1.weight`) or stacked.
     """
     blocks = {f"{layer.name}.": layer for layer in layers.values()}
-    places: dict[str, Place] = {}
-    for file, names in shards.items():
-        with safe_open(file, framework="pt") as shard:
-            for name in names:
-                layer = next((layer for path, layer in blocks.items() if becomes[name].startswith(path)), None)
-                if layer is not None and name not in extra:
-                    path = becomes[name][len(layer.name) + 1 :]
-                    place = _place(name, path, shard.get_slice(name).get_shape(), layer)
-                    if place is not None:
-                        places[name] = place
+    roles: dict[str, Role] = {}
+    for name, stored in stored_tensors(shards):
+        block = next((block for block in blocks if targets[name].startswith(block)), None)
+        if block is not None and name not in extra:
+            role = _role(name, targets[name].removeprefix(block), stored.get_shape(), blocks[block])
+            if role is not None:
+                roles[name] = role
+    return roles
+
+
+def _role(name: str, path: str, shape: Sequence[int], layer: MoeLayer) -> Role | None:
+    """The role of a tensor with this stored name and shape that becomes `path` in the layer's block, if it has one."""
+    count = layer.shape.num_experts
+    for tensor in router_tensors(layer):
+        if path == tensor.path and tensor.axis < len(shape) and shape[tensor.axis] == count + tensor.trailing:
+            return Role(layer.index, path, axis=tensor.axis, trailing=tensor.trailing, is_router=True)
+    if not path.startswith(f"{layer.experts_name}."):
+        return None
+    if match := re.search(r"(?:^|\.)experts\.(\d+)\.", name):
+        return Role(layer.index, path, expert=int(match[1]))
+    if shape and shape[0] in (count, count + layer.trailing):
+        return Role(layer.index, path, trailing=shape[0] - count)
+    return None
+
+
+def _check_roles(roles: Mapping[str, Role], layers: Mapping[int, MoeLayer]) -> None:
+    """Refuses (ValueError) stored tensors that are not a whole router and all experts of every layer."""
     for index, layer in layers.items():
-        mine = [place for place in places.values() if place.layer == index]
+        of_layer = [role for role in roles.values() if role.layer == index]
         expected = sorted(tensor.path for tensor in router_tensors(layer))
-        found = sorted(place.path for place in mine if place.is_router)
-        if found != expected:
+        stored = sorted(role.path for role in of_layer if role.is_router)
+        if stored != expected:
             raise ValueError(
-                f"layer {index}: the checkpoint holds router tensors {found}, the architecture has {expected}; stored "
+                f"layer {index}: the checkpoint holds router tensors {stored}, the architecture has {expected}; stored "
                 "names that differ in this way are not supported yet"
             )
-        ids = {place.expert for place in mine if place.expert is not None}
-        stacked = any(place.expert is None and not place.is_router for place in mine)
+        ids = {role.expert for role in of_layer if role.expert is not None}
+        stacked = any(role.expert is None and not role.is_router for role in of_layer)
         complete = [set(range(layer.shape.num_experts)), set(range(layer.router_rows))]  # identity experts, too
         if ids not in complete and not (stacked and not ids):
             raise ValueError(
                 f"layer {index}: the checkpoint holds {len(ids)} experts, but the configuration says "
                 f"{layer.shape.num_experts}"
             )
-    return places
 
 
-def _place(name: str, path: str, shape: Sequence[int], layer: MoeLayer) -> Place | None:
-    """name: as stored. path: below the layer's block, what it becomes."""
-    count = layer.shape.num_experts
-    for tensor in router_tensors(layer):
-        if path == tensor.path and tensor.axis < len(shape) and shape[tensor.axis] == count + tensor.trailing:
-            return Place(layer.index, path, axis=tensor.axis, trailing=tensor.trailing, is_router=True)
-    if not path.startswith(f"{layer.experts_name}."):
-        return None
-    if match := re.search(r"(?:^|\.)experts\.(\d+)\.", name):
-        return Place(layer.index, path, expert=int(match[1]))
-    if shape and shape[0] in (count, count + layer.trailing):
-        return Place(layer.index, path, trailing=shape[0] - count)
-    return None
+# ---- stored routers
 
 
-def _fingerprint(
-    shards: Mapping[Path, Sequence[str]], places: Mapping[str, Place], layers: Mapping[int, MoeLayer], model: nn.Module
-) -> str:
-    """moe.model_fingerprint, from the stored router tensors."""
-    tensors: dict[tuple[int, str], Tensor] = {}
-    for file, names in shards.items():
-        with safe_open(file, framework="pt") as shard:
-            for name in names:
-                place = places.get(name)
-                if place is not None and place.is_router:
-                    tensors[place.layer, place.path] = shard.get_tensor(name)
+def _stored_router_tensors(
+    shards: Mapping[Path, Sequence[str]], roles: Mapping[str, Role]
+) -> dict[tuple[int, str], Tensor]:
+    """Reads {(decoder layer, path in its block): tensor} of all routing decisions."""
+    routers = {name: role for name, role in roles.items() if role.is_router}
+    return {(routers[name].layer, routers[name].path): stored[...] for name, stored in stored_tensors(shards, routers)}
+
+
+def _fingerprint(shards: Mapping[Path, Sequence[str]], roles: Mapping[str, Role], moe: MoeModel) -> str:
+    """`MoeModel.fingerprint` of a model without weights, from the stored router tensors."""
+    tensors = _stored_router_tensors(shards, roles)
     digest = hashlib.sha256()
-    for index, layer in layers.items():
+    for index, layer in moe.layers.items():
         for tensor in router_tensors(layer):
             update_fingerprint(digest, index, tensors[index, tensor.path], exact=tensor.name in MAPPED)
-    return fingerprint_text(text_config(model).model_type, digest)
+    return fingerprint_text(text_config(moe).model_type, digest)
+
+
+def stored_routers(checkpoint: Checkpoint) -> dict[int, RoutedLayer]:
+    """Finds how each layer's router can be mapped, with its stored weights, in float32.
+
+    Returns:
+        {decoder layer: RoutedLayer}. `spec` is None for a router whose formula is not known, or that has more weights
+        than those of experts.
+    """
+    tensors = _stored_router_tensors(checkpoint.shards, checkpoint.roles)
+    routers = {}
+    for index, layer in checkpoint.layers.items():
+        router = layer.router.to_empty(device="cpu").float()
+        complete = True
+        for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
+            stored = tensors.get((index, f"{layer.router_name}.{name}"))
+            complete = complete and stored is not None
+            if stored is not None:
+                tensor.data.copy_(stored)
+        routers[index] = mapped_layer(layer) if complete else RoutedLayer(layer, None, None)
+    return routers
+
+
+# ---- loading
 
 
 def from_pretrained(loader: Any, folder: Path, **kwargs: Any) -> tuple[Any, list[str]]:
-    """`loader.from_pretrained` without downloads, and which weights are missing or do not fit, or are of routers that
-    the model does not map.
+    """Calls a transformers class's `from_pretrained` without downloads.
 
-    ValueError, naming the directory, for whatever keeps it from loading.
+    Returns:
+        The model, and the names of weights that are missing, do not fit, or are maps of routers that the model does
+        not map.
+
+    Raises:
+        ValueError: with the directory, for whatever keeps it from loading.
     """
     options = {"local_files_only": True, **kwargs, "output_loading_info": True}
     try:
@@ -289,8 +372,6 @@ def from_pretrained(loader: Any, folder: Path, **kwargs: Any) -> tuple[Any, list
 
 
 def refuse(folder: Path, problems: Sequence[str]) -> None:
+    """Raises ValueError if there are any problems."""
     if problems:
         raise ValueError(f"{folder}: weights are missing or do not fit: {', '.join(problems[:5])}")
-
-
-Folder = str | os.PathLike[str]

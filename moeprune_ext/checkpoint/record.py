@@ -1,4 +1,4 @@
-"""What config.json records of an export whose layers the architecture's configuration cannot describe.
+"""What config.json records of a model whose layers the architecture's configuration cannot describe.
 
 modeling.py says what the record means and makes a model of it; here it is made from a model's layers.
 """
@@ -18,7 +18,7 @@ from moeprune_ext.models.routers import RoutedLayer
 
 
 def router_rule(routed: RoutedLayer, rows: int) -> dict[str, Any]:
-    """modeling.map_router_'s rule for a router whose formula is known, mapped to so many experts."""
+    """Makes the rule by which `modeling.map_router_` maps a router of known formula to so many experts."""
     assert routed.spec is not None and routed.places is not None
     spec = routed.spec
     return {
@@ -42,34 +42,45 @@ def mapped_parameters(routed: RoutedLayer, merge: Merge) -> dict[str, Tensor]:
 
 
 def differences(
-    layers: Mapping[int, MoeLayer], kept: Mapping[int, int], mapped: Mapping[int, Mapping[str, Any]]
+    layers: Mapping[int, MoeLayer], counts: Mapping[int, int], rules: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The record of a model that keeps so many experts in each layer, or merges to as many.
+    """Records how a model differs from what its configuration describes.
 
-    layers: those of a model without weights, as the configuration alone describes it. mapped: {decoder layer:
-    router_rule} of the layers that merge, whose routers keep the rule's "experts".
+    Args:
+        layers: {decoder layer: MoeLayer} of a model without weights, as the configuration alone describes it.
+        counts: {decoder layer: experts stored}.
+        rules: {decoder layer: router_rule} of the layers whose routers map the scores of the rule's "experts".
+
+    Returns:
+        What config.json holds under `modeling.CONFIG_KEY`.
     """
     tensors: dict[str, list[int]] = {}
     integers: dict[str, int] = {}
-    for index, stored in kept.items():
+    for index, stored in counts.items():
         layer = layers[index]
-        scored = mapped[index]["experts"] if index in mapped else stored
+        scored = rules[index]["experts"] if index in rules else stored
         names = {id(module): f"{layer.name}.{name}".rstrip(".") for name, module in layer.block.named_modules()}
-        for count, places in ((scored, router_tensors(layer)), (stored, expert_tensors(layer))):
-            for place in places if count != layer.shape.num_experts else ():
-                shape = list(getattr(place.owner, place.name).shape)
-                shape[place.axis] = count + place.trailing
-                tensors[f"{layer.name}.{place.path}"] = shape
-        for count, modules in ((scored, [*layer.router.modules(), layer.block]), (stored, [layer.experts])):
-            for counter in expert_counters(layer, modules) if count != layer.shape.num_experts else ():
+        parts = (
+            (scored, router_tensors(layer), [*layer.router.modules(), layer.block]),
+            (stored, expert_tensors(layer), [layer.experts]),
+        )
+        for count, per_expert, modules in parts:
+            if count == layer.shape.num_experts:
+                continue
+            for tensor in per_expert:
+                shape = list(getattr(tensor.owner, tensor.name).shape)
+                shape[tensor.axis] = count + tensor.trailing
+                tensors[f"{layer.name}.{tensor.path}"] = shape
+            for counter in expert_counters(layer, modules):
                 integers[f"{names[id(counter.owner)]}.{counter.name}"] = count + counter.trailing
         if type(layer.router).__name__ in READS_CONFIG and scored != layer.shape.num_experts:
             config = layer.router.config
-            counts = [name for name in EXPERT_COUNT_NAMES if isinstance(getattr(config, name, None), int)]
-            integers |= {f"{names[id(layer.router)]}.config.{name}": scored for name in counts}
+            for name in EXPERT_COUNT_NAMES:
+                if isinstance(getattr(config, name, None), int):
+                    integers[f"{names[id(layer.router)]}.config.{name}"] = scored
     return {
-        "kept_per_layer": {str(index): count for index, count in kept.items()},
+        "kept_per_layer": {str(index): count for index, count in counts.items()},
         "tensors": tensors,
         "integers": integers,
-        "routers": {f"{layers[index].name}.{layers[index].router_name}": dict(rule) for index, rule in mapped.items()},
+        "routers": {f"{layers[index].name}.{layers[index].router_name}": dict(rule) for index, rule in rules.items()},
     }

@@ -1,30 +1,29 @@
 """Models larger than the device: a decoder layer's weights visit it while that layer is called.
 
 Embeddings, final norm, head, rotary tables and every layer's router stay on the device, so masks, fingerprints and
-router checks know nothing of this file. The rest of a decoder layer is meta tensors, except while the layer is
-resident: its forward drops the one before it and brings it in from host memory or from the shards. On a GPU the
-next layer is fetched meanwhile, so at most two are there; on a CPU, where fetching would take the cores that compute,
-it is one. How stored tensors become parameters is transformers' affair: its own rules for the model are applied, to one
-layer at a time.
+router checks need nothing of this file. The rest of a decoder layer is meta tensors, except while the layer is
+resident: its forward drops the layer before it and brings its own weights in from host memory or from the shards. On a
+GPU the next layer is fetched meanwhile, so at most two layers are there; on a CPU, where fetching would take the cores
+that compute, it is one. Stored tensors become parameters by transformers' own rules for the model, applied to one layer
+at a time.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import re
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moeprune_ext.checkpoint.read import (
+    Folder,
     find_shards,
     from_pretrained,
     read_config,
@@ -33,6 +32,7 @@ from moeprune_ext.checkpoint.read import (
     refuse,
     renaming,
     skeleton,
+    stored_tensors,
 )
 from moeprune_ext.modeling import model_class
 from moeprune_ext.models.layers import router_tensors
@@ -43,16 +43,12 @@ if TYPE_CHECKING:
 
 
 SOURCES = ("host", "disk")
-
-
 PIECE = 1 << 26  # bytes; page-locked memory is allocated in powers of two, so pieces of one such size waste little
-
-
 ALIGNMENT = 256  # bytes, of a tensor in a GPU's buffer
 
 
 def load_streamed(
-    folder: str | os.PathLike[str],
+    folder: Folder,
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
@@ -60,31 +56,40 @@ def load_streamed(
 ) -> PreTrainedModel:
     """Loads a model directory, or an export, as a model whose decoder layers visit `device` one after the other.
 
-    source: where layers wait. "host": CPU memory, page-locked for a GPU; loading needs the model's size plus a layer.
-    "disk": the directory itself, read again at every visit; the host needs about two layers beside what stays on the
-    device. dtype: "auto" (as stored) or a floating torch dtype. The model is for inference only, cannot be copied or
-    pruned in place, and carries its LayerStream as `moeprune_stream`.
+    The model is for inference only, and cannot be copied or pruned in place.
 
-    Raises ValueError for bad arguments, a directory without safetensors weights, a shard that is missing or damaged,
-    weights that are missing or do not fit, and quantised weights.
+    Args:
+        folder: with safetensors weights.
+        device: "cpu" or a GPU.
+        dtype: "auto" (as stored) or a floating torch dtype.
+        source: where layers wait. "host": CPU memory, page-locked for a GPU; loading needs the model's size plus a
+            layer. "disk": the directory itself, read again at every visit; the host needs about two layers beside what
+            stays on the device.
+
+    Returns:
+        The model, whose LayerStream is its attribute `moeprune_stream`.
+
+    Raises:
+        ValueError: for bad arguments, a directory without safetensors weights, a shard that is missing or damaged,
+            weights that are missing or do not fit, and quantised weights.
     """
     device = _checked(device, dtype, source)
     folder = Path(folder)
-    raw = read_config(folder)
-    if any(isinstance(part, dict) and part.get("quantization_config") for part in (raw, raw.get("text_config"))):
+    config = read_config(folder)
+    if any(isinstance(part, dict) and part.get("quantization_config") for part in (config, config.get("text_config"))):
         raise ValueError(
             f"{folder} holds quantised weights (quantization_config), which cannot be streamed; load it unstreamed, or "
             "save a dequantised copy and stream that"
         )
-    reader = _LayerReader(folder, raw)
+    reader = _LayerReader(folder, config)
     base: Any = type(reader.skeleton)
 
     def _load_pretrained_model(model: Any, _: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         state_dict = reader.state_dict(load_config.weight_mapping)
         return base._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
 
-    loader = model_class(base, recorded(raw), _load_pretrained_model=staticmethod(_load_pretrained_model))
-    model, problems = from_pretrained(loader, folder, config=reader.config, dtype=dtype)
+    loader = model_class(base, recorded(config), _load_pretrained_model=staticmethod(_load_pretrained_model))
+    model, problems = from_pretrained(loader, folder, config=reader.hf_config, dtype=dtype)
     model.__class__ = base
     reader.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_meta}
     refuse(folder, problems + sorted(reader.dtypes.keys() - reader.streamed.keys()))
@@ -95,25 +100,26 @@ def load_streamed(
 
 
 def _checked(device: str | torch.device, dtype: str | torch.dtype, source: str) -> torch.device:
+    """Returns the device, a GPU with its number; raises ValueError for arguments of `load_streamed` that cannot be."""
     if source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
     if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be 'auto' or a floating torch dtype such as torch.bfloat16, got {dtype!r}")
     try:
-        where = torch.device(device)
+        device = torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from None
-    if where.type == "cpu":
-        return where
+    if device.type == "cpu":
+        return device
     count = torch.cuda.device_count()
-    if where.type != "cuda" or (where.index or 0) >= count:
-        raise ValueError(f"layers can be streamed to 'cpu' or one of the {count} GPUs that torch sees, not to {where}")
+    if device.type != "cuda" or (device.index or 0) >= count:
+        raise ValueError(f"layers can be streamed to 'cpu' or one of the {count} GPUs that torch sees, not to {device}")
     # With its number, because which GPU is the current one differs between threads.
-    return torch.device("cuda", torch.cuda.current_device() if where.index is None else where.index)
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 class _Unread:
-    """A stored tensor that is not wanted now: loading makes a meta tensor of it."""
+    """Stands for a stored tensor that is not read yet: loading makes a meta tensor of it."""
 
     def __init__(self, shape: list[int]) -> None:
         self.shape = shape
@@ -128,19 +134,22 @@ class _Unread:
 class _LayerReader:
     """Reads the parameters of one decoder layer from the shards, as transformers would load them.
 
-    skeleton: the model on the meta device. config: what to load the model with. streamed: {parameter that may leave the
-    device: its decoder layer}. dtypes: {parameter that does: its dtype}, to be set when the model is loaded.
+    Attributes:
+        skeleton: the model on the meta device.
+        hf_config: the configuration to load the model with.
+        streamed: {parameter that may leave the device: its decoder layer}.
+        dtypes: {parameter that does leave it: its dtype}; to be set when the model is loaded.
     """
 
-    def __init__(self, folder: Path, raw: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.dtypes: dict[str, torch.dtype] = {}
-        # {layer: {parameter: (converter, [(pattern of it, stored name)])}}; where one makes several, under the first
+        # {layer: {parameter: (converter, [(its pattern, stored name)])}}; one that makes several is under the first
         self._recipes: dict[int, dict[str, tuple[Any, list[tuple[str | None, str]]]]] = {}
         self._shards = find_shards(folder)
-        self.config = read_hf_config(folder)
-        self.skeleton = skeleton(self.config, raw)
-        if type(self.skeleton.config) is not type(self.config):  # of a model of text and more, the language model
-            self.config = self.config.get_text_config()
+        self.hf_config = read_hf_config(folder)
+        self.skeleton = skeleton(self.hf_config, config)
+        if type(self.skeleton.config) is not type(self.hf_config):  # of a model of text and more, the language model
+            self.hf_config = self.hf_config.get_text_config()
         moe = MoeModel.of(self.skeleton)
         path, _ = decoder_layers(moe)
         tied = self.skeleton.all_tied_weights_keys
@@ -148,11 +157,18 @@ class _LayerReader:
         for layer in moe.layers.values():
             stay |= {f"{layer.name}.{layer.router_name}.{name}" for name in layer.router.state_dict()}
             stay |= {f"{layer.name}.{tensor.path}" for tensor in router_tensors(layer)}
-        places = {name: re.match(rf"{re.escape(path)}\.(\d+)\.", name) for name in self.skeleton.state_dict()}
-        self.streamed = {name: int(place[1]) for name, place in places.items() if place and name not in stay}
+        numbers = {name: re.match(rf"{re.escape(path)}\.(\d+)\.", name) for name in self.skeleton.state_dict()}
+        self.streamed = {name: int(match[1]) for name, match in numbers.items() if match and name not in stay}
 
     def state_dict(self, weight_mapping: list[Any] | None) -> dict[str, Any]:
-        """Every stored tensor, of which only those that stay on the device are read; the others' recipes are noted."""
+        """Reads the stored tensors that stay on the device, and notes how the others become parameters.
+
+        Args:
+            weight_mapping: transformers' conversions for this model.
+
+        Returns:
+            {stored name: tensor, or _Unread}.
+        """
         from transformers.core_model_loading import dot_natural_key
 
         rename, parameters = renaming(self.skeleton, weight_mapping or []), self.skeleton.state_dict()
@@ -167,51 +183,41 @@ class _LayerReader:
                 stay.add(name)
         return {
             name: stored[...].clone() if name in stay else _Unread(stored.get_shape())  # a copy: no shard stays mapped
-            for name, stored in _stored(self._shards)
+            for name, stored in stored_tensors(self._shards)
         }
 
     @torch.no_grad()
     def read(self, layer: int) -> dict[str, Tensor]:
-        """The layer's streamed parameters, in CPU memory of their own."""
+        """Reads a layer's streamed parameters, {name: tensor}, into CPU memory of their own."""
         recipes = self._recipes.get(layer, {})
         wanted = {name for _, sources in recipes.values() for _, name in sources}
-        stored = {name: tensor[...] for name, tensor in _stored(self._shards, wanted)}
+        stored = {name: tensor[...] for name, tensor in stored_tensors(self._shards, wanted)}
         mapped = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
-        made: dict[str, Tensor] = {}
+        parameters: dict[str, Tensor] = {}
         for target, (converter, sources) in recipes.items():
             if converter is None:
-                made[target] = stored.pop(sources[0][1]).to(self.dtypes[target])
+                parameters[target] = stored.pop(sources[0][1]).to(self.dtypes[target])
                 continue
             converter = copy.deepcopy(converter)  # it collects tensors
             for pattern, name in sources:
                 converter.add_tensor(target, name, pattern, stored.pop(name).to(self.dtypes[target]))
             results = converter.convert(target, model=self.skeleton, config=self.skeleton.config)
-            made |= {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
-        # What no rule has changed is a map of its file still: its pages would be read by the kernels that use it.
-        for name, tensor in made.items():
+            parameters |= {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
+        # What no rule has changed is still a map of its file: kernels that use it would read from the disk.
+        for name, tensor in parameters.items():
             if tensor.untyped_storage().data_ptr() in mapped:
-                made[name] = tensor.clone()
-        return made
-
-
-def _stored(shards: Mapping[Path, list[str]], wanted: Container[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """The stored tensors as safetensors slices, which read when they are indexed."""
-    for file, names in shards.items():
-        chosen = [name for name in names if wanted is None or name in wanted]
-        if chosen:
-            try:
-                with safe_open(file, framework="pt") as shard:
-                    for name in chosen:
-                        yield name, shard.get_slice(name)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} is missing or not a readable safetensors file: {error}") from None
+                parameters[name] = tensor.clone()
+        return parameters
 
 
 class LayerStream:
-    """Keeps one decoder layer of a streamed model resident, the one called last; on a GPU, it also fetches the next.
+    """Keeps the decoder layer of a streamed model that was called last resident; on a GPU, also fetches the next.
 
-    device: where layers visit. layer_bytes: {layer: bytes of its streamed weights}. resident_bytes: of the layers on
-    the device now, the one being fetched included; peak_bytes: the most that ever was. bytes_streamed: of all visits.
+    Attributes:
+        device: where layers visit.
+        layer_bytes: {layer: bytes of its streamed weights}.
+        peak_bytes: the highest `resident_bytes` so far.
+        bytes_streamed: of all visits.
     """
 
     def __init__(self, model: nn.Module, reader: _LayerReader, device: torch.device, source: str) -> None:
@@ -219,44 +225,47 @@ class LayerStream:
         self.bytes_streamed = 0
         self.peak_bytes = 0
         _, layers = decoder_layers(MoeModel.of(model))
-        # What stands in the modules while a layer is away: meta tensors, with the weights' shapes and dtypes.
-        self._absent: list[dict[str, Tensor]] = [{} for _ in layers]
-        # Modules inside of decoder layers.
-        self._owners: dict[str, nn.Module] = {}
+        # What modules hold while their layer is away: meta tensors, with the weights' shapes and dtypes.
+        self._placeholders: list[dict[str, Tensor]] = [{} for _ in layers]
+        self._owners: dict[str, nn.Module] = {}  # {streamed parameter: the module that holds it}
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in reader.dtypes:
-                self._absent[reader.streamed[name]][name] = tensor
+                self._placeholders[reader.streamed[name]][name] = tensor
                 self._owners[name] = model.get_submodule(name.rpartition(".")[0])
-        self.layer_bytes = {i: sum(t.nbytes for t in tensors.values()) for i, tensors in enumerate(self._absent)}
-        self._gpu = _TwoBuffers(device, self._absent) if device.type == "cuda" else None
+        self.layer_bytes = {i: sum(t.nbytes for t in tensors.values()) for i, tensors in enumerate(self._placeholders)}
+        self._gpu = _TwoBuffers(device, self._placeholders) if device.type == "cuda" else None
         self._read: Callable[[int], Mapping[str, Any]] = reader.read
         if source == "host":
             keep: Callable[[Tensor], Any] = _page_locked if self._gpu is not None else lambda tensor: tensor
-            held = [{name: keep(tensor) for name, tensor in reader.read(layer).items()} for layer in self.layer_bytes]
-            self._read = held.__getitem__
+            host = [{name: keep(tensor) for name, tensor in reader.read(layer).items()} for layer in self.layer_bytes]
+            self._read = host.__getitem__
         self._thread = None if self._gpu is None else ThreadPoolExecutor(1, "moeprune-stream")
         self._resident: int | None = None
         self._fetched: tuple[int, Callable[[], dict[str, Tensor]]] | None = None
         for index, module in enumerate(layers):
-            # Not a hook: a layer that is passed over (replay.py) has its forward replaced, and must bring in nothing.
+            # Not a hook: replay.py replaces the forward of a layer that it passes over, which must bring in nothing.
             # With a weak reference, or a layer would keep itself alive.
             module.forward = partial(self._visit, index, weakref.ref(module))
 
-    def _visit(self, index: int, layer: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> Any:
-        self.make_resident(index)
-        module: Any = layer()
+    def _visit(self, layer: int, reference: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> Any:
+        """Runs a layer's forward; `reference` is to its module."""
+        self.make_resident(layer)
+        module: Any = reference()
         return type(module).forward(module, *args, **kwargs)
 
     @property
     def resident_bytes(self) -> int:
-        here = {self._resident, self._fetched[0] if self._fetched else None}
-        return sum(self.layer_bytes[layer] for layer in here if layer is not None)
+        """Bytes of the layers on the device now, the one being fetched included."""
+        layers = {self._resident, self._fetched[0] if self._fetched else None}
+        return sum(self.layer_bytes[layer] for layer in layers if layer is not None)
 
     def make_resident(self, layer: int) -> None:
         """Brings a decoder layer's weights to the device, and drops the others.
 
-        A layer's forward begins with this; it is public for touching weights outside of forward. Raises ValueError
-        when a shard has gone, or when weights were replaced by others of another shape.
+        A layer's forward begins with this; it is public for touching weights outside of forward.
+
+        Raises:
+            ValueError: when a shard has gone, or when weights were replaced by others of another shape.
         """
         if layer == self._resident:
             return
@@ -264,36 +273,39 @@ class LayerStream:
         if before is not None:
             if self._gpu is not None:
                 self._gpu.release()
-            self._put(self._absent[before])
+            self._install(self._placeholders[before])
         fetched, self._fetched = self._fetched, None
         if fetched is None or fetched[0] != layer:
-            fetched = self._fetch(layer)  # on a GPU, after what the one thread may be fetching now, which is let go
+            fetched = self._fetch(layer)  # on a GPU after what the thread may be fetching now, which is dropped
         tensors = fetched[1]()
         if self._gpu is not None:
             self._gpu.take()
-        self._put(tensors)
+        self._install(tensors)
         self._resident = layer
-        if self._thread is not None and len(self._absent) > 1:
-            self._fetched = self._fetch((layer + 1) % len(self._absent))  # after the last layer may come another batch
+        if self._thread is not None and len(self._placeholders) > 1:
+            # After the last layer the first, for another batch.
+            self._fetched = self._fetch((layer + 1) % len(self._placeholders))
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
 
     def _fetch(self, layer: int) -> tuple[int, Callable[[], dict[str, Tensor]]]:
+        """Begins to bring a layer in, where there is a thread; returns the layer, and what waits for its tensors."""
         self.bytes_streamed += self.layer_bytes[layer]
         if self._thread is None:
             return layer, partial(self._bring, layer)
         return layer, self._thread.submit(self._bring, layer).result
 
     def _bring(self, layer: int) -> dict[str, Tensor]:
-        """The layer's weights on the device, as what its modules hold."""
-        tensors, absent = self._read(layer), self._absent[layer]
+        """Returns a layer's weights on the device, parameters and buffers."""
+        tensors, placeholders = self._read(layer), self._placeholders[layer]
         if self._gpu is not None:
-            tensors = self._gpu.fill(tensors, absent)
+            tensors = self._gpu.fill(tensors, placeholders)
         return {
-            name: nn.Parameter(tensor, requires_grad=False) if isinstance(absent[name], nn.Parameter) else tensor
+            name: nn.Parameter(tensor, requires_grad=False) if isinstance(placeholders[name], nn.Parameter) else tensor
             for name, tensor in tensors.items()
         }
 
-    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+    def _install(self, tensors: Mapping[str, Tensor]) -> None:
+        """Makes the modules hold these tensors."""
         for name, tensor in tensors.items():
             owner, leaf = self._owners[name], name.rpartition(".")[2]
             if (shape := getattr(owner, leaf).shape) != tensor.shape:
@@ -308,15 +320,20 @@ class LayerStream:
 
 
 def _page_locked(tensor: Tensor) -> list[Tensor]:
-    """The tensor's bytes, in pieces."""
+    """Copies a tensor's bytes to page-locked memory, in pieces."""
     return [piece.pin_memory() for piece in tensor.contiguous().view(-1).view(torch.uint8).split(PIECE)]
 
 
 class _TwoBuffers:
     """Two buffers on a GPU: kernels read the layer in one while a stream of its own copies the next into the other.
 
-    They are allocated once. Memory freed by a dropped layer returns when the kernels that read it have run, and the
-    host runs far ahead of those: layers would pile up. So a copy waits, on the GPU, for the buffer's last reader.
+    They are allocated once. Freed, a dropped layer's memory would return only when the kernels that read it have run,
+    and the host runs far ahead of those: layers would pile up. So a copy waits, on the GPU, for the last reader of its
+    buffer.
+
+    Args:
+        device: a GPU.
+        layers: for each layer {name: meta tensor}.
     """
 
     def __init__(self, device: torch.device, layers: list[dict[str, Tensor]]) -> None:
@@ -331,10 +348,18 @@ class _TwoBuffers:
             released.record(torch.cuda.current_stream(device))  # the memory may have had another reader before
             buffer.record_stream(self._stream)  # and is not to be given away while a copy into it runs
 
-    def fill(self, tensors: Mapping[str, Tensor | list[Tensor]], absent: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Begins to copy a layer into the buffer that is not being read; returns its tensors there."""
+    def fill(self, tensors: Mapping[str, Tensor | list[Tensor]], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Begins to copy a layer into the buffer that is not being read.
+
+        Args:
+            tensors: {name: weights in CPU memory, or their page-locked pieces}.
+            shapes: {name: meta tensor of the same shape and dtype}.
+
+        Returns:
+            {name: the tensor in the buffer}.
+        """
         for filled in self._filled:
-            filled.synchronize()  # page-locked memory is used again, not allocated, once the copy before has ended
+            filled.synchronize()  # once the copy before has ended, its page-locked memory is used again
         buffer, end, views = self._buffers[self._next], 0, {}
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._released[self._next])
@@ -343,15 +368,15 @@ class _TwoBuffers:
                 for piece in _page_locked(source) if isinstance(source, Tensor) else source:
                     buffer[end : end + len(piece)].copy_(piece, non_blocking=True)
                     end += len(piece)
-                views[name] = buffer[start:end].view(absent[name].dtype).view(absent[name].shape)
+                views[name] = buffer[start:end].view(shapes[name].dtype).view(shapes[name].shape)
             self._filled[self._next].record(self._stream)
         return views
 
     def take(self) -> None:
-        """From here on, kernels read what was filled last."""
+        """Lets kernels read what was filled last."""
         torch.cuda.current_stream(self._device).wait_event(self._filled[self._next])
         self._next = 1 - self._next
 
     def release(self) -> None:
-        """No kernel that is yet to come reads what was taken last."""
+        """Says that no later kernel reads what was taken last."""
         self._released[1 - self._next].record(torch.cuda.current_stream(self._device))

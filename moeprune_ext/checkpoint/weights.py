@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moeprune_ext.artifacts.plan import PruningPlan
-from moeprune_ext.checkpoint.read import Checkpoint, Place
+from moeprune_ext.checkpoint.read import Checkpoint, Role, stored_tensors
 from moeprune_ext.models.merging import combined
 
 
@@ -30,40 +28,34 @@ class Siblings:
     """
 
     def __init__(self, checkpoint: Checkpoint, layers: Collection[int]) -> None:
-        self._file_of = {name: file for file, names in checkpoint.shards.items() for name in names}
-        self._open = functools.cache(lambda file: safe_open(file, framework="pt"))
+        self._shards = checkpoint.shards
         # {(layer, stored name without the expert's number): {expert: stored name}}
         self._names: dict[tuple[int, str], dict[int, str]] = {}
-        for name, place in checkpoint.places.items():
-            if place.layer not in layers or place.is_router:
-                continue
-            dtype = self._open(self._file_of[name]).get_slice(name).get_dtype()
+        roles = {name: role for name, role in checkpoint.roles.items() if role.layer in layers and not role.is_router}
+        for name, stored in stored_tensors(checkpoint.shards, roles):
+            dtype, role = stored.get_dtype(), roles[name]
             if dtype not in ("F64", "F32", "F16", "BF16"):
                 raise ValueError(
                     f"{name} is stored as {dtype}: quantised experts cannot be merged; dequantise them first"
                 )
-            if place.expert is not None:
-                self._names.setdefault((place.layer, without_number(name)), {})[place.expert] = name
+            if role.expert is not None:
+                self._names.setdefault((role.layer, numbered(name, "*")), {})[role.expert] = name
 
-    def stacked(self, name: str, place: Place, count: int) -> Tensor:
+    def stacked(self, name: str, layer: int, count: int) -> Tensor:
         """Reads a tensor that is stored one by one, of the first `count` experts: [count, ...]."""
-        names = self._names[place.layer, without_number(name)]
+        names = self._names[layer, numbered(name, "*")]
+        experts = {names[expert]: expert for expert in range(count)}
         stack: Tensor | None = None
-        for expert in range(count):
-            one = self._open(self._file_of[names[expert]]).get_tensor(names[expert])
-            stack = one.new_empty(count, *one.shape) if stack is None else stack
-            stack[expert] = one
+        for expert_name, stored in stored_tensors(self._shards, experts):
+            tensor = stored[...]
+            stack = tensor.new_empty(count, *tensor.shape) if stack is None else stack
+            stack[experts[expert_name]] = tensor
         assert stack is not None
         return stack
 
 
-def without_number(name: str) -> str:
-    """Returns a stored tensor's name without its expert's number; it is the same for all experts."""
-    return re.sub(r"((?:^|\.)experts\.)\d+\.", r"\g<1>*.", name)
-
-
-def _numbered(name: str, expert: int) -> str:
-    """Returns a stored tensor's name with another expert's number."""
+def numbered(name: str, expert: int | str) -> str:
+    """Returns a stored tensor's name with another expert's number; with "*" it is the same for all experts."""
     return re.sub(r"((?:^|\.)experts\.)\d+\.", rf"\g<1>{expert}.", name)
 
 
@@ -92,61 +84,59 @@ class PlannedWeights:
 
     def tensors(self, file: Path) -> Iterator[tuple[str, Tensor]]:
         """Yields the tensors of one shard under their new names."""
-        with safe_open(file, framework="pt") as shard:
-            names = [name for name in self.checkpoint.shards[file] if name not in self.checkpoint.extra]
-            for name in sorted(names, key=without_number):  # so that a projection's experts follow each other
-                place = self.checkpoint.places.get(name)
-                if place is None:
-                    yield name, shard.get_tensor(name)
-                elif place.is_router:
-                    yield from self._router(shard, name, place)
-                elif place.expert is None:
-                    yield name, self._stacked(shard.get_tensor(name), place)
-                else:
-                    yield from self._single(shard, name, place, place.expert)
+        names = [name for name in self.checkpoint.shards[file] if name not in self.checkpoint.extra]
+        names.sort(key=lambda name: numbered(name, "*"))  # so that a projection's experts follow each other
+        for name, stored in stored_tensors({file: names}):
+            role = self.checkpoint.roles.get(name)
+            if role is None:
+                yield name, stored[...]
+            elif role.is_router:
+                yield from self._router(name, role, stored[...])
+            elif role.expert is None:
+                yield name, self._stacked(role, stored[...])
+            else:
+                yield from self._single(name, role, role.expert, stored)
 
-    def _router(self, shard: Any, name: str, place: Place) -> Iterator[tuple[str, Tensor]]:
+    def _router(self, name: str, role: Role, stored: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A router's tensor: its kept rows, or all of them and beside them the map."""
-        if place.layer not in self.router_parameters:
-            yield name, self._rows(shard.get_tensor(name), place)
+        if role.layer not in self.router_parameters:
+            yield name, self._rows(role, stored)
             return
-        yield name, shard.get_tensor(name)
-        layer = self.checkpoint.layers[place.layer]
-        paths = [
-            other.path for other in self.checkpoint.places.values() if other.layer == place.layer and other.is_router
-        ]
-        if place.path == min(paths):
+        yield name, stored
+        layer = self.checkpoint.layers[role.layer]
+        paths = [r.path for r in self.checkpoint.roles.values() if r.layer == role.layer and r.is_router]
+        if role.path == min(paths):
             # Beside the router as it is stored, which may be under another name than in the model.
-            stored = name.removesuffix(place.path) if name.endswith(place.path) else f"{layer.name}."
-            for own, value in self.router_parameters[place.layer].items():
-                yield f"{stored}{layer.router_name}.{own}", value
+            prefix = name.removesuffix(role.path) if name.endswith(role.path) else f"{layer.name}."
+            for parameter, value in self.router_parameters[role.layer].items():
+                yield f"{prefix}{layer.router_name}.{parameter}", value
 
-    def _rows(self, stored: Tensor, place: Place) -> Tensor:
+    def _rows(self, role: Role, stored: Tensor) -> Tensor:
         """The slices of kept experts, and those beyond the experts'."""
-        size = stored.shape[place.axis]
-        rows = [*self.kept[place.layer], *range(size - place.trailing, size)]
-        return stored.index_select(place.axis, torch.tensor(rows))
+        size = stored.shape[role.axis]
+        rows = [*self.kept[role.layer], *range(size - role.trailing, size)]
+        return stored.index_select(role.axis, torch.tensor(rows))
 
-    def _stacked(self, stored: Tensor, place: Place) -> Tensor:
+    def _stacked(self, role: Role, stored: Tensor) -> Tensor:
         """A tensor of all experts."""
-        merge = self.plan.merges.get(place.layer)
+        merge = self.plan.merges.get(role.layer)
         if merge is None:
-            return self._rows(stored, place)
+            return self._rows(role, stored)
         count = merge.experts.shape[1]
-        new = combined(stored[:count], merge.experts)
-        return new if not place.trailing else torch.cat([new, stored[count:]])
+        sums = combined(stored[:count], merge.experts)
+        return sums if not role.trailing else torch.cat([sums, stored[count:]])
 
-    def _single(self, shard: Any, name: str, place: Place, expert: int) -> Iterator[tuple[str, Tensor]]:
-        """A tensor of one expert, if its place is kept."""
-        remaining = self.checkpoint.layers[place.layer].with_trailing(self.kept[place.layer])
+    def _single(self, name: str, role: Role, expert: int, stored: Any) -> Iterator[tuple[str, Tensor]]:
+        """A tensor of one expert, where something stands in its place: read, or a sum."""
+        remaining = self.checkpoint.layers[role.layer].with_trailing(self.kept[role.layer])
         if expert not in remaining:
             return
-        merge, row = self.plan.merges.get(place.layer), remaining.index(expert)
+        merge, row = self.plan.merges.get(role.layer), remaining.index(expert)
         if merge is None or row >= len(merge.experts):
-            yield _numbered(name, row), shard.get_tensor(name)
+            yield numbered(name, row), stored[...]
             return
-        key = place.layer, without_number(name)
+        key = role.layer, numbered(name, "*")
         if self._sums is None or self._sums[0] != key:
             self._sums = None  # given back before the next are made
-            self._sums = key, combined(self.siblings.stacked(name, place, merge.experts.shape[1]), merge.experts)
-        yield _numbered(name, row), self._sums[1][row].clone()
+            self._sums = key, combined(self.siblings.stacked(name, role.layer, merge.experts.shape[1]), merge.experts)
+        yield numbered(name, row), self._sums[1][row].clone()

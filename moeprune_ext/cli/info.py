@@ -59,8 +59,8 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
     for file, names in checkpoint.shards.items():
         with safe_open(file, framework="pt") as shard:
             for name in names:
-                place = checkpoint.places.get(name)
-                part = "everything else" if place is None else "routers" if place.is_router else "experts"
+                role = checkpoint.roles.get(name)
+                part = "everything else" if role is None else "routers" if role.is_router else "experts"
                 stored = shard.get_slice(name)
                 sizes[part] += math.prod(stored.get_shape()) * _BYTES[stored.get_dtype()]
     return sizes

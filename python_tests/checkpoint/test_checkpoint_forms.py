@@ -1,0 +1,125 @@
+"""Checkpoints as they are stored: sharded, with layers and code of their own, quantised, with defaults left out."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS, logits_of, random_tokens, tiny_model
+from transformers import AutoModelForCausalLM, GptOssConfig, OlmoeConfig
+
+import moeprune_ext as mp
+from moeprune_ext.artifacts.plan import Merge
+
+
+def test_export_reads_sharded_checkpoints(tmp_path):
+    model = tiny_model("olmoe")
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.25)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    tokens = random_tokens(seed=2)
+    logits = [logits_of(mp.load(mp.export(tmp_path / s, plan, tmp_path / f"out-{s}")), tokens) for s in ("one", "many")]
+    assert torch.equal(*logits)
+    index = json.loads((tmp_path / "out-many" / "model.safetensors.index.json").read_text())
+    assert {f.name for f in (tmp_path / "out-many").glob("*.safetensors")} == set(index["weight_map"].values())
+
+
+def test_multi_token_prediction_layers_and_stray_weights_are_left_out(tmp_path):
+    """As DeepSeek-V3 (a layer past the last) and Qwen3-Next (`mtp.`) store them; transformers builds neither."""
+    model = tiny_model("deepseek_v3")
+    model.save_pretrained(tmp_path / "full")
+    file = tmp_path / "full" / "model.safetensors"
+    tensors = load_file(file)
+    extra = {"model.layers.4.mlp.gate.weight": torch.ones(8, 32), "mtp.layers.0.mlp.gate.weight": torch.ones(8, 32)}
+    extra |= {"model.mtp_block.0.mlp.gate.weight": torch.ones(8, 32), "model.mtp_emb_norm.0.weight": torch.ones(32)}
+    save_file(tensors | extra, file, metadata={"format": "pt"})
+    save_file(extra, tmp_path / "full" / "consolidated.safetensors")
+    config = json.loads((tmp_path / "full" / "config.json").read_text())
+    (tmp_path / "full" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    scores = mp.score_experts(mp.calibrate(model, [random_tokens()]))
+    out = mp.export(tmp_path / "full", mp.uniform_plan(scores, 0.5), tmp_path / "out")
+    assert not set(extra) & set(load_file(out / "model.safetensors"))
+    assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert type(mp.load(out)) is type(model)
+
+
+def test_configurations_that_leave_out_the_default_count_are_exported(tmp_path):
+    """As the hub has them: OLMoE's 64 experts are its default."""
+    config = OlmoeConfig(**{**CONFIGS["olmoe"]().to_dict(), "num_experts": 64, "num_hidden_layers": 1})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "full")
+    raw = json.loads((tmp_path / "full" / "config.json").read_text())
+    del raw["num_experts"]
+    (tmp_path / "full" / "config.json").write_text(json.dumps(raw))
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.5)
+    out = mp.export(tmp_path / "full", plan, tmp_path / "out")
+    with mp.applied(model, plan):
+        masked = logits_of(model, random_tokens())
+    pruned = AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(logits_of(pruned, random_tokens()), masked, rtol=0, atol=1e-5)
+
+
+def test_code_beside_a_checkpoint_runs_if_it_is_trusted(tmp_path):
+    model = tiny_model("olmoe")
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw |= {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "own.py").write_text(
+        "from transformers import OlmoeConfig, OlmoeForCausalLM\n"
+        "class OwnConfig(OlmoeConfig):\n    pass\n"
+        "class OwnModel(OlmoeForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    assert type(mp.load(tmp_path)) is type(model)
+    own = mp.load(tmp_path, trust_remote_code=True)
+    assert type(own).__name__ == "OwnModel"
+    assert torch.equal(logits_of(own, random_tokens()), logits_of(model, random_tokens()))
+
+
+def test_a_killed_export_leaves_nothing_in_the_way(tmp_path):
+    model = tiny_model("olmoe")
+    model.save_pretrained(tmp_path / "full")
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.5)
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_text("half")
+    mp.export(tmp_path / "full", plan, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "out"]
+
+
+def test_mxfp4_checkpoints_are_loaded_dequantised_and_exported_as_stored(tmp_path):
+    """GPT-OSS as the hub stores it: experts in packed blocks and scales."""
+    config = GptOssConfig(
+        **(CONFIGS["gpt_oss"]().to_dict() | dict(hidden_size=64, intermediate_size=32, head_dim=16, dtype="bfloat16"))
+    )
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "full")
+    file = tmp_path / "full" / "model.safetensors"
+    tensors = {k: v for k, v in load_file(file).items() if not k.endswith(("gate_up_proj", "down_proj"))}
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(4):
+        for name, rows, columns in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
+            prefix = f"model.layers.{layer}.mlp.experts.{name}"
+            size = (8, rows, columns // 32)
+            tensors[f"{prefix}_blocks"] = torch.randint(0, 256, (*size, 16), generator=generator, dtype=torch.uint8)
+            tensors[f"{prefix}_scales"] = torch.randint(118, 124, size, generator=generator, dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    raw = json.loads((tmp_path / "full" / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]}
+    (tmp_path / "full" / "config.json").write_text(json.dumps(raw))
+
+    full = mp.load(tmp_path / "full")
+    scores = mp.score_experts(mp.calibrate(full, [random_tokens()]))
+    evaluator = mp.CandidateEvaluator(full, [random_tokens(seed=2)])
+    for plan in (mp.uniform_plan(scores, 0.5), mp.PruningPlan.from_pruned_counts(scores, {0: 3, 2: 5})):
+        merges = {i: Merge.averages(ids, {ids[0]: {ids[0]: 0.5, ids[1]: 0.5}}, 8) for i, ids in plan.kept.items()}
+        with pytest.raises(ValueError, match="quantised experts cannot be merged"):
+            mp.export(tmp_path / "full", dataclasses.replace(plan, merges=merges), tmp_path / "refused")
+        out = mp.export(tmp_path / "full", plan, tmp_path / f"out-{plan.is_uniform}")
+        stored = load_file(out / "model.safetensors")["model.layers.0.mlp.experts.down_proj_blocks"]
+        assert stored.dtype == torch.uint8 and len(stored) == len(plan.kept[0])
+        p, q = (logits_of(m, random_tokens(seed=2)).flatten(0, 1) for m in (full, mp.load(out)))
+        direct = float(mp.reference.overlap(p.double(), q.double())["esap"].mean())
+        assert evaluator.evaluate([plan])[0].esap == pytest.approx(direct, abs=1e-3)
