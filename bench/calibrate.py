@@ -44,7 +44,7 @@ from transformers import OlmoeConfig
 import moeprune_ext as mp
 from moeprune_ext.candidates.memory import peak_bytes
 from moeprune_ext.demo.run import domain_batches, load_demo
-from moeprune_ext.models.layers import find_moe_layers
+from moeprune_ext.models.moe import find_moe_layers
 from moeprune_ext.models.patches import evaluating
 
 TARGETS = {"demo": None, "olmoe": 3.0}  # the observer's time over ours

@@ -32,7 +32,7 @@ import moeprune_ext as mp
 from moeprune_ext.allocation.grape import expert_similarity, plan_from_similarity
 from moeprune_ext.allocation.naee import naee_scores
 from moeprune_ext.artifacts.scores import ExpertScores
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.candidates.memory import peak_bytes
 
 LAYERS = 48

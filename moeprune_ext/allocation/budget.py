@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 
 
 def uniform_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:

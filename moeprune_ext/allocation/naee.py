@@ -24,10 +24,10 @@ from moeprune_ext import distributed
 from moeprune_ext.allocation.budget import uniform_counts
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.calibration.samples import LayerSample, expert_outputs, sample_layers
 from moeprune_ext.data.batches import as_batches, without_padding
-from moeprune_ext.models.masking import masked
+from moeprune_ext.models.layers import masked
 from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.patches import evaluating
 from moeprune_ext.models.routers import RoutedLayer, routed_layer
@@ -57,7 +57,7 @@ def naee_plan(
 
     "Best" is the smallest Frobenius norm of the routed output's error on `tokens` attended positions (drawn from
     `seed`; all where there are fewer), each layer on its own with the unpruned model's inputs, masked as the exported
-    checkpoint is (masking.py). All subsets are tried while there are at most EXHAUSTIVE, of equals the first in
+    checkpoint is (models/layers.py). All subsets are tried while there are at most EXHAUSTIVE, of equals the first in
     lexicographic order stays; above that greedy backward elimination as in `naee_scores` (our choice). Where the router
     chooses among groups of its own, subsets keep equally many in each.
 

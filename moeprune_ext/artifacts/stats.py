@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.files import replacing
 
 FORMAT = "moeprune.stats/1"
@@ -84,26 +85,3 @@ class RoutingStats:
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a readable file of routing statistics: {error}") from None
         return cls(moments, max_norm, tokens, shapes, model)
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What pruning must respect in one layer.
-
-    num_experts: routed experts stored, E. top_k: experts per token, K. n_group: groups of a group-limited router (every
-    group must keep equally many), else 1. min_kept: fewest experts the router can work with. prunable: False where
-    experts are looked up by token, so that none can go.
-    """
-
-    num_experts: int
-    top_k: int
-    n_group: int = 1
-    min_kept: int = 1
-    prunable: bool = True
-
-    @property
-    def capacity(self) -> int:
-        """Most experts that can be pruned, a multiple of n_group."""
-        if not self.prunable:
-            return 0
-        return (self.num_experts - self.min_kept) // self.n_group * self.n_group

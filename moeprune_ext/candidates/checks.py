@@ -10,7 +10,7 @@ from moeprune_ext.candidates.blocks import BlockRunner
 from moeprune_ext.candidates.tree import grow, treatments
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.models.apply import planned
-from moeprune_ext.models.probing import half_kept
+from moeprune_ext.models.layers import half_kept
 from moeprune_ext.models.replay import NotReplayable
 from moeprune_ext.models.routers import routed_layer
 from moeprune_ext.ops.overlap import overlap

@@ -4,7 +4,7 @@ ESAP (EvoESAP, arXiv 2603.06003), with p_t the full model's next-token distribut
 candidate's: ESAP = mean over t of sum_v min(p_t(v), q_t(v)) = 1 - mean total-variation distance, in [0, 1]. Positions
 are those attended and labelled, unshifted; sums are token-weighted over sequences, in float64 and in their order.
 
-A candidate is the model with its routers sliced (models/masking.py) and its experts merged (models/merging.py), so its
+A candidate is the model with its routers sliced (models/layers.py) and its experts merged (models/merging.py), so its
 score is the exported checkpoint's. ERNIE-4.5 differs from the released search on purpose: that masks through the
 correction bias and so keeps the full softmax's denominator, which no sliced checkpoint computes; the two agree when the
 bias is zero.
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from moeprune_ext import distributed
 from moeprune_ext.artifacts.plan import PruningPlan
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.candidates.engine import Engine, EngineOptions, Values
 from moeprune_ext.candidates.metrics import METRICS, NEXT_TOKEN, CandidateScore, SequenceSums
 from moeprune_ext.candidates.sweep import LayerSweep

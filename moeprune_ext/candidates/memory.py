@@ -22,7 +22,7 @@ from moeprune_ext.candidates.engine import Division, EngineOptions
 from moeprune_ext.candidates.teacher import choose_place
 from moeprune_ext.candidates.tree import Level, treatments
 from moeprune_ext.data.batches import TokenBatch
-from moeprune_ext.models.probing import half_kept
+from moeprune_ext.models.layers import half_kept
 from moeprune_ext.models.replay import LayerInputs
 from moeprune_ext.ops.overlap import bytes_in_flight
 

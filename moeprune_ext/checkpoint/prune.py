@@ -18,10 +18,12 @@ from moeprune_ext.models.layers import (
     EXPERT_COUNT_NAMES,
     READS_CONFIG,
     TOP_K_CONFIG_NAMES,
+    expert_counters,
     expert_tensors,
+    own_config,
     router_tensors,
+    slice_,
 )
-from moeprune_ext.models.masking import expert_counters, own_config, slice_
 from moeprune_ext.models.merging import Replaced, mapped_layer, merge_rows_, undone_on_failure
 from moeprune_ext.models.moe import MoeModel, text_config
 

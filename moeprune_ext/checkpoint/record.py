@@ -12,8 +12,14 @@ from torch import Tensor
 
 from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.modeling import MAPPED
-from moeprune_ext.models.layers import EXPERT_COUNT_NAMES, READS_CONFIG, MoeLayer, expert_tensors, router_tensors
-from moeprune_ext.models.masking import expert_counters
+from moeprune_ext.models.layers import (
+    EXPERT_COUNT_NAMES,
+    READS_CONFIG,
+    MoeLayer,
+    expert_counters,
+    expert_tensors,
+    router_tensors,
+)
 from moeprune_ext.models.routers import RoutedLayer
 
 

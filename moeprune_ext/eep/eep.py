@@ -22,9 +22,9 @@ from moeprune_ext.artifacts.journal import check_known
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.data.batches import fingerprint_of
 from moeprune_ext.data.tasks import SPLITS, Task, sequences, split_task
-from moeprune_ext.eep.fitness import AnswerFitness, Fitness, TaskFitness, candidate_plan
+from moeprune_ext.eep.fitness import AnswerFitness, TaskFitness, candidate_plan
 from moeprune_ext.eep.operators import Layout, given_mask, is_mask
-from moeprune_ext.eep.search import SearchOutcome, layout_settings, search
+from moeprune_ext.eep.search import Fitness, SearchOutcome, layout_settings, search
 from moeprune_ext.eep.settings import EepSettings
 from moeprune_ext.eep.starts import starting_masks
 from moeprune_ext.files import write_text

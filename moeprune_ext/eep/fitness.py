@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -19,32 +18,10 @@ from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.data.tasks import Task, answered_right, right_likelihoods, rows_of, sequences
 from moeprune_ext.eep.operators import simplified
+from moeprune_ext.eep.search import Fitness
 from moeprune_ext.models.moe import MoeModel
 
 LEAST_UNITS = 4  # of work; answers are short, and few of them in a unit would leave a layer little to do
-
-
-@dataclass(frozen=True)
-class Fitness:
-    """What a candidate is worth.
-
-    Attributes:
-        score: a share of 1, such as an accuracy; larger is better, not finite is worst.
-        tie: what orders equal scores, such as the answers' log-likelihood; larger is better, None is worst.
-    """
-
-    score: float
-    tie: float | None = None
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """Sorts fitness, the worst first."""
-        return self.comparable, self.tie if self.tie is not None and math.isfinite(self.tie) else -math.inf
-
-    @property
-    def comparable(self) -> float:
-        """The score, or minus infinity where it is not finite."""
-        return self.score if math.isfinite(self.score) else -math.inf
 
 
 class _Scorer:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from moeprune_ext.artifacts.plan import Merge, PruningPlan
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.eep.settings import PUBLISHED, Rates
 
 SMALLEST_SUM = 1e-3  # a row of W_EM whose sum is nearer to zero is not divided by it (our choice)

@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from moeprune_ext.artifacts.journal import Journal
 from moeprune_ext.artifacts.plan import PruningPlan
-from moeprune_ext.eep.fitness import Fitness
 from moeprune_ext.eep.operators import (
     Layout,
     fingerprint,
@@ -42,6 +41,30 @@ from moeprune_ext.eep.settings import EepSettings
 
 MAX_ATTEMPTS = 32  # draws of a child until one is new; a small space of masks may have no new one left (our choice)
 ROUNDING = 1e-9  # 0.27 and 0.24 are 3 points apart, though not in floating point
+
+
+@dataclass(frozen=True)
+class Fitness:
+    """What a candidate is worth.
+
+    Attributes:
+        score: a share of 1, such as an accuracy; larger is better, not finite is worst.
+        tie: what orders equal scores, such as the answers' log-likelihood; larger is better, None is worst.
+    """
+
+    score: float
+    tie: float | None = None
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Sorts fitness, the worst first."""
+        return self.comparable, self.tie if self.tie is not None and math.isfinite(self.tie) else -math.inf
+
+    @property
+    def comparable(self) -> float:
+        """The score, or minus infinity where it is not finite."""
+        return self.score if math.isfinite(self.score) else -math.inf
+
 
 Evaluate = Callable[[list[PruningPlan]], Sequence[Fitness]]
 

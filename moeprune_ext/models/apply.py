@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 
 from moeprune_ext.artifacts.plan import HasPlan, Merge, PruningPlan, Treatment, plan_of
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.models.active import fewer_active
-from moeprune_ext.models.layers import MoeLayer
-from moeprune_ext.models.masking import masked
+from moeprune_ext.models.layers import MoeLayer, masked
 from moeprune_ext.models.merging import MapRouter, MergedExperts, mapped_layer, merged
 from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.routers import routed_layer

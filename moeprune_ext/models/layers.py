@@ -1,22 +1,29 @@
-"""Finds the Mixture-of-Experts layers of a Hugging Face model, and what in them belongs to which expert.
+"""An MoE layer: what in it belongs to which expert, and the mask that slices its router.
 
 transformers 5 gives nearly every MoE model the same two joints: a *router* module that holds every per-expert tensor of
 the routing decision, and an *experts* module called as `experts(hidden [T, H], expert_ids [T, K], weights [T, K])`.
 Nothing here knows a model by name but the adapter table, on routers and experts that are more than that.
+
+A *mask* slices the router: each of its per-expert tensors (and of its parent block's) is indexed by the kept experts,
+its expert count is set, and the ids it returns are translated on their way into the experts. No expert's weights are
+touched or copied, and what is computed is what the pruned checkpoint computes. Source of the rule that a pruned expert
+is absent from the softmax: EvoESAP, arXiv 2603.06003.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.modeling import MAPPED
+from moeprune_ext.models.patches import ExpertsFunction, intercepted
 
 # The names under which configurations and modules store the number of routed experts.
 EXPERT_COUNT_NAMES = (
@@ -111,7 +118,7 @@ class MoeLayer:
         """Returns what pruning must respect with `active` experts per token; None: as many as the router selected."""
         if active is None:
             return self.shape
-        return _layer_shape(self.block, self.router, self.experts, self.name, active)
+        return layer_shape(self.block, self.router, self.experts, self.name, active)
 
     @property
     def router_rows(self) -> int:
@@ -123,86 +130,13 @@ class MoeLayer:
         return [*kept, *range(self.shape.num_experts, self.router_rows)]
 
 
-def find_moe_layers(model: nn.Module) -> dict[int, MoeLayer]:
-    """Finds a model's MoE layers, {decoder layer: MoeLayer}, in order; `MoeModel.of` is where it is called.
-
-    Raises:
-        ValueError: when there is none, when a layer's router cannot be told, or when a mask is applied.
-    """
-    layers: dict[int, MoeLayer] = {}
-    for name, experts in model.named_modules():
-        if not _is_experts(experts):
-            continue
-        parent_name, _, experts_name = name.rpartition(".")
-        numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", parent_name)
-        if not numbers:
-            continue
-        index = int(numbers[0])
-        if index in layers:
-            raise ValueError(
-                f"decoder layer {index} has two experts modules ({layers[index].name} and {name}): with several stacks "
-                "of experts behind one configuration this model is not supported; where one of them is a language "
-                "model of its own, pass that"
-            )
-        if len(inspect.signature(type(experts).forward).parameters) < 4:  # self, hidden states, expert ids, weights
-            raise ValueError(
-                f"{name} ({type(experts).__name__}) is not called with hidden states, expert ids and gate weights, so "
-                "what it computes for one expert cannot be asked for; this model is not supported"
-            )
-        block = model.get_submodule(parent_name)
-        router_name, router = _find_router(block, experts, parent_name)
-        shape = _layer_shape(block, router, experts, parent_name)
-        trailing = _trailing(router, shape.num_experts)
-        layers[index] = MoeLayer(index, parent_name, block, router, experts, router_name, experts_name, shape, trailing)
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no Mixture-of-Experts layers: no module holds stacked expert weights behind a "
-            "router; expert pruning needs an MoE model such as OLMoE, Qwen3-MoE, Mixtral or DeepSeek"
-        )
-    if len(paths := list_paths(layers)) > 1:
-        raise ValueError(
-            f"{type(model).__name__} has MoE layers in several stacks ({', '.join(paths)}), of which it cannot be told "
-            "which is its language model's; where one of them is a model of its own, pass that"
-        )
-    return dict(sorted(layers.items()))
-
-
-def list_paths(layers: Mapping[int, MoeLayer]) -> list[str]:
-    """Returns the paths of the lists in which the layers stand."""
-    return sorted({re.split(r"(?:^|\.)\d+(?=\.|$)", layer.name)[0] for layer in layers.values()})
-
-
-def _is_experts(module: nn.Module) -> bool:
-    count = _expert_count(module)
-    return count is not None and any(p.ndim == 3 and p.shape[0] == count for p in module.parameters(recurse=False))
-
-
-def _expert_count(experts: nn.Module) -> int | None:
+def expert_count(experts: nn.Module) -> int | None:
     return _first_integer(("num_experts", "num_routed_experts"), experts)
 
 
-def _trailing(router: nn.Module, count: int) -> int:
+def trailing_rows(router: nn.Module, count: int) -> int:
     rows = TRAILING_ROWS.get(type(router).__name__)
     return 0 if rows is None else rows(router, count)
-
-
-def _find_router(block: nn.Module, experts: nn.Module, name: str) -> tuple[str, nn.Module]:
-    count = _expert_count(experts)
-    assert count is not None
-    found = [
-        (child_name, child)
-        for child_name, child in block.named_children()
-        if child is not experts
-        and re.search(r"router|gate", type(child).__name__, re.IGNORECASE)
-        and any(_expert_axis(t, count, _trailing(child, count)) is not None for t in child.parameters())
-    ]
-    if len(found) != 1:
-        classes = sorted({type(child).__name__ for child in block.children()})
-        raise ValueError(
-            f"{name} has {len(found)} routers over its {count} experts (modules: {', '.join(classes)}); either this "
-            "model's router is not supported, or a mask is applied to it now"
-        )
-    return found[0]
 
 
 def _first_integer(names: Sequence[str], *modules: object) -> int | None:
@@ -214,7 +148,7 @@ def _first_integer(names: Sequence[str], *modules: object) -> int | None:
     return None
 
 
-def _layer_shape(
+def layer_shape(
     block: nn.Module, router: nn.Module, experts: nn.Module, name: str, active: int | None = None
 ) -> LayerShape:
     """Returns what pruning must respect in a layer.
@@ -226,7 +160,7 @@ def _layer_shape(
         name: the block's path, for errors.
         active: experts per token; None: as many as the router selects.
     """
-    count = _expert_count(experts)
+    count = expert_count(experts)
     assert count is not None
     top_k = _top_k(router, block) if active is None else active
     if top_k is None:
@@ -257,7 +191,7 @@ def _has_correction_bias(router: nn.Module) -> bool:
     return any("correction_bias" in name for name, _ in tensors)
 
 
-def _expert_axis(tensor: Tensor, count: int, trailing: int = 0) -> int | None:
+def expert_axis(tensor: Tensor, count: int, trailing: int = 0) -> int | None:
     """Returns the axis that counts experts: the first of that size, which may be the last (of [1, E] biases)."""
     return next((axis for axis, size in enumerate(tensor.shape) if size in (count, count + trailing)), None)
 
@@ -308,8 +242,91 @@ def _per_expert_tensors(owners: list[tuple[str, nn.Module]], layer: MoeLayer) ->
     count = layer.shape.num_experts
     for path, owner in owners:
         for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
-            axis = _expert_axis(tensor, count, layer.trailing)
+            axis = expert_axis(tensor, count, layer.trailing)
             if axis is not None:
                 full_path = f"{path}.{name}".lstrip(".")
                 found.append(PerExpertTensor(owner, name, full_path, axis, tensor.shape[axis] - count))
     return found
+
+
+# ---- a mask
+
+
+def half_kept(layer: MoeLayer) -> list[int]:
+    """Returns the ids of about half of a layer's experts, as many in every group as its router needs."""
+    count, groups = layer.shape.num_experts, layer.shape.n_group
+    size = count // groups
+    keep = max(-(-layer.shape.min_kept // groups), (size + 1) // 2)
+    return [g * size + i for g in range(groups) for i in range(size - keep, size)]
+
+
+def slice_(tensors: list[PerExpertTensor], kept: Sequence[int]) -> None:
+    """Replaces tensors by their slices of the kept experts and of what lies beyond the experts."""
+    for tensor in tensors:
+        old = getattr(tensor.owner, tensor.name)
+        rows = tensor.slices(kept, old.shape[tensor.axis])
+        new = old.detach().index_select(tensor.axis, torch.tensor(rows, device=old.device))
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(tensor.owner, tensor.name, new)
+
+
+@dataclass(frozen=True)
+class Counter:
+    """An attribute `owner.name` that counts experts and `trailing` further rows of the router."""
+
+    owner: Any
+    name: str
+    trailing: int
+
+
+def expert_counters(layer: MoeLayer, modules: list[nn.Module]) -> list[Counter]:
+    """Finds the attributes of some of a layer's modules that count its experts or its router's rows."""
+    names: dict[int, tuple[str, ...]] = {layer.shape.num_experts: EXPERT_COUNT_NAMES}
+    if layer.trailing:
+        names[layer.router_rows] = (*EXPERT_COUNT_NAMES, *ROW_COUNT_NAMES)
+    return [
+        Counter(module, name, total - layer.shape.num_experts)
+        for module in modules
+        for total, known in names.items()
+        for name in known
+        if getattr(module, name, None) == total
+    ]
+
+
+def own_config(router: nn.Module, kept: int) -> Any:
+    """Returns a copy of the configuration that a router reads its expert count from, with another count."""
+    config = copy.copy(router.config)
+    for name in EXPERT_COUNT_NAMES:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, kept)
+    return config
+
+
+@contextmanager
+def masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
+    """Inside, the layer routes over the kept experts only; afterwards it is as before."""
+    tensors = router_tensors(layer)
+    before = [getattr(tensor.owner, tensor.name) for tensor in tensors]
+    counters = expert_counters(layer, [*layer.router.modules(), layer.block])
+    config: Any = getattr(layer.router, "config", None)
+    kept_ids = torch.tensor(layer.with_trailing(kept), device=before[0].device)
+
+    def to_stored_ids(original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        return original(hidden, kept_ids.to(expert_ids.device)[expert_ids], weights)
+
+    try:
+        slice_(tensors, kept)
+        for counter in counters:
+            setattr(counter.owner, counter.name, len(kept) + counter.trailing)
+        if type(layer.router).__name__ in READS_CONFIG:
+            layer.router.config = own_config(layer.router, len(kept))
+        with intercepted(layer.experts, to_stored_ids):
+            yield
+    finally:
+        for counter in counters:
+            setattr(counter.owner, counter.name, layer.shape.num_experts + counter.trailing)
+        if type(layer.router).__name__ in READS_CONFIG:
+            layer.router.config = config
+        for tensor, old in zip(tensors, before, strict=True):
+            setattr(tensor.owner, tensor.name, old)

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from moeprune_ext.artifacts.plan import Merge, Treatment
 from moeprune_ext.models.active import fewer_active
 from moeprune_ext.models.experts import PairOutputs, distinct_pairs, weighted_sum
-from moeprune_ext.models.layers import EXPERT_COUNT_NAMES, MoeLayer, expert_tensors
+from moeprune_ext.models.layers import EXPERT_COUNT_NAMES, MoeLayer, expert_tensors, half_kept
 from moeprune_ext.models.patches import ExpertsFunction, intercepted, replaced_forward
-from moeprune_ext.models.probing import half_kept
 from moeprune_ext.models.routers import Kept, RoutedLayer, many_masks, routed_layer, router_logits
 from moeprune_ext.models.scratch import Scratch
 from moeprune_ext.ops.backend import row_chunks

@@ -1,8 +1,13 @@
-"""A model as this package sees it: found once, carried everywhere."""
+"""A model as this package sees it: its MoE layers, found once and carried everywhere.
+
+Nothing here knows a model by name.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.modeling import MAPPED
-from moeprune_ext.models.layers import MoeLayer, find_moe_layers, list_paths, router_tensors
+from moeprune_ext.models.layers import MoeLayer, expert_axis, expert_count, layer_shape, router_tensors, trailing_rows
 
 
 def plain_model(model: Any) -> Any:
@@ -115,3 +120,79 @@ def update_fingerprint(digest: Any, index: int, tensor: Tensor, exact: bool = Fa
 
 def fingerprint_text(model_type: str, digest: Any) -> str:
     return f"{model_type}:{digest.hexdigest()[:16]}"
+
+
+# ---- how its MoE layers are found
+
+
+def find_moe_layers(model: nn.Module) -> dict[int, MoeLayer]:
+    """Finds a model's MoE layers, {decoder layer: MoeLayer}, in order; `MoeModel.of` is where it is called.
+
+    Raises:
+        ValueError: when there is none, when a layer's router cannot be told, or when a mask is applied.
+    """
+    layers: dict[int, MoeLayer] = {}
+    for name, experts in model.named_modules():
+        if not _is_experts(experts):
+            continue
+        parent_name, _, experts_name = name.rpartition(".")
+        numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", parent_name)
+        if not numbers:
+            continue
+        index = int(numbers[0])
+        if index in layers:
+            raise ValueError(
+                f"decoder layer {index} has two experts modules ({layers[index].name} and {name}): with several stacks "
+                "of experts behind one configuration this model is not supported; where one of them is a language "
+                "model of its own, pass that"
+            )
+        if len(inspect.signature(type(experts).forward).parameters) < 4:  # self, hidden states, expert ids, weights
+            raise ValueError(
+                f"{name} ({type(experts).__name__}) is not called with hidden states, expert ids and gate weights, so "
+                "what it computes for one expert cannot be asked for; this model is not supported"
+            )
+        block = model.get_submodule(parent_name)
+        router_name, router = _find_router(block, experts, parent_name)
+        shape = layer_shape(block, router, experts, parent_name)
+        trailing = trailing_rows(router, shape.num_experts)
+        layers[index] = MoeLayer(index, parent_name, block, router, experts, router_name, experts_name, shape, trailing)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no Mixture-of-Experts layers: no module holds stacked expert weights behind a "
+            "router; expert pruning needs an MoE model such as OLMoE, Qwen3-MoE, Mixtral or DeepSeek"
+        )
+    if len(paths := list_paths(layers)) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has MoE layers in several stacks ({', '.join(paths)}), of which it cannot be told "
+            "which is its language model's; where one of them is a model of its own, pass that"
+        )
+    return dict(sorted(layers.items()))
+
+
+def list_paths(layers: Mapping[int, MoeLayer]) -> list[str]:
+    """Returns the paths of the lists in which the layers stand."""
+    return sorted({re.split(r"(?:^|\.)\d+(?=\.|$)", layer.name)[0] for layer in layers.values()})
+
+
+def _is_experts(module: nn.Module) -> bool:
+    count = expert_count(module)
+    return count is not None and any(p.ndim == 3 and p.shape[0] == count for p in module.parameters(recurse=False))
+
+
+def _find_router(block: nn.Module, experts: nn.Module, name: str) -> tuple[str, nn.Module]:
+    count = expert_count(experts)
+    assert count is not None
+    found = [
+        (child_name, child)
+        for child_name, child in block.named_children()
+        if child is not experts
+        and re.search(r"router|gate", type(child).__name__, re.IGNORECASE)
+        and any(expert_axis(t, count, trailing_rows(child, count)) is not None for t in child.parameters())
+    ]
+    if len(found) != 1:
+        classes = sorted({type(child).__name__ for child in block.children()})
+        raise ValueError(
+            f"{name} has {len(found)} routers over its {count} experts (modules: {', '.join(classes)}); either this "
+            "model's router is not supported, or a mask is applied to it now"
+        )
+    return found[0]

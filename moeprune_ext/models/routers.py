@@ -1,7 +1,7 @@
-"""One layer under many masks at once: the router sends each row over the experts that its own mask keeps.
+"""What a layer's router answers, and one layer under many masks at once: each row is routed under its own mask.
 
 Where a router's formula is known as a RouterSpec, all rows go through one call of `masked_router`; elsewhere the
-router is sliced for each mask (masking.py) and given the rows of that mask. The formula is not looked up by the
+router is sliced for each mask (layers.py) and given the rows of that mask. The formula is not looked up by the
 router's name: `fit_spec` tries the specifications that its tensors allow until one gives the router's own answers.
 Rows whose experts tie at the edge of the top-k may go to another of the tied experts, so "auto" takes the kernel only
 for routers that compute their logits in float32; half-precision logits tie often.
@@ -21,10 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeprune_ext.modeling import router_weight
-from moeprune_ext.models.layers import MoeLayer, router_tensors
-from moeprune_ext.models.masking import masked
-from moeprune_ext.models.patches import replaced_forward
-from moeprune_ext.models.probing import half_kept, probe, router_answer
+from moeprune_ext.models.layers import MoeLayer, half_kept, masked, router_tensors
+from moeprune_ext.models.patches import ExpertsFunction, intercepted, replaced_forward
 from moeprune_ext.ops.masked_router import masked_router
 from moeprune_ext.ops.reference import SCORES, RouterSpec
 
@@ -32,6 +30,44 @@ ROUTERS = ("auto", "fused", "sliced")
 
 
 Kept = tuple[int, ...]  # ascending ids of the experts that a mask keeps
+
+
+def probe(layer: MoeLayer, rows: int) -> Tensor:
+    """Returns random hidden states [rows, H] on which a router can be tried; always the same."""
+    weight = router_weight(layer.router)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+
+
+def router_answer(layer: MoeLayer, hidden: Tensor) -> tuple[Tensor, ...] | None:
+    """Returns the tensors that a layer's router answers; None where they cannot be had.
+
+    A router that wants more than hidden states (its parent's correction bias, another shape) is called by its parent.
+
+    Args:
+        layer: of a model.
+        hidden: [T, H].
+    """
+    answers: list[Any] = []
+
+    def no_experts(original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        return torch.zeros_like(hidden)
+
+    with torch.no_grad():
+        try:
+            answers.append(layer.router(hidden))
+        except (TypeError, RuntimeError, IndexError, ValueError):
+            hook = layer.router.register_forward_hook(lambda module, inputs, output: answers.append(output))
+            try:
+                with intercepted(layer.experts, no_experts):
+                    layer.block(hidden[None])
+            except (TypeError, RuntimeError, IndexError, ValueError, AttributeError):
+                return None
+            finally:
+                hook.remove()
+    answer = answers[0] if answers else None
+    parts = answer if isinstance(answer, tuple | list) else [answer]
+    return tuple(part for part in parts if isinstance(part, Tensor)) or None
 
 
 @dataclass(frozen=True)

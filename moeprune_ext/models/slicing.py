@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from moeprune_ext.modeling import MAPPED
-from moeprune_ext.models.layers import OWN_SOFTMAX, MoeLayer
-from moeprune_ext.models.masking import masked
-from moeprune_ext.models.probing import half_kept, probe, router_answer
+from moeprune_ext.models.layers import OWN_SOFTMAX, MoeLayer, half_kept, masked
+from moeprune_ext.models.routers import probe, router_answer
 
 
 def check_slicing(layers: Mapping[int, MoeLayer]) -> None:

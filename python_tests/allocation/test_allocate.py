@@ -16,7 +16,7 @@ from moeprune_ext.allocation.budget import check_scores, counts_of, order_finger
 from moeprune_ext.allocation.damages import Damages, damages, dp_plan
 from moeprune_ext.allocation.threshold import NORMALIZATIONS, global_plan
 from moeprune_ext.artifacts.scores import ExpertScores, pruning_order
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 
 
 def scores_for(*shapes, seed=0):

@@ -15,9 +15,10 @@ from moeprune_ext.allocation.budget import uniform_counts
 from moeprune_ext.allocation.grape import expert_similarity, grape, plan_from_similarity
 from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.artifacts.scores import ExpertScores
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.models.apply import check_plan
-from moeprune_ext.models.layers import expert_tensors, find_moe_layers
+from moeprune_ext.models.layers import expert_tensors
+from moeprune_ext.models.moe import find_moe_layers
 
 FAMILIES = sorted(CONFIGS)
 EVERY = 10**6  # tokens: all there are

@@ -13,8 +13,8 @@ from moeprune_ext.calibration.samples import sample_layers
 from moeprune_ext.candidates.memory import peak_bytes
 from moeprune_ext.checkpoint.streaming import load_streamed
 from moeprune_ext.data.batches import as_batches
-from moeprune_ext.models.layers import expert_tensors, find_moe_layers
-from moeprune_ext.models.moe import MoeModel
+from moeprune_ext.models.layers import expert_tensors
+from moeprune_ext.models.moe import MoeModel, find_moe_layers
 
 module = importlib.import_module("moeprune_ext.allocation.grape")  # `moeprune_ext.grape` may be the function
 

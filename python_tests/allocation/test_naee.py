@@ -10,11 +10,11 @@ from tiny_models import CONFIGS, random_tokens, tiny_model
 
 import moeprune_ext as mp
 from moeprune_ext.allocation.naee import naee_plan, naee_scores, naee_subsets
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.checkpoint.streaming import load_streamed
 from moeprune_ext.models.apply import check_plan
-from moeprune_ext.models.layers import find_moe_layers
-from moeprune_ext.models.masking import masked
+from moeprune_ext.models.layers import masked
+from moeprune_ext.models.moe import find_moe_layers
 from moeprune_ext.models.routers import routed_layer
 
 module = importlib.import_module("moeprune_ext.allocation.naee")

@@ -10,7 +10,7 @@ import moeprune_ext as mp
 from moeprune_ext.allocation.budget import uniform_counts
 from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.artifacts.scores import ExpertScores, pruning_order
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.calibration.criteria import CRITERIA
 
 

@@ -9,10 +9,10 @@ from test_distributed import TESTS, torchrun
 from tiny_models import CONFIGS, random_tokens, tiny_model
 
 import moeprune_ext as mp
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.checkpoint.streaming import load_streamed
 from moeprune_ext.models.experts import PairOutputs
-from moeprune_ext.models.layers import find_moe_layers
+from moeprune_ext.models.moe import find_moe_layers
 
 LENGTHS = [24, 9, 17, 24, 5]
 RAGGED = [row[None, :length] for row, length in zip(random_tokens(5), LENGTHS, strict=True)]

@@ -7,7 +7,7 @@ import torch
 
 import moeprune_ext as mp
 from moeprune_ext.artifacts.scores import pruning_order
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.calibration.criteria import rank_correlations, super_experts
 
 

@@ -15,8 +15,9 @@ from moeprune_ext.candidates.memory import peak_bytes
 from moeprune_ext.candidates.sweep import padded_lengths
 from moeprune_ext.checkpoint.streaming import load_streamed
 from moeprune_ext.data.batches import TokenBatch
-from moeprune_ext.models.layers import expert_tensors, find_moe_layers
+from moeprune_ext.models.layers import expert_tensors
 from moeprune_ext.models.merging import MergedExperts
+from moeprune_ext.models.moe import find_moe_layers
 from moeprune_ext.ops.overlap import next_token, overlap
 
 LENGTHS = (20, 21, 21, 20, 22, 22, 19, 20, 21, 22, 22, 21)

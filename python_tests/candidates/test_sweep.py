@@ -15,7 +15,7 @@ from moeprune_ext.artifacts.plan import Treatment
 from moeprune_ext.candidates.memory import peak_bytes
 from moeprune_ext.candidates.tree import grow
 from moeprune_ext.demo.run import domain_batches, load_demo
-from moeprune_ext.models.layers import find_moe_layers
+from moeprune_ext.models.moe import find_moe_layers
 from moeprune_ext.models.routers import routed_layer
 
 ALL = ("esap", "kl_pq", "kl_qp", "nll", "top1_agree", "accept")

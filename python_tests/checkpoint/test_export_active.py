@@ -7,7 +7,7 @@ from tiny_models import logits_of, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
 import moeprune_ext as mp
-from moeprune_ext.models.layers import find_moe_layers
+from moeprune_ext.models.moe import find_moe_layers
 
 # Experts stored one by one (OLMoE, Qwen3, Mixtral, ERNIE with a correction bias) and stacked (GPT-OSS, with biases).
 FAMILIES = ("olmoe", "qwen3_moe", "mixtral", "ernie4_5_moe", "gpt_oss")

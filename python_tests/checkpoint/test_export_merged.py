@@ -17,8 +17,7 @@ import moeprune_ext as mp
 from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.checkpoint.read import read_checkpoint
 from moeprune_ext.models import merging
-from moeprune_ext.models.layers import find_moe_layers
-from moeprune_ext.models.moe import MoeModel
+from moeprune_ext.models.moe import MoeModel, find_moe_layers
 
 # Experts stored one by one (OLMoE, Qwen3, Mixtral, ERNIE with a correction bias) and stacked (GPT-OSS, with biases).
 FAMILIES = ("olmoe", "qwen3_moe", "mixtral", "ernie4_5_moe", "gpt_oss")

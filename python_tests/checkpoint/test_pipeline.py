@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import moeprune_ext as mp
 from moeprune_ext.artifacts.plan import Merge
-from moeprune_ext.models.layers import find_moe_layers
-from moeprune_ext.models.moe import MoeModel
+from moeprune_ext.models.moe import MoeModel, find_moe_layers
 from moeprune_ext.models.slicing import check_slicing
 
 FAMILIES = sorted(CONFIGS)

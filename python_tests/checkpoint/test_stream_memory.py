@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeForCausalLM
 import moeprune_ext as mp
 from moeprune_ext.checkpoint import streaming
 from moeprune_ext.checkpoint.streaming import load_streamed
-from moeprune_ext.models.layers import find_moe_layers, router_tensors
+from moeprune_ext.models.layers import router_tensors
+from moeprune_ext.models.moe import find_moe_layers
 
 LAYERS = 4
 SOURCES = ("host", "disk")

@@ -8,8 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import moeprune_ext as mp
 from moeprune_ext.checkpoint.streaming import load_streamed
-from moeprune_ext.models.layers import find_moe_layers
-from moeprune_ext.models.moe import MoeModel
+from moeprune_ext.models.moe import MoeModel, find_moe_layers
 from moeprune_ext.models.slicing import check_slicing
 
 LAYERS = 4

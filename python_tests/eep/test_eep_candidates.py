@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeprune_ext.artifacts.stats import LayerShape
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.eep import operators as ec
 from moeprune_ext.eep.operators import Layout
 from moeprune_ext.eep.settings import Rates

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from moeprune_ext.eep import operators as ec
-from moeprune_ext.eep.fitness import Fitness
 from moeprune_ext.eep.operators import Layout
-from moeprune_ext.eep.search import parents_within, search
+from moeprune_ext.eep.search import Fitness, parents_within, search
 from moeprune_ext.eep.settings import EepSettings, Rates
 
 EXPERTS = {1: 8, 2: 8, 5: 8, 6: 8}

@@ -10,7 +10,7 @@ import moeprune_ext as mp
 from moeprune_ext.data.tasks import SPLITS
 from moeprune_ext.eep import fitness as tf
 from moeprune_ext.eep import starts as eep_starts
-from moeprune_ext.eep.fitness import Fitness
+from moeprune_ext.eep.search import Fitness
 from moeprune_ext.eep.settings import PAPER, EepSettings
 from moeprune_ext.eep.table import eep_table, format_table, measured_row
 from moeprune_ext.models.apply import full_plan

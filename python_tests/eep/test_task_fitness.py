@@ -15,7 +15,7 @@ from moeprune_ext.eep.search import search
 from moeprune_ext.eep.settings import EepSettings, Rates
 from moeprune_ext.evaluate import correct, generated_matches
 from moeprune_ext.models.apply import planned
-from moeprune_ext.models.layers import find_moe_layers
+from moeprune_ext.models.moe import find_moe_layers
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 import moeprune_ext as mp
 from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.models.costs import costs
-from moeprune_ext.models.layers import find_moe_layers
+from moeprune_ext.models.moe import find_moe_layers
 
 # The tiny OLMoE: 4 layers, hidden size 32, 4 heads of 8 (2 for keys and values), 8 experts of width 24, 2 per token.
 ATTENTION = 32 * 32 + 16 * 32 + 16 * 32 + 32 * 32

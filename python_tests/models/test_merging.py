@@ -11,8 +11,8 @@ import moeprune_ext as mp
 from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.models.active import fewer_active
 from moeprune_ext.models.apply import planned
-from moeprune_ext.models.layers import find_moe_layers
 from moeprune_ext.models.merging import MergedExperts, mapped_layer
+from moeprune_ext.models.moe import find_moe_layers
 from moeprune_ext.models.scratch import Scratch
 
 RENORMALISED = ["mixtral", "qwen3_moe", "gpt_oss"]

@@ -16,7 +16,7 @@ import transformers
 
 import moeprune_ext as mp
 from moeprune_ext.artifacts.plan import Merge
-from moeprune_ext.models.layers import find_moe_layers
+from moeprune_ext.models.moe import find_moe_layers
 from moeprune_ext.models.routers import routed_layer
 
 # The papers': OLMoE, ERNIE-4.5, Qwen1.5/2/3-MoE, Mixtral, DeepSeek-MoE/V2/V3, GPT-OSS.
