@@ -1,9 +1,9 @@
 """What several processes share: which sequences are whose, and sums over all of them.
 
-Under `torchrun` every process runs the same program; the data's sequences are dealt out, and each process computes all
-candidates (or all experts' statistics) on its own. What is added up crosses processes in float64: of scores each number
-comes from one process, so that any number of processes gives the same bits; statistics are sums of every process's,
-equal up to the rounding of float64. Outside torchrun everything here does nothing.
+Under `torchrun` every process runs the same program. The sequences are dealt out, and each process computes all
+candidates (or all experts' statistics) on its own sequences. Sums over processes are float64. Every candidate's score
+of a sequence comes from one process, so any number of processes gives the same bits; statistics are added up over the
+processes and agree up to the rounding of float64. Outside torchrun everything here does nothing.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ T = TypeVar("T")
 
 
 def join() -> None:
-    """Joins the group that torchrun has started, if it has: gloo for tensors on the CPU, NCCL on CUDA."""
+    """Joins the group of processes that torchrun has started, if any: gloo for CPU tensors, NCCL for CUDA."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     wait = timedelta(hours=2)
     store, rank, size = next(dist.rendezvous("env://", timeout=wait))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # On one machine torchrun restarts a group on the store of the one that failed, where the addresses of its dead
-        # processes still stand.
+        # On one machine torchrun restarts a failed group with the same store, which still holds the addresses of the
+        # dead processes.
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
 
 
 def leave() -> None:
-    """Leaves the group again, once every process is done."""
+    """Leaves the group, once every process is done."""
     if dist.is_initialized():
         dist.barrier()  # a group is not taken apart while another process still talks to it
         dist.destroy_process_group()
 
 
 def world() -> tuple[int, int]:
-    """(rank, processes); (0, 1) where there is one process."""
+    """Returns this process's rank and the number of processes; 0 and 1 where there is one process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and prints."""
+    """Returns whether this is the process that writes files and prints."""
     return world()[0] == 0
 
 
 def local_device() -> torch.device:
-    """The CUDA device of this process, by torchrun's local rank."""
+    """Returns the CUDA device of this process, by torchrun's local rank."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
 
 
-def mine(count: int, unit: int = 1) -> list[int]:
-    """The numbers in [0, count) that are this process's share, dealt out `unit` neighbours at a time."""
+def own_share(count: int, unit: int = 1) -> list[int]:
+    """Returns the numbers in [0, count) that are this process's, dealt out `unit` neighbours at a time."""
     rank, size = world()
     return [number for number in range(count) if number // unit % size == rank]
 
@@ -70,16 +70,20 @@ def sum_(tensor: Tensor) -> Tensor:
 
 
 def maximum_(tensor: Tensor) -> Tensor:
-    """The largest over all processes of a CPU tensor's every element, in place."""
+    """Takes the maximum of every element of a CPU tensor over all processes, in place."""
     if world()[1] > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
 def from_first(function: Callable[[], T]) -> T:
-    """What `function` returns in the first process, which alone calls it, in every process; its ValueError likewise.
+    """Calls a function in the first process only, and returns its result in every process.
 
-    For small values that can be sent as they are.
+    Args:
+        function: returns a small value that can be pickled between the processes.
+
+    Raises:
+        ValueError: in every process, if the function raises it.
     """
     if world()[1] == 1:
         return function()

@@ -15,16 +15,25 @@ from moeprune_ext.artifacts.shape import LayerShape
 
 
 def uniform_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:
-    """{layer: experts to prune} at one sparsity: round_half_up(sparsity * E / n_group) * n_group (our choice).
+    """Returns how many experts each layer loses at the same sparsity; their sum is the budget of every allocation.
 
-    A layer whose experts are looked up by token can lose none and has no share (our choice). The sum is the budget that
-    every allocation method spends. Raises ValueError for a sparsity outside [0, 1) or a sum that no allocation can
-    spend; a single layer may still be asked for more than it can give.
+    A layer loses round_half_up(sparsity * E / n_group) * n_group; one whose experts are looked up by token loses none
+    and adds nothing to the budget (both our choice).
+
+    Args:
+        scores: of all layers.
+        sparsity: share of the experts to remove, in [0, 1).
+
+    Returns:
+        {decoder layer: experts to prune}; a single layer may be asked for more than it can give.
+
+    Raises:
+        ValueError: for a sparsity outside [0, 1), or a sum above all layers' capacity.
     """
     if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is the share of experts to remove, at least 0 and below 1; got {sparsity}")
     counts = {
-        # The tiny addition keeps products such as 0.15 * 10 = 1.4999999999999998 on the side they were meant.
+        # The tiny addition lifts products that are a half in decimals, but below it in binary: 0.15 * 10 = 1.4999999999999998.
         layer: math.floor(sparsity * shape.num_experts / shape.n_group + 0.5 + 1e-9) * shape.n_group
         if shape.prunable
         else 0
@@ -36,8 +45,7 @@ def uniform_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:
         raise ValueError(
             f"sparsity {sparsity} asks for {sum(counts.values())} of {experts} experts, but at most {capacity} can go: "
             f"the routers select {scores.top_k} per token and need as many left, or more were asked to stay; use a "
-            f"sparsity of at most "
-            f"{math.floor(capacity / experts * 1e4) / 1e4:g}"
+            f"sparsity of at most {math.floor(capacity / experts * 1e4) / 1e4:g}"
         )
     return counts
 
@@ -45,18 +53,33 @@ def uniform_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:
 def uniform_plan(
     scores: ExpertScores | Mapping[int, Tensor], sparsity: float, *, top_k: int = 1, n_group: int = 1
 ) -> PruningPlan:
-    """The plan that removes the same share of every layer's experts, lowest scores first.
+    """Makes the plan that removes the same share of every layer's experts, lowest scores first.
 
-    top_k and n_group describe the router when `scores` is a plain {layer: [E]} mapping; ExpertScores know their own.
+    Args:
+        scores: ExpertScores or {decoder layer: [E]}, higher = keep.
+        sparsity: share of the experts to remove, in [0, 1); a layer loses it rounded half up to a number of experts.
+        top_k: experts selected per token, where `scores` is a plain mapping.
+        n_group: groups of the router, where `scores` is a plain mapping.
+
+    Raises:
+        ValueError: for a sparsity that a layer cannot lose.
     """
     scores = ExpertScores.wrap(scores, top_k=top_k, n_group=n_group)
     return PruningPlan.from_pruned_counts(scores, uniform_counts(scores, sparsity))
 
 
 def in_units(scores: ExpertScores, sparsity: float) -> tuple[int, dict[int, int], int]:
-    """What an allocation can do: experts in a unit, {layer: units it can lose}, units that must go in all.
+    """Returns a budget in units: one expert, or n_group experts where a router's groups must stay equal.
 
-    Raises ValueError for a sparsity that cannot be (plan.uniform_counts), or layers whose units differ.
+    Args:
+        scores: of all layers.
+        sparsity: share of the experts to remove, in [0, 1).
+
+    Returns:
+        Experts of a unit; {decoder layer: units that it can lose}; units that must go in all.
+
+    Raises:
+        ValueError: for layers with different units, and as `uniform_counts`.
     """
     if len(groups := {shape.n_group for shape in scores.shapes.values()}) != 1:
         raise ValueError(f"layers with different numbers of router groups ({sorted(groups)}) cannot exchange experts")
@@ -66,9 +89,18 @@ def in_units(scores: ExpertScores, sparsity: float) -> tuple[int, dict[int, int]
 
 
 def counts_of(plan: PruningPlan, scores: ExpertScores, sparsity: float, name: str = "the plan") -> tuple[int, ...]:
-    """Units that each scored layer loses in a plan; ValueError, naming it, where it is no allocation of this budget."""
-    if plan.model is not None and scores.model is not None and plan.model != scores.model:
-        raise ValueError(f"{name} was made for another model: fingerprint {plan.model}, the scores' is {scores.model}")
+    """Returns the units that each scored layer loses in a plan.
+
+    Args:
+        plan: an allocation of the budget.
+        scores: of all layers.
+        sparsity: share of the experts to remove, in [0, 1).
+        name: of the plan, for messages.
+
+    Raises:
+        ValueError: for a plan of another model, of other layers or experts, or of another budget.
+    """
+    check_same_model(plan.model, scores, f"{name} was made for")
     experts = {layer: scores.shapes[layer].num_experts for layer in scores}
     if plan.num_experts != experts:
         raise ValueError(f"{name} is for layers with {plan.num_experts} experts, the scores for {experts}")
@@ -88,12 +120,24 @@ def counts_of(plan: PruningPlan, scores: ExpertScores, sparsity: float, name: st
 
 
 def order_fingerprint(scores: ExpertScores) -> str:
-    """Identifies the pruning orders of all layers, protection included: what a vector of counts means."""
+    """Identifies the pruning orders of all layers, protected experts included."""
     return hashlib.sha256(json.dumps([scores.pruning_order(layer) for layer in scores]).encode()).hexdigest()[:16]
 
 
+def check_same_model(fingerprint: str | None, scores: ExpertScores, subject: str) -> None:
+    """Raises ValueError, "`subject` another model", unless the fingerprint is the scores' or one is unknown."""
+    if None not in (fingerprint, scores.model) and fingerprint != scores.model:
+        raise ValueError(f"{subject} another model: fingerprint {fingerprint}, the scores' is {scores.model}")
+
+
 def check_scores(scores: ExpertScores, shapes: Mapping[int, LayerShape], fingerprint: str) -> None:
-    """Refuses (ValueError) scores of another model than this one; they may ask for more experts to be kept."""
+    """Raises ValueError for scores of another model; they may ask for more experts to be kept than routers need.
+
+    Args:
+        scores: what a user gave.
+        shapes: of the model, by decoder layer.
+        fingerprint: of the model.
+    """
     if scores.model is not None and scores.model != fingerprint:
         raise ValueError(
             f"the scores were made for another model: their fingerprint is {scores.model}, the model's is "

@@ -1,19 +1,15 @@
-"""How many experts each layer loses, without a search of candidates: a global threshold, or the best additive split.
+"""Measures what each layer's pruning costs alone, and splits a budget over the layers so that the costs' sum is least.
 
-Which experts leave a layer is the pruning order's business (plan.py). Here only the counts are decided, in *units*: one
-expert, or n_group experts where a router's groups must stay equal. Both ways spend the uniform plan's budget.
+`damages` prunes each layer alone to each count and measures the loss. `dp_plan` finds the best split of a budget; one
+measurement serves every sparsity. Losses do not add up (the embedded model lost half to three quarters of the sum), so
+the result is a start for a search (evolve's `init_plans`) rather than its replacement.
 
-- `global_plan` compares scores across layers, normalised per layer if asked: the lowest of the model leave.
-- `damages` prunes each layer alone to each count and measures the loss; `dp_plan` splits a budget so that the sum of
-  these losses is the least there is. One measuring serves every sparsity. Losses do not add up (the embedded model lost
-  half to three quarters of the sum), so the result is a start for a search (evolve's `init_plans`) rather than its
-  replacement. Layers' losses split by dynamic programming: SPDY, arXiv 2201.13096; numbers of experts, and ESAP for a
-  layer's squared error, are our choice.
+Source of splitting layers' losses by dynamic programming: SPDY, arXiv 2201.13096. Numbers of experts in the place of
+weights, and ESAP in the place of a layer's squared error, are our choice.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -24,34 +20,32 @@ import numpy.typing as npt
 from torch import Tensor
 from tqdm import tqdm
 
-from moeprune_ext.allocation.budget import check_scores, in_units, order_fingerprint
+from moeprune_ext.allocation.budget import check_same_model, check_scores, in_units, order_fingerprint
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.candidates.metrics import METRICS, to_maximise
-from moeprune_ext.files import read_json, write_text
+from moeprune_ext.files import finite_or_none, reading_json, write_json
 
 PLANS_AT_ONCE = 256  # measured in one sweep; more would hide the progress of a large model's hours (our choice)
-
-
 FORMAT = "moeprune.damages/1"
 
-
 Floats = npt.NDArray[np.float64]
-
-
-# ---- measured damages
 
 
 @dataclass(frozen=True)
 class Damages:
     """What each layer's pruning costs when no other layer is pruned.
 
-    counts: {decoder layer: numbers of experts pruned, ascending from 0}. values: {decoder layer: float64, as many}: the
-    fitness lost at these counts, 0 at 0 and negative where pruning helps; infinite (or NaN, which counts as infinite)
-    where the pruned model's logits gave no distribution. fitness: the metric, KL and nll as their increase. criterion,
-    model, order, data: name of the scores, fingerprints of the model, the pruning orders and the data, None when
-    unknown.
+    Attributes:
+        counts: {decoder layer: numbers of experts pruned, ascending from 0}.
+        values: {decoder layer: fitness lost at each of these counts}. 0 at 0; negative where pruning helps; infinite, or
+            NaN, which counts as infinite, where the pruned model's logits gave no distribution.
+        fitness: the metric. Of metrics where lower is better (KL, nll) the values are the increase.
+        criterion: name of the scores, None when unknown.
+        model: fingerprint of the model, None when unknown.
+        order: fingerprint of the pruning orders, None when unknown.
+        data: fingerprint of the data, None when unknown.
     """
 
     counts: dict[int, list[int]]
@@ -65,8 +59,7 @@ class Damages:
     def __post_init__(self) -> None:
         if not self.counts or set(self.counts) != set(self.values):
             raise ValueError("damages need `counts` and `values` of the same layers, at least one")
-        if self.fitness not in METRICS:
-            raise ValueError(f"unknown fitness {self.fitness!r}; choose from {', '.join(METRICS)}")
+        _check_fitness(self.fitness)
         for layer, counts in self.counts.items():
             if not counts or counts[0] != 0 or any(a >= b for a, b in zip(counts, counts[1:], strict=False)):
                 raise ValueError(f"layer {layer}: counts must ascend from 0, got {counts}")
@@ -76,8 +69,18 @@ class Damages:
                 )
 
     def at(self, layer: int, counts: Sequence[int] | npt.NDArray[np.int64]) -> Floats:
-        """float64, the damages at these counts, interpolated linearly between measured ones; infinite next to an
-        infinite one. Beyond the largest measured count there is nothing to read: it is refused (ValueError)."""
+        """Returns a layer's damages at some counts, interpolated linearly between the measured ones.
+
+        Args:
+            layer: decoder layer.
+            counts: numbers of experts pruned.
+
+        Returns:
+            float64, one a count; infinite between a count and an infinite neighbour.
+
+        Raises:
+            ValueError: for a count beyond the largest measured one.
+        """
         wanted = np.asarray(counts)
         measured, values = np.array(self.counts[layer]), np.array(self.values[layer], dtype=np.float64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() <= measured[-1]:
@@ -91,7 +94,7 @@ class Damages:
         return damage
 
     def total(self, plan: PruningPlan) -> float:
-        """What the plan would cost if damages of layers added up; ValueError for a plan of other layers or counts."""
+        """Adds up what each layer's pruning in a plan costs; raises ValueError if its layers or counts are others."""
         if set(plan.kept) != set(self.counts):
             raise ValueError(f"the plan is for layers {sorted(plan.kept)}, the damages for {sorted(self.counts)}")
         return float(sum(self.at(layer, [count])[0] for layer, count in plan.pruned_counts.items()))
@@ -106,29 +109,26 @@ class Damages:
             "order": self.order,
             "data": self.data,
             "counts": {str(layer): counts for layer, counts in self.counts.items()},
-            "damages": {
-                str(layer): [value if math.isfinite(value) else None for value in values]
-                for layer, values in self.values.items()
-            },
+            "damages": {str(layer): list(map(finite_or_none, values)) for layer, values in self.values.items()},
         }
-        write_text(path, json.dumps(content) + "\n")
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Damages:
-        """Reads damages; raises ValueError for a file that holds none."""
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a file of damages (JSON with format {FORMAT!r})")
-        try:
+        """Reads damages; raises ValueError if the file holds none."""
+        with reading_json(path, FORMAT, "file of damages") as content:
             counts = {int(layer): [int(n) for n in numbers] for layer, numbers in content["counts"].items()}
             values = {
                 int(layer): [math.inf if value is None else float(value) for value in numbers]
                 for layer, numbers in content["damages"].items()
             }
-            known = (content.get(name) for name in ("criterion", "model", "order", "data"))
-            return cls(counts, values, content["fitness"], *known)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is a damaged file of damages: {error}") from None
+            origin = (content.get(name) for name in ("criterion", "model", "order", "data"))
+            return cls(counts, values, content["fitness"], *origin)
+
+
+def _check_fitness(fitness: str) -> None:
+    if fitness not in METRICS:
+        raise ValueError(f"unknown fitness {fitness!r}; choose from {', '.join(METRICS)}")
 
 
 def damages(
@@ -139,37 +139,44 @@ def damages(
     steps: int | None = None,
     progress: bool = False,
 ) -> Damages:
-    """Prunes each layer alone to each count that it can lose and measures what that costs.
+    """Prunes each layer alone to each count that it can lose, and measures what that costs.
 
-    fitness: any of the evaluator's metrics. steps: at most so many counts per layer beside 0, evenly spaced up to its
-    capacity, for deep models with many experts: 48 layers that can lose 120 experts are 5,761 evaluations, 577 with
-    steps=12. None measures every count. The plans of neighbouring layers are swept together, PLANS_AT_ONCE at a time.
+    Args:
+        evaluator: scores the plans, PLANS_AT_ONCE in a sweep.
+        scores: whose pruning orders say which experts leave; ExpertScores or {decoder layer: [E]}.
+        fitness: any of the evaluator's metrics.
+        steps: counts measured per layer beside 0, at most, evenly spaced up to the layer's capacity; None: every count.
+            48 layers that can lose 120 experts are 5,761 evaluations, 577 with steps=12.
+        progress: whether to show a progress bar on stderr.
 
-    Raises ValueError, before any evaluation, for an unknown fitness, steps below 1, or scores of another model.
+    Returns:
+        The damages, for `dp_plan`.
+
+    Raises:
+        ValueError: before any evaluation, for an unknown fitness, steps below 1, or scores of another model.
     """
     scores = ExpertScores.wrap(scores, shapes=evaluator.shapes, model=evaluator.fingerprint)
     check_scores(scores, evaluator.shapes, evaluator.fingerprint)
-    if fitness not in METRICS:
-        raise ValueError(f"unknown fitness {fitness!r}; choose from {', '.join(METRICS)}")
+    _check_fitness(fitness)
     if steps is not None and steps < 1:
         raise ValueError(f"steps is the number of counts to measure per layer, at least 1; got {steps}")
     counts = {layer: _grid(shape.capacity, shape.n_group, steps) for layer, shape in scores.shapes.items()}
-    alone = [{layer: count} for layer, several in counts.items() for count in several[1:]]
-    plans = [PruningPlan.from_pruned_counts(scores, pruned) for pruned in [{}, *alone]]
+    alone = [{layer: count} for layer, pruned in counts.items() for count in pruned[1:]]
+    plans = [PruningPlan.from_pruned_counts(scores, pruned_counts) for pruned_counts in [{}, *alone]]
     values: list[float] = []
     with tqdm(total=len(plans), desc=f"damages {fitness}", unit="plan", disable=not progress) as bar:
         for start in range(0, len(plans), PLANS_AT_ONCE):
-            found = evaluator.evaluate(plans[start : start + PLANS_AT_ONCE], (fitness,))
-            values += [to_maximise(fitness, getattr(score, fitness)) for score in found]
-            bar.update(len(found))
-    whole, rest = values[0], iter(values[1:])
-    lost = {layer: [0.0, *(whole - next(rest) for _ in several[1:])] for layer, several in counts.items()}
+            measured = evaluator.evaluate(plans[start : start + PLANS_AT_ONCE], (fitness,))
+            values += [to_maximise(fitness, getattr(score, fitness)) for score in measured]
+            bar.update(len(measured))
+    unpruned, rest = values[0], iter(values[1:])
+    lost = {layer: [0.0, *(unpruned - next(rest) for _ in pruned[1:])] for layer, pruned in counts.items()}
     order = order_fingerprint(scores)
     return Damages(counts, lost, fitness, scores.criterion, evaluator.fingerprint, order, evaluator.data_fingerprint)
 
 
 def _grid(capacity: int, unit: int, steps: int | None) -> list[int]:
-    """Counts to measure: multiples of `unit` from 0 to the capacity, all or evenly spaced."""
+    """Returns the counts to measure: multiples of `unit` from 0 to the capacity, all or evenly spaced."""
     units = capacity // unit
     parts = units if steps is None else min(steps, units)
     return [0, *(round(i * units / parts) * unit for i in range(1, parts + 1))]
@@ -183,21 +190,27 @@ def dp_plan(
     top_k: int = 1,
     n_group: int = 1,
 ) -> PruningPlan:
-    """The plan of the sparsity's budget whose damages have the least sum: exact, by dynamic programming.
+    """Finds the plan of the sparsity's budget whose damages have the least sum: exact, by dynamic programming.
 
     With best[b] the least sum at which the layers so far lose b units, one more layer gives best'[b] = min over n of
-    best[b - n] + damage(n): O(layers * budget * capacity). Ties: a later layer loses fewer (our choice), decided from
-    the last layer backwards. top_k and n_group describe the router when `scores` is a plain {layer: [E]} mapping;
-    ExpertScores know their own. Raises ValueError for damages of other layers, another model or another pruning order,
-    of fewer counts than the scores allow, for a sparsity that cannot be, and when every split has an infinite damage.
+    best[b - n] + damage(n): O(layers * budget * capacity). Of equal splits, a later layer loses fewer, decided from the
+    last layer backwards (our choice).
+
+    Args:
+        damages: measured with the same scores.
+        scores: ExpertScores or {decoder layer: [E]}.
+        sparsity: share of the experts to remove, as in `uniform_plan`.
+        top_k: experts selected per token, where `scores` is a plain mapping.
+        n_group: groups of the router, where `scores` is a plain mapping.
+
+    Raises:
+        ValueError: for damages of other layers, another model or another pruning order, or of fewer counts than the
+            scores allow; for a sparsity that cannot be; if every split has an infinite damage.
     """
     scores = ExpertScores.wrap(scores, top_k=top_k, n_group=n_group)
     if set(damages.counts) != set(scores):
         raise ValueError(f"the damages are of layers {sorted(damages.counts)}, the scores of {sorted(scores)}")
-    if damages.model is not None and scores.model is not None and damages.model != scores.model:
-        raise ValueError(
-            f"the damages were measured on another model: fingerprint {damages.model}, the scores' is {scores.model}"
-        )
+    check_same_model(damages.model, scores, "the damages were measured on")
     if damages.order is not None and damages.order != order_fingerprint(scores):
         raise ValueError(
             f"the damages were measured for another order of experts (criterion {damages.criterion}, the scores' is "

@@ -35,6 +35,7 @@ from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.candidates.metrics import LOWER_IS_BETTER, to_maximise
+from moeprune_ext.files import finite_or_none
 
 
 @dataclass(frozen=True)
@@ -271,17 +272,13 @@ class _Archive:
         return counts in self.dropped, -to_maximise(self.fitness, self.scores[counts]), counts
 
 
-def _json_number(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
 def _scored(evaluator: CandidateEvaluator, space: SearchSpace, candidates: list[Counts]) -> dict[str, Any]:
     """Scores candidates on every token and returns the generation's record."""
     fitness = space.settings.fitness
     plans = [space.plan(counts) for counts in candidates]
     values = [getattr(result, fitness) for result in evaluator.evaluate(plans, (fitness,))] if plans else []
     return {
-        "scores": [[list(counts), _json_number(value)] for counts, value in zip(candidates, values, strict=True)],
+        "scores": [[list(counts), finite_or_none(value)] for counts, value in zip(candidates, values, strict=True)],
         "token_evaluations": len(candidates) * sum(evaluator.weights(fitness)),
         "token_evaluations_saved": 0,
     }
@@ -323,10 +320,10 @@ def _raced(
         positions = sum(weight for weight, scored in zip(weights, is_scored.tolist(), strict=True) if scored)
         mean = math.nan if broken or not positions else float(sums[is_scored].sum() / positions)
         if seen == len(weights):
-            record["scores"].append([list(counts), _json_number(mean)])
-            record["sequence_sums"].append([_json_number(x) for x in sums.tolist()])
+            record["scores"].append([list(counts), finite_or_none(mean)])
+            record["sequence_sums"].append([finite_or_none(x) for x in sums.tolist()])
         else:
-            record["dropped"].append([list(counts), _json_number(mean), seen])
+            record["dropped"].append([list(counts), finite_or_none(mean), seen])
     record["token_evaluations"] = outcome.spent
     record["token_evaluations_saved"] = len(candidates) * sum(weights) - outcome.spent
     return record

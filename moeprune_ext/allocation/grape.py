@@ -118,7 +118,7 @@ def expert_similarity(
     indices = list(layers)
     found = {i: torch.zeros(2 * (layer.shape.num_experts,), dtype=torch.float64) for i, layer in layers.items()}
     with evaluating(moe.model):
-        for number in tqdm(distributed.mine(len(layers)), desc="similarity", unit="layer", disable=not progress):
+        for number in tqdm(distributed.own_share(len(layers)), desc="similarity", unit="layer", disable=not progress):
             layer = layers[indices[number]]
             moe.make_resident(layer.index)
             cka = similarity == "cka"

@@ -154,7 +154,7 @@ def _by_layer(
     found = {i: torch.zeros(layer.shape.num_experts, dtype=torch.float64) for i, layer in every.items()}
     problem: ValueError | None = None
     with evaluating(moe.model):
-        for number in tqdm(distributed.mine(len(layers)), desc="naee", unit="layer", disable=not progress):
+        for number in tqdm(distributed.own_share(len(layers)), desc="naee", unit="layer", disable=not progress):
             index = indices[number]
             moe.make_resident(index)
             try:

@@ -1,4 +1,4 @@
-"""One threshold of scores for the whole model decides how many experts each layer loses."""
+"""Decides how many experts each layer loses by one threshold of scores for the whole model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from moeprune_ext.artifacts.scores import ExpertScores
 NORMALIZATIONS = ("none", "mean", "max", "zscore")
 
 
-# ---- a global threshold
-
-
 def global_plan(
     scores: ExpertScores | Mapping[int, Tensor],
     sparsity: float,
@@ -26,18 +23,28 @@ def global_plan(
     top_k: int = 1,
     n_group: int = 1,
 ) -> PruningPlan:
-    """The plan that removes the budget's lowest-scoring experts wherever they stand, within every layer's capacity.
+    """Makes the plan that removes the budget's lowest-scoring experts, whatever layers they stand in. Runs no model.
 
-    normalize: what makes scores of different layers comparable. "none" (default, our choice: of these the best on the
-    embedded model in three of bench/allocations.py's four settings) takes them as they are; "mean" and "max" divide by
-    the mean or the largest magnitude of the layer's scores, so that the scale of its activations drops out; "zscore"
-    subtracts the mean and divides by the standard deviation, as FLAP does (arXiv 2312.11983). A layer of equal scores
-    becomes all zeros under "zscore"; one of zeros stays so. A threshold can well be worse than the uniform plan.
-    A unit of several experts has their mean (our choice). Ties: the layer that has lost fewer, then the earlier one
-    (our choice), so layers with equal normalised scores end up with the uniform plan's counts.
+    The budget is the uniform plan's. Every layer keeps what its router needs. A unit of several experts (one of each
+    router group) has their mean score. Of equal scores the layer that has lost fewer goes first, then the earlier one,
+    so layers with equal normalised scores get the uniform plan's counts (both our choice). A threshold can well be
+    worse than the uniform plan.
 
-    top_k and n_group describe the router when `scores` is a plain {layer: [E]} mapping; ExpertScores know their own.
-    Raises ValueError for an unknown normalisation or a sparsity that cannot be. No model is run.
+    Args:
+        scores: ExpertScores or {decoder layer: [E]}, higher = keep.
+        sparsity: share of the experts to remove, in [0, 1).
+        normalize: what makes scores of different layers comparable.
+            "none": scores as they are (default, our choice: of these the best on the embedded model in three of
+            bench/allocations.py's four settings).
+            "mean", "max": divided by the mean or the largest magnitude of the layer's scores, so that the scale of its
+            activations drops out; all zeros stay so.
+            "zscore": less the mean, divided by the standard deviation, as FLAP does (arXiv 2312.11983); equal scores
+            become zeros.
+        top_k: experts selected per token, where `scores` is a plain mapping.
+        n_group: groups of the router, where `scores` is a plain mapping.
+
+    Raises:
+        ValueError: for an unknown normalisation or a sparsity that cannot be.
     """
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"unknown normalisation {normalize!r}; choose from {', '.join(NORMALIZATIONS)}")
@@ -46,7 +53,7 @@ def global_plan(
     candidates = []
     for layer, capacity in capacities.items():
         values = _normalized(scores[layer].double(), normalize)[scores.pruning_order(layer)].view(-1, unit).mean(1)
-        # They ascend; the maximum so far says so even where rounding would not.
+        # In the pruning order scores ascend; the running maximum repairs what rounding broke.
         ascending = values[:capacity].cummax(0).values.tolist()
         candidates += [(value, place, layer) for place, value in enumerate(ascending)]
     leaving = Counter(layer for _, _, layer in sorted(candidates)[:budget])

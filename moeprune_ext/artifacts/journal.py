@@ -1,8 +1,8 @@
 """A search's directory: its settings, written once, and every generation's scores, appended one line at a time.
 
-`search.json` says what the scores depend on; `history.jsonl` has one record per generation. The search is a function of
-the two, so whoever finds them goes on where they end, with as many generations as asked, and a directory that belongs
-to another search is refused. With several processes the first one reads and writes, and all see what it saw.
+`search.json` holds the settings that the scores depend on, `history.jsonl` one record a generation. The search is a
+function of the two: a run that finds them goes on where they end, with as many generations as asked, and refuses the
+directory of another search. With several processes the first one reads and writes, and all get what it read.
 """
 
 from __future__ import annotations
@@ -15,62 +15,61 @@ from pathlib import Path
 from typing import Any
 
 from moeprune_ext import distributed
-from moeprune_ext.files import read_json, write_text
+from moeprune_ext.files import read_json, write_json, write_text
 
 SETTINGS = "search.json"
 
-
-# A sum that another number of threads rounds differently.
-NEARLY = ("teacher_log_sum_exp",)
+# Settings that are sums, which another number of threads rounds differently.
+ROUNDED = ("teacher_log_sum_exp",)
 
 
 def recorded_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings of the search whose directory this is; None where it is no search's."""
+    """Returns the settings of the search in a directory, None if it holds no search."""
     if not (folder / SETTINGS).exists():
         return None
-    found = read_json(folder / SETTINGS)
-    return found if isinstance(found, dict) else {}
+    settings = read_json(folder / SETTINGS)
+    return settings if isinstance(settings, dict) else {}
 
 
 def check_known(folder: Path, known: Mapping[str, Any]) -> None:
-    """Refuses (ValueError) the directory of a search that differs in these of its settings, before the others are
-    known; writes nothing."""
+    """Raises ValueError if a directory holds a search that differs in `known`, some of its settings; writes nothing."""
 
     def check() -> None:
-        if (before := recorded_settings(folder)) is not None:
-            _refuse_other(folder, before, known)
+        if (recorded := recorded_settings(folder)) is not None:
+            _refuse_other(folder, recorded, known)
 
     distributed.from_first(check)
 
 
-def _refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differing = [
-        name
-        for name, value in now.items()
-        if (there := before.get(name)) != value
-        and not (
-            name in NEARLY
-            and isinstance(there, float)
-            and isinstance(value, float)
-            and math.isclose(there, value, rel_tol=1e-5)
-        )
-    ]
+def _refuse_other(folder: Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    differing = [name for name, value in settings.items() if not _same(name, recorded.get(name), value)]
     if differing:
-        changes = "; ".join(f"{n}: {before.get(n)!r} there, {now[n]!r} now" for n in differing)
+        changes = "; ".join(f"{name}: {recorded.get(name)!r} there, {settings[name]!r} now" for name in differing)
         raise ValueError(f"{folder} belongs to another search ({changes}); use another directory or the same settings")
 
 
+def _same(name: str, recorded: Any, value: Any) -> bool:
+    if name in ROUNDED and isinstance(recorded, float) and isinstance(value, float):
+        return math.isclose(recorded, value, rel_tol=1e-5)
+    return bool(recorded == value)
+
+
 class Journal:
-    """records: what each generation so far has written, by number. Raises ValueError, naming what differs, for a
-    directory of another search."""
+    """The directory of a running search.
+
+    Attributes:
+        folder: the directory.
+        records: {generation: its record}, of the generations so far.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Reads the directory, or begins it; raises ValueError, naming what differs, if it holds another search."""
         self.folder = folder
         self._history = folder / "history.jsonl"
         self.records: dict[int, dict[str, Any]] = distributed.from_first(lambda: self._open(settings))
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds a generation's record, {"generation": its number, ...}, and has it on disk before it returns."""
+        """Adds the record of a generation, {"generation": its number, ...}; it is on disk when this returns."""
         self.records[record["generation"]] = record
         if distributed.is_first():
             with self._history.open("a", encoding="utf-8") as file:
@@ -79,23 +78,23 @@ class Journal:
                 os.fsync(file.fileno())
 
     def _open(self, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        before = recorded_settings(self.folder)
-        if before is None:
-            write_text(self.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+        recorded = recorded_settings(self.folder)
+        if recorded is None:
+            write_json(self.folder / SETTINGS, settings, indent=1)
             return {}
-        _refuse_other(self.folder, before, settings | {name: None for name in before if name not in settings})
+        _refuse_other(self.folder, recorded, settings | {name: None for name in recorded if name not in settings})
         return self._read()
 
     def _read(self) -> dict[int, dict[str, Any]]:
-        """The records so far; a last line cut off by a crash is dropped."""
+        """Reads the records so far; drops a last line that a crash has cut off."""
         if not self._history.exists():
             return {}
         text = self._history.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_text(self._history, whole)
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:
+            write_text(self._history, complete)
         records: dict[int, dict[str, Any]] = {}
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(complete.splitlines(), 1):
             try:
                 record = json.loads(line)
                 records[int(record["generation"])] = record

@@ -8,7 +8,6 @@ experts as they are. A merge makes K' new experts of a layer's E: GRAPE's averag
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moeprune_ext.artifacts.scores import ExpertScores
-from moeprune_ext.files import read_json, write_text
+from moeprune_ext.files import reading_json, write_json
 
 FORMAT = "moeprune.plan/2"
 
@@ -224,7 +223,7 @@ class PruningPlan:
                 str(layer): {name: _as_lists(matrix) for name, matrix in merge.matrices.items()}
                 for layer, merge in self.merges.items()
             }
-        write_text(path, json.dumps(content, indent=None if self.merges else 1) + "\n")
+        write_json(path, content, indent=None if self.merges else 1)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
@@ -233,10 +232,7 @@ class PruningPlan:
         Raises:
             ValueError: for a file that is not one.
         """
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a pruning plan (a JSON file with format {FORMAT!r})")
-        try:
+        with reading_json(path, FORMAT, "pruning plan") as content:
             kept = {int(layer): [int(e) for e in ids] for layer, ids in content["kept"].items()}
             num_experts = {int(layer): int(n) for layer, n in content["num_experts"].items()}
             merges = {
@@ -245,8 +241,6 @@ class PruningPlan:
             }
             active = None if content.get("active") is None else int(content["active"])
             return cls(kept, num_experts, content.get("model"), content.get("criterion"), merges, active)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is a damaged pruning plan: {error}") from None
 
 
 def _as_lists(matrix: Tensor) -> list[list[float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moeprune_ext.artifacts.shape import LayerShape
-from moeprune_ext.files import read_json, write_text
+from moeprune_ext.files import reading_json, write_json
 
 FORMAT = "moeprune.scores/1"
 
@@ -20,9 +19,12 @@ FORMAT = "moeprune.scores/1"
 class ExpertScores(Mapping[int, Tensor]):
     """A mapping {decoder layer: float64 [E]}, higher = keep, that knows the routers it is for.
 
-    shapes: {decoder layer: LayerShape}, min_kept raised where the user wants more kept than the router needs.
-    criterion: its name. model: the model's fingerprint, None when unknown. protected: {decoder layer: ids of experts
-    that no plan may remove, whatever they score}.
+    Attributes:
+        values_by_layer: {decoder layer: float64 [E]}, finite.
+        shapes: {decoder layer: LayerShape}; min_kept is raised where more experts are to stay than the router needs.
+        criterion: its name, None when unknown.
+        model: fingerprint of the model, None when unknown.
+        protected: {decoder layer: ids of experts that no plan may remove, whatever they score}.
     """
 
     values_by_layer: dict[int, Tensor]
@@ -46,10 +48,10 @@ class ExpertScores(Mapping[int, Tensor]):
             shape = shapes.get(layer)
             if shape is None or not all(0 <= expert < shape.num_experts for expert in ids):
                 raise ValueError(f"layer {layer}: there are no such experts to protect: {sorted(ids)}")
-            size = shape.num_experts // shape.n_group
-            fullest = max(sum(e // size == group for e in ids) for group in range(shape.n_group))
+            group_size = shape.num_experts // shape.n_group
+            fullest = max(sum(expert // group_size == group for expert in ids) for group in range(shape.n_group))
             shapes[layer] = replace(shape, min_kept=max(shape.min_kept, shape.n_group * fullest))
-        object.__setattr__(self, "shapes", shapes)  # plans that cannot remove them are all that capacities allow
+        object.__setattr__(self, "shapes", shapes)  # so that no capacity asks for a protected expert
 
     def __getitem__(self, layer: int) -> Tensor:
         return self.values_by_layer[layer]
@@ -71,7 +73,7 @@ class ExpertScores(Mapping[int, Tensor]):
         return max(shape.n_group for shape in self.shapes.values())
 
     def pruning_order(self, layer: int) -> list[int]:
-        """Returns a layer's expert ids, first to be pruned first."""
+        """Returns a layer's expert ids, the first to be pruned first."""
         protected = self.protected.get(layer, frozenset())
         return pruning_order(self[layer], self.shapes[layer].n_group, protected)
 
@@ -82,10 +84,15 @@ class ExpertScores(Mapping[int, Tensor]):
         min_kept_per_group: int = 0,
         protect: Mapping[int, Iterable[int]] | None = None,
     ) -> ExpertScores:
-        """The same scores for plans that keep at least so many experts per layer, and per group of group-limited
-        routers, and never remove the experts `protect` {layer: ids} (`super_experts` finds some).
+        """Returns the same scores for plans that keep more; what was asked for before stays.
 
-        Whatever was asked for before stays. Raises ValueError for more than a layer has.
+        Args:
+            min_kept: fewest experts that a plan keeps in a layer.
+            min_kept_per_group: fewest experts that a plan keeps in each group of a group-limited router.
+            protect: {decoder layer: ids of experts that no plan may remove}; `super_experts` finds some.
+
+        Raises:
+            ValueError: if a layer has fewer experts than it is to keep.
         """
         protected = {
             layer: self.protected.get(layer, frozenset()) | frozenset((protect or {}).get(layer, ()))
@@ -93,12 +100,12 @@ class ExpertScores(Mapping[int, Tensor]):
         }
         shapes = {}
         for layer, shape in self.shapes.items():
-            wanted = max(shape.min_kept, min_kept, shape.n_group * min_kept_per_group)
-            if wanted > shape.num_experts:
+            fewest = max(shape.min_kept, min_kept, shape.n_group * min_kept_per_group)
+            if fewest > shape.num_experts:
                 raise ValueError(
-                    f"layer {layer} has {shape.num_experts} experts in {shape.n_group} groups and cannot keep {wanted}"
+                    f"layer {layer} has {shape.num_experts} experts in {shape.n_group} groups and cannot keep {fewest}"
                 )
-            shapes[layer] = replace(shape, min_kept=wanted)
+            shapes[layer] = replace(shape, min_kept=fewest)
         return replace(self, shapes=shapes, protected={layer: ids for layer, ids in protected.items() if ids})
 
     @classmethod
@@ -111,8 +118,18 @@ class ExpertScores(Mapping[int, Tensor]):
         shapes: Mapping[int, LayerShape] | None = None,
         model: str | None = None,
     ) -> ExpertScores:
-        """ExpertScores as they are; a plain {layer: [E]} mapping with the given routers (`shapes`, else top_k,
-        n_group)."""
+        """Makes ExpertScores of a plain mapping; ExpertScores are returned as they are.
+
+        Args:
+            scores: ExpertScores, or {decoder layer: [E]}, for which the other arguments are.
+            top_k: experts that every router selects per token, where `shapes` is None.
+            n_group: groups of every router, where `shapes` is None.
+            shapes: {decoder layer: LayerShape}, of the same layers as the scores.
+            model: fingerprint of the model.
+
+        Raises:
+            ValueError: if the scores are no mapping, or do not fit the routers.
+        """
         if isinstance(scores, ExpertScores):
             return scores
         if not isinstance(scores, Mapping):
@@ -139,21 +156,16 @@ class ExpertScores(Mapping[int, Tensor]):
             "scores": {str(layer): values.tolist() for layer, values in self.items()},
             "protected": {str(layer): sorted(ids) for layer, ids in self.protected.items()},
         }
-        write_text(path, json.dumps(content) + "\n")
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertScores:
-        """Reads scores; raises ValueError for a file that is not one."""
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a file of expert scores (JSON with format {FORMAT!r})")
-        try:
+        """Reads scores; raises ValueError if the file holds none."""
+        with reading_json(path, FORMAT, "file of expert scores") as content:
             values = {int(k): torch.tensor(v, dtype=torch.float64) for k, v in content["scores"].items()}
             shapes = {int(k): LayerShape(**v) for k, v in content["shapes"].items()}
             protected = {int(k): frozenset(map(int, v)) for k, v in content.get("protected", {}).items()}
             return cls(values, shapes, content.get("criterion"), content.get("model"), protected)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is a damaged file of expert scores: {error}") from None
 
 
 def pruning_order(values: Tensor, n_group: int = 1, protected: frozenset[int] = frozenset()) -> list[int]:
@@ -170,10 +182,12 @@ def pruning_order(values: Tensor, n_group: int = 1, protected: frozenset[int] = 
     Returns:
         Expert ids, first to be pruned first.
     """
-    size = len(values) // n_group
-    numbers = values.tolist()
+    group_size, numbers = len(values) // n_group, values.tolist()
     rankings = [
-        sorted(range(g * size, (g + 1) * size), key=lambda expert: (expert in protected, numbers[expert], -expert))
-        for g in range(n_group)
+        sorted(
+            range(group * group_size, (group + 1) * group_size),
+            key=lambda expert: (expert in protected, numbers[expert], -expert),
+        )
+        for group in range(n_group)
     ]
-    return [ranking[rank] for rank in range(size) for ranking in rankings]
+    return [ranking[rank] for rank in range(group_size) for ranking in rankings]

@@ -45,7 +45,7 @@ def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: 
     moe = MoeModel.of(model)
     layers = moe.layers
     batches = without_padding(as_batches(batches, moe.vocab_size))
-    mine = [batches[number] for number in distributed.mine(len(batches))]
+    mine = [batches[number] for number in distributed.own_share(len(batches))]
     scratch = Scratch()
     tables = {index: _Table(layer, scratch) for index, layer in layers.items()}
 

@@ -136,7 +136,7 @@ class CandidateEvaluator:
         """Runs the teacher, and returns what scores depend on, for refusing to resume another search."""
         lse = torch.zeros(len(self.sequences), dtype=torch.float64)
         with evaluating(self.moe.model):
-            for number, value in self._engine.teacher(distributed.mine(len(self.sequences), self.unit)).items():
+            for number, value in self._engine.teacher(distributed.own_share(len(self.sequences), self.unit)).items():
                 lse[number] = value
         distributed.sum_(lse)
         if not bool(torch.isfinite(lse).all()):
@@ -231,7 +231,7 @@ class CandidateEvaluator:
         wanted = list(range(len(self.sequences)) if sequences is None else sequences)
         sums = torch.zeros(len(metrics), len(plans), len(wanted), dtype=torch.float64)
         nan_rows = torch.zeros(len(plans), len(wanted), dtype=torch.int64)
-        own_share = set(distributed.mine(len(self.sequences), self.unit))
+        own_share = set(distributed.own_share(len(self.sequences), self.unit))
         columns = {number: column for column, number in enumerate(wanted)}
         numbers = [number for number in wanted if number in own_share and plans]
         with evaluating(self.moe.model):

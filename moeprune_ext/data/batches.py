@@ -1,4 +1,4 @@
-"""Text, JSONL, chat data or token files -> token batches with attention and label masks."""
+"""Turns text, JSONL, chat data and token files into batches of tokens with attention and label masks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ from torch import Tensor
 
 from moeprune_ext.files import read_json_lines
 
+TokenRow = tuple[Sequence[int], int]  # token ids, and how many of them are prompt
+
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One forward pass of tokens.
+    """The tokens of one forward pass, on the CPU.
 
-    input_ids: int64 [B, S]. attention_mask: bool [B, S], False at padding. labels_mask: bool [B, S], True where the
-    distribution is scored (response tokens where data has a prompt/response split, else every token).
+    Attributes:
+        input_ids: int64 [B, S].
+        attention_mask: bool [B, S], False at padding.
+        labels_mask: bool [B, S], True where the distribution is scored: at response tokens where the data tells prompt
+            and response apart, else everywhere.
     """
 
     input_ids: Tensor
@@ -31,17 +36,17 @@ class TokenBatch:
 
     @property
     def scored(self) -> Tensor:
-        """Positions whose own distribution counts: attended and labelled. bool [B, S]."""
+        """Positions whose own distribution counts, attended and labelled: bool [B, S]."""
         return self.attention_mask & self.labels_mask
 
     @property
     def wanted(self) -> Tensor:
-        """Positions whose logits a metric reads: scored ones, and those that predict a labelled token. bool [B, S]."""
+        """Positions whose logits a metric reads, scored or predicting a labelled token: bool [B, S]."""
         return self.scored | (self.next_token_labels >= 0)
 
     @property
     def next_token_labels(self) -> Tensor:
-        """int64 [B, S]: the next token where it is attended and labelled and this position is attended, else -100.
+        """The next token, if it is attended and labelled and this position attended, else -100: int64 [B, S].
 
         The last column is always -100.
         """
@@ -51,8 +56,10 @@ class TokenBatch:
         return labels
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Keyword arguments of a causal LM's forward; positions count attended tokens, so left padding shifts
-        nothing."""
+        """Returns the keyword arguments of a causal LM's forward.
+
+        Positions count attended tokens only, so padding on the left shifts none.
+        """
         inputs = {"input_ids": self.input_ids.to(device)}
         if not bool(self.attention_mask.all()):
             mask = self.attention_mask.to(device)
@@ -60,64 +67,56 @@ class TokenBatch:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return inputs
 
+    def part(self, rows: Any, columns: slice = slice(None)) -> TokenBatch:
+        """Returns the batch of some rows and columns; `rows` is anything that indexes a tensor."""
+        return TokenBatch(*(tensor[rows, columns] for tensor in vars(self).values()))
+
 
 def as_batches(batches: Iterable[Any], vocab_size: int | None = None) -> list[TokenBatch]:
-    """Checks and normalises what the public functions accept as `batches`.
+    """Checks what the public functions accept as `batches`, and makes TokenBatches of it.
 
-    Each item is a TokenBatch, a mapping with `input_ids` [B, S] and optional `attention_mask` and `labels_mask` [B,
-    S], or an `input_ids` tensor. Raises ValueError for no data, no attended token, wrong shapes or ids outside the
-    vocabulary.
+    Args:
+        batches: one batch or several. A batch is a TokenBatch; a mapping with `input_ids`, integers [B, S], and
+            optionally `attention_mask` and `labels_mask`, [B, S], nonzero where attended and scored; or an `input_ids`
+            tensor.
+        vocab_size: tokens that the model knows; None: not checked.
+
+    Raises:
+        ValueError: if there is no data, no attended token, a tensor of another shape or dtype, or a token id outside
+            the vocabulary.
     """
     if isinstance(batches, Tensor | Mapping | TokenBatch):
         batches = [batches]
-    found = [_as_batch(item, number, vocab_size) for number, item in enumerate(batches)]
-    if not found or not any(bool(batch.attention_mask.any()) for batch in found):
+    checked = [_as_batch(item, number, vocab_size) for number, item in enumerate(batches)]
+    if not any(bool(batch.attention_mask.any()) for batch in checked):
         raise ValueError("there is no data: no batch holds an attended token")
-    return found
+    return checked
 
 
 def without_padding(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
-    """The batches without rows that are all padding, and without columns of padding at either end; empty ones are left
-    out."""
-    found = []
+    """Leaves out rows that are all padding, columns of padding at either end, and batches that are all padding."""
+    trimmed = []
     for batch in batches:
-        rows, columns = batch.attention_mask.any(1), batch.attention_mask.any(0).nonzero()[:, 0]
-        if len(columns):
-            inside = slice(int(columns[0]), int(columns[-1]) + 1)
-            parts = (batch.input_ids, batch.attention_mask, batch.labels_mask)
-            found.append(TokenBatch(*(part[rows, inside] for part in parts)))
-    return found
+        attended_rows, attended_columns = batch.attention_mask.any(1), batch.attention_mask.any(0).nonzero()[:, 0]
+        if len(attended_columns):
+            trimmed.append(batch.part(attended_rows, slice(int(attended_columns[0]), int(attended_columns[-1]) + 1)))
+    return trimmed
 
 
 def split_sequences(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
-    """Every sequence that has something to score as a batch of its own, [1, S], without the padding around it."""
-    found = []
-    for batch in batches:
-        wanted = batch.wanted
-        for row in range(len(batch.input_ids)):
-            attended = batch.attention_mask[row].nonzero()[:, 0]
-            if bool(wanted[row].any()):
-                inside = slice(int(attended[0]), int(attended[-1]) + 1)
-                parts = (batch.input_ids, batch.attention_mask, batch.labels_mask)
-                found.append(TokenBatch(*(part[row : row + 1, inside] for part in parts)))
-    return found
+    """Makes a batch [1, S] of every sequence that has something to score, without the padding at either end."""
+    wanted = [(batch, batch.wanted.any(1).nonzero()[:, 0].tolist()) for batch in batches]
+    return without_padding([batch.part(slice(row, row + 1)) for batch, rows in wanted for row in rows])
 
 
 def _as_batch(item: Any, number: int, vocab_size: int | None) -> TokenBatch:
-    if isinstance(item, TokenBatch):
-        parts = {
-            "input_ids": item.input_ids,
-            "attention_mask": item.attention_mask,
-            "labels_mask": item.labels_mask,
-        }
-    else:
-        parts = dict(item) if isinstance(item, Mapping) else {"input_ids": item}
-    ids = parts.get("input_ids")
+    tensors = vars(item) if isinstance(item, TokenBatch) else item if isinstance(item, Mapping) else {"input_ids": item}
+    ids = tensors.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"batch {number}: input_ids must be an integer tensor [batch, sequence], got {_describe(ids)}")
     masks = []
     for name in ("attention_mask", "labels_mask"):
-        mask = parts.get(name)
+        mask = tensors.get(name)
         mask = torch.ones_like(ids) if mask is None else mask
         if not isinstance(mask, Tensor) or mask.shape != ids.shape:
             raise ValueError(f"batch {number}: {name} must have the shape {tuple(ids.shape)} of input_ids")
@@ -136,12 +135,12 @@ def _describe(value: Any) -> str:
 
 
 def fingerprint_of(batches: Iterable[Any]) -> str:
-    """data_fingerprint of batches as the evaluator takes them apart."""
+    """Returns the data_fingerprint of `batches` (see as_batches) split into sequences, as the evaluator splits them."""
     return data_fingerprint(split_sequences(as_batches(batches)))
 
 
 def data_fingerprint(batches: Sequence[TokenBatch]) -> str:
-    """Identifies tokens, masks and batching; a resumed search must see the same."""
+    """Identifies tokens, masks and their split into batches; a search may only go on with the same ones."""
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(str(tuple(batch.input_ids.shape)).encode())
@@ -153,9 +152,17 @@ def data_fingerprint(batches: Sequence[TokenBatch]) -> str:
 def pack(
     tokenizer: Any, texts: Iterable[str], *, sequence_length: int, sequences: int, batch_size: int = 1
 ) -> list[TokenBatch]:
-    """Texts joined by the end-of-text token and cut into at most `sequences` rows of exactly `sequence_length` tokens.
+    """Joins texts by the end-of-text token and cuts the result into rows.
 
-    Raises ValueError when the texts do not fill one row.
+    Args:
+        tokenizer: a transformers tokenizer.
+        texts: read only as far as needed.
+        sequence_length: tokens of every row.
+        sequences: rows, at most.
+        batch_size: rows of a batch, at most.
+
+    Raises:
+        ValueError: if the texts do not fill one row.
     """
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     stream: list[int] = []
@@ -182,17 +189,28 @@ def load_batches(
     batch_size: int = 1,
     labels: bool = True,
 ) -> list[TokenBatch]:
-    """Reads data files into at most `sequences` rows of at most `sequence_length` tokens.
+    """Reads data files into token batches.
 
-    `.jsonl` lines hold "text" (packed), "prompt" and "response", or "messages" (the chat template is applied; the
-    last assistant message is the response). With a prompt only response tokens are labelled; such rows are padded,
-    not packed, cut at sequence_length, and left out when the prompt alone fills it. `.safetensors` holds `input_ids`
-    [N, S] with optional masks. Anything else is one plain text. labels=False is for calibration, where every token
-    counts: messages need no assistant among them, and what is too long is cut, never left out. Raises ValueError,
-    naming the file, for what cannot be read.
+    A `.jsonl` line holds "text"; or "prompt" and "response"; or "messages", to which the chat template is applied and
+    whose last assistant message is the response. Texts are packed into rows of exactly `sequence_length` tokens. A
+    prompt with its response is a row of its own, padded on the right and cut at `sequence_length`; only response tokens
+    are labelled, and a prompt that fills the row leaves it out. `.safetensors` holds `input_ids` [N, S] and optionally
+    the masks of a TokenBatch. Any other file is one text.
+
+    Args:
+        paths: files.
+        tokenizer: a transformers tokenizer.
+        sequence_length: tokens of a row, at most.
+        sequences: rows in all, at most. Token files count first, then prompts with responses, then texts.
+        batch_size: rows of a batch, at most.
+        labels: False for calibration, where every token counts: messages need no assistant among them, and rows that
+            are too long are cut, never left out.
+
+    Raises:
+        ValueError: naming the file, for what cannot be read, or if no row is usable.
     """
     texts: list[str] = []
-    rows: list[tuple[list[int], int]] = []  # tokens, and how many of them are prompt
+    rows: list[TokenRow] = []
     batches: list[TokenBatch] = []
     for path in map(Path, paths):
         if not path.is_file():
@@ -201,32 +219,49 @@ def load_batches(
             batches += _token_file(path, batch_size, sequences - sum(len(batch.input_ids) for batch in batches))
         elif path.suffix == ".jsonl":
             for record, place in read_json_lines(path):
-                text, prompt_and_response = _record(record, place, tokenizer, labels)
-                if prompt_and_response is not None:
-                    rows.append(prompt_and_response)
+                if isinstance(record.get("text"), str):
+                    texts.append(record["text"])
                 else:
-                    texts.append(text)
+                    rows.append(_row(record, place, tokenizer, labels))
         else:
-            try:
-                texts.append(path.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path} is not a readable text file: {error}") from None
-            if not texts[-1].strip():
-                raise ValueError(f"{path} is empty")
-    wanted = sequences - sum(len(batch.input_ids) for batch in batches)
+            texts.append(_read_text(path))
+    remaining = sequences - sum(len(batch.input_ids) for batch in batches)
     rows = [(tokens[:sequence_length], prompt) for tokens, prompt in rows if prompt < min(len(tokens), sequence_length)]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    for start in range(0, min(len(rows), max(wanted, 0)), batch_size):
-        batches.append(_pad(rows[start : min(start + batch_size, wanted)], pad))
-    wanted -= len(rows)
-    if texts and wanted > 0:
-        batches += pack(tokenizer, texts, sequence_length=sequence_length, sequences=wanted, batch_size=batch_size)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    for start in range(0, min(len(rows), max(remaining, 0)), batch_size):
+        batches.append(padded(rows[start : min(start + batch_size, remaining)], pad_id))
+    remaining -= len(rows)
+    if texts and remaining > 0:
+        batches += pack(tokenizer, texts, sequence_length=sequence_length, sequences=remaining, batch_size=batch_size)
     if not batches:
         raise ValueError(f"the data files hold no usable sequence: {', '.join(map(str, paths))}")
     return batches
 
 
+def padded(rows: Sequence[TokenRow], pad_id: int = 0) -> TokenBatch:
+    """Makes one batch of rows, padded on the right; the tokens after a row's prompt are labelled."""
+    length = max(len(tokens) for tokens, _ in rows)
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    attended, labelled = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    for i, (tokens, prompt) in enumerate(rows):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        attended[i, : len(tokens)] = True
+        labelled[i, prompt : len(tokens)] = True
+    return TokenBatch(ids, attended, labelled)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable text file: {error}") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
+
+
 def _token_file(path: Path, batch_size: int, rows: int) -> list[TokenBatch]:
+    """Reads at most `rows` rows of a safetensors file."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -237,32 +272,27 @@ def _token_file(path: Path, batch_size: int, rows: int) -> list[TokenBatch]:
         whole = as_batches([tensors])[0]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    parts = zip(
-        *(t[: max(rows, 0)].split(batch_size) for t in (whole.input_ids, whole.attention_mask, whole.labels_mask)),
-        strict=True,
-    )
-    return [TokenBatch(*part) for part in parts if len(part[0])]
+    return [
+        whole.part(slice(start, min(start + batch_size, rows)))
+        for start in range(0, min(len(whole.input_ids), rows), batch_size)
+    ]
 
 
-def _record(
-    record: dict[str, Any], place: str, tokenizer: Any, labels: bool
-) -> tuple[str, tuple[list[int], int] | None]:
-    if isinstance(record.get("text"), str):
-        return record["text"], None
+def _row(record: dict[str, Any], place: str, tokenizer: Any, labels: bool) -> TokenRow:
+    """Returns the row of a JSONL record with a response; without labels nothing counts as prompt."""
     if isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str):
         prompt = tokenizer(record["prompt"])["input_ids"]
         response = tokenizer(record["response"], add_special_tokens=False)["input_ids"]
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        return "", (prompt + response + end, len(prompt) if labels else 0)
+        return prompt + response + end, len(prompt) if labels else 0
     messages = record.get("messages")
     if isinstance(messages, list) and messages:
-        return "", _chat(messages, place, tokenizer, labels)
+        return _chat_row(messages, place, tokenizer, labels)
     raise ValueError(f'{place} needs "text", "prompt" and "response", or "messages"; it has: {", ".join(record)}')
 
 
-def _chat(messages: list[Any], place: str, tokenizer: Any, labels: bool) -> tuple[list[int], int]:
-    """Token ids up to the end of the last assistant message, and how many of them come before it; all and 0 without
-    labels."""
+def _chat_row(messages: list[Any], place: str, tokenizer: Any, labels: bool) -> TokenRow:
+    """Returns the row of a chat up to the end of its last assistant message, or of all of it without labels."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{place} has chat messages, but the tokenizer has no chat template")
     if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
@@ -282,14 +312,3 @@ def _chat(messages: list[Any], place: str, tokenizer: Any, labels: bool) -> tupl
         )
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return prompt_ids + tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"], len(prompt_ids)
-
-
-def _pad(rows: Sequence[tuple[list[int], int]], pad_id: int) -> TokenBatch:
-    length = max(len(tokens) for tokens, _ in rows)
-    ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    attended, labelled = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    for i, (tokens, prompt) in enumerate(rows):
-        ids[i, : len(tokens)] = torch.tensor(tokens)
-        attended[i, : len(tokens)] = True
-        labelled[i, prompt : len(tokens)] = True
-    return TokenBatch(ids, attended, labelled)

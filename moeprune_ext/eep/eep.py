@@ -7,7 +7,6 @@ Source: EEP, arXiv 2407.00945.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from moeprune_ext.eep.operators import Layout, given_mask, is_mask
 from moeprune_ext.eep.search import Fitness, SearchOutcome, layout_settings, search
 from moeprune_ext.eep.settings import EepSettings
 from moeprune_ext.eep.starts import starting_masks
-from moeprune_ext.files import write_text
+from moeprune_ext.files import finite_or_none, write_json
 from moeprune_ext.models.apply import check_active, check_mappable, full_plan
 from moeprune_ext.models.layers import MoeLayer
 from moeprune_ext.models.merging import MapRouter, mapped_layer
@@ -219,7 +218,7 @@ def eep(
     if out is not None and distributed.is_first():
         result.plan.save(Path(out) / PLAN)
         result.pruned_plan.save(Path(out) / PRUNED_PLAN)
-        write_text(Path(out) / RESULT, json.dumps(result.as_json(), indent=1) + "\n")
+        write_json(Path(out) / RESULT, result.as_json(), indent=1)
     return result
 
 
@@ -381,7 +380,4 @@ def _as_measured(fitness: str, score: float) -> float:
 
 
 def _finite(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {split: value if math.isfinite(value) else None for split, value in values.items()}
-        for name, values in scores.items()
-    }
+    return {name: {split: finite_or_none(value) for split, value in values.items()} for name, values in scores.items()}

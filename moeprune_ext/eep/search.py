@@ -38,6 +38,7 @@ from moeprune_ext.eep.operators import (
     random_mask,
 )
 from moeprune_ext.eep.settings import EepSettings
+from moeprune_ext.files import finite_or_none, nan_if_none
 
 MAX_ATTEMPTS = 32  # draws of a child until one is new; a small space of masks may have no new one left (our choice)
 ROUNDING = 1e-9  # 0.27 and 0.24 are 3 points apart, though not in floating point
@@ -283,10 +284,13 @@ def _score_call(
     lines = lines[: len(children)]
     if rest := list(children.items())[len(lines) :]:
         fresh = _scored(evaluate, [child for _, child in rest])
-        lines = lines + [[key, _json(f.score), _json(f.tie)] for (key, _), f in zip(rest, fresh, strict=True)]
+        lines = lines + [
+            [key, finite_or_none(f.score), None if f.tie is None else finite_or_none(f.tie)]
+            for (key, _), f in zip(rest, fresh, strict=True)
+        ]
         if journal is not None:
             journal.append({"generation": call, "phase": phase, "scores": lines})
-    return [Fitness(math.nan if score is None else score, tie) for _, score, tie in lines]
+    return [Fitness(nan_if_none(score), tie) for _, score, tie in lines]
 
 
 def _scored(evaluate: Evaluate, candidates: list[PruningPlan]) -> list[Fitness]:
@@ -294,10 +298,6 @@ def _scored(evaluate: Evaluate, candidates: list[PruningPlan]) -> list[Fitness]:
     if len(fitness) != len(candidates):
         raise ValueError(f"{len(candidates)} candidates were to be scored, the evaluation returned {len(fitness)}")
     return fitness
-
-
-def _json(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _summary(call: int, phase: str, fitness: Sequence[Fitness], population: _Population) -> dict[str, Any]:
@@ -309,7 +309,7 @@ def _summary(call: int, phase: str, fitness: Sequence[Fitness], population: _Pop
         "phase": phase,
         "evaluated": len(fitness),
         "evaluations": len(population.candidates),
-        "best": _json(best.score),
+        "best": finite_or_none(best.score),
         "best_tie": best.tie,
         "mean": sum(finite) / len(finite) if finite else None,
         "non_finite": len(fitness) - len(finite),

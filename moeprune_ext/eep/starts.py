@@ -22,7 +22,7 @@ from moeprune_ext.calibration.criteria import CRITERIA, score_experts
 from moeprune_ext.data.batches import TokenBatch, data_fingerprint
 from moeprune_ext.data.tasks import Task, answer_batches
 from moeprune_ext.eep.operators import Layout, criterion_mask
-from moeprune_ext.files import read_json, write_text
+from moeprune_ext.files import read_json, write_json
 from moeprune_ext.models.moe import MoeModel
 
 STARTS = "starts.json"
@@ -72,7 +72,7 @@ def starting_masks(
     naee = _naee_mask(moe, batches, layout, seed, progress)
     masks = masks if naee is None else {"naee": naee, **masks}
     if file is not None and distributed.is_first() and not (file.parent / SETTINGS).exists():
-        write_text(file, json.dumps({"about": about, "masks": masks}) + "\n")
+        write_json(file, {"about": about, "masks": masks})
     return distributed.from_first(lambda: masks)
 
 

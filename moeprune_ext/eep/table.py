@@ -7,7 +7,6 @@ Baselines: EEP's (random masks, frequency, soft activation, here `seer`; arXiv 2
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -36,7 +35,7 @@ from moeprune_ext.eep.fitness import TaskFitness, candidate_plan
 from moeprune_ext.eep.operators import Layout, given_mask, random_mask
 from moeprune_ext.eep.settings import PAPER, EepSettings
 from moeprune_ext.eep.starts import starting_masks
-from moeprune_ext.files import write_text
+from moeprune_ext.files import finite_or_none, write_json, write_text
 from moeprune_ext.models.apply import full_plan
 from moeprune_ext.models.costs import costs
 from moeprune_ext.models.moe import MoeModel
@@ -74,8 +73,8 @@ class TableRow:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the row with None for an accuracy or a spread that is not a number."""
-        accuracy = {split: None if isnan(value) else value for split, value in self.accuracy.items()}
-        spread = None if self.spread is None or isnan(self.spread) else self.spread
+        accuracy = {split: finite_or_none(value) for split, value in self.accuracy.items()}
+        spread = None if self.spread is None else finite_or_none(self.spread)
         return {**asdict(self), "accuracy": accuracy, "spread": spread}
 
 
@@ -150,7 +149,7 @@ def eep_table(
                 rows.append(measured_row(moe, judges, "naee", k, _completed([mask], judges, active)))
             rows += searched("EEP", k, f"{folder}-active-{active}", starts=masks)
     if distributed.is_first():
-        write_text(out / "table.json", json.dumps([row.as_json() for row in rows], indent=1) + "\n")
+        write_json(out / "table.json", [row.as_json() for row in rows], indent=1)
         write_text(out / "table.md", format_table(rows) + "\n")
     return rows
 

@@ -6,6 +6,7 @@ Nothing here knows a model by name.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
