@@ -33,7 +33,8 @@ def uniform_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:
     if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is the share of experts to remove, at least 0 and below 1; got {sparsity}")
     counts = {
-        # The tiny addition lifts products that are a half in decimals, but below it in binary: 0.15 * 10 = 1.4999999999999998.
+        # The tiny addition lifts products that end in a half in decimals and fall below it in binary, such as
+        # 0.145 * 100 = 14.499999999999998.
         layer: math.floor(sparsity * shape.num_experts / shape.n_group + 0.5 + 1e-9) * shape.n_group
         if shape.prunable
         else 0

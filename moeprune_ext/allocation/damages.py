@@ -39,8 +39,8 @@ class Damages:
 
     Attributes:
         counts: {decoder layer: numbers of experts pruned, ascending from 0}.
-        values: {decoder layer: fitness lost at each of these counts}. 0 at 0; negative where pruning helps; infinite, or
-            NaN, which counts as infinite, where the pruned model's logits gave no distribution.
+        values: {decoder layer: fitness lost at each of these counts}. 0 at 0; negative where pruning helps; infinite
+            (or NaN, which counts as infinite) where the pruned model's logits gave no distribution.
         fitness: the metric. Of metrics where lower is better (KL, nll) the values are the increase.
         criterion: name of the scores, None when unknown.
         model: fingerprint of the model, None when unknown.

@@ -1,10 +1,10 @@
-"""GRAPE: how many experts each layer loses follows from how alike its experts are, over all layers at once; no search.
+"""GRAPE: layers with similar experts lose more of them; no search.
 
-Per layer, the similarity of every two experts on the same tokens; then, whatever layer they stand in, the two most
-similar groups of experts are merged until the budget is spent, and one expert of every group stays. Similarities can be
-kept and planned with again for other budgets: `expert_similarity` is the work, `plan_from_similarity` takes seconds.
+`expert_similarity` compares every two experts of a layer on the same tokens: that is the work. `plan_from_similarity`
+then joins the two most similar groups of experts, whatever layer they stand in, until the budget is spent, and keeps
+one expert of every group: seconds, for any number of budgets.
 
-Source: arXiv 2604.06542. Our choices: the similarity, the linkage, the guard's details and who leaves; see there.
+Source: arXiv 2604.06542. The similarity, the linkage, the guard's details and who leaves are our choice; see below.
 """
 
 from __future__ import annotations
@@ -31,14 +31,8 @@ from moeprune_ext.models.patches import evaluating
 from moeprune_ext.ops.backend import row_chunks
 
 SIMILARITIES = ("cka", "weights")
-
-
 WHO = ("groups", "scores")
-
-
 CHUNK_BYTES = 64 * 2**20  # of Gram matrices or weights in one matrix product
-
-
 CONSTANT = 1e-5  # an expert whose outputs vary by less than this share of their length is dead
 
 
@@ -56,23 +50,39 @@ def grape(
     seed: int = 0,
     progress: bool = False,
 ) -> PruningPlan:
-    """A plan that spends the budget sum(plan.uniform_counts) where experts are most alike.
+    """Makes a plan that spends the uniform plan's budget where experts are most alike. Source: arXiv 2604.06542.
 
-    batches, similarity, tokens, seed: see `expert_similarity`. scores: who stays in a group of similar experts.
-    sparsity, entropy, who, merge: see `plan_from_similarity`. Raises ValueError, before any work, for scores of another
-    model and for what these two refuse. Source: arXiv 2604.06542.
+    Args:
+        model: a transformers model or a MoeModel; it is left as it was.
+        batches: see `as_batches`; None where `similarity` is "weights".
+        scores: ExpertScores or {decoder layer: [E]}; the best of a group of similar experts stays.
+        sparsity: share of the experts to remove, in [0, 1).
+        similarity: see `expert_similarity`.
+        tokens: see `expert_similarity`.
+        entropy: see `plan_from_similarity`.
+        who: see `plan_from_similarity`.
+        merge: see `plan_from_similarity`.
+        seed: draws the sample of tokens.
+        progress: whether to show progress bars on stderr.
+
+    Raises:
+        ValueError: before any work, for scores of another model, and for what the two functions refuse.
     """
     moe = MoeModel.of(model)
     scores = ExpertScores.wrap(scores, shapes=moe.shapes, model=moe.fingerprint)
     check_scores(scores, moe.shapes, moe.fingerprint)
     check_request(scores, sparsity, tokens, entropy, who, merge)
-    found = expert_similarity(moe, batches, similarity=similarity, tokens=tokens, seed=seed, progress=progress)
-    return plan_from_similarity(found, scores, sparsity, entropy=entropy, who=who, merge=merge)
+    similarities = expert_similarity(moe, batches, similarity=similarity, tokens=tokens, seed=seed, progress=progress)
+    return plan_from_similarity(similarities, scores, sparsity, entropy=entropy, who=who, merge=merge)
 
 
 def check_request(scores: ExpertScores, sparsity: float, tokens: int, entropy: float, who: str, merge: bool) -> None:
-    """Refuses (ValueError) what `grape` cannot do, before the model is needed."""
-    _limits(scores, sparsity, entropy, who, merge)
+    """Raises ValueError for what `grape` cannot do, without the model; the arguments are its own."""
+    _steps(scores, sparsity, entropy, who, merge)
+    _check_tokens(tokens)
+
+
+def _check_tokens(tokens: int) -> None:
     if tokens < 4:
         raise ValueError(f"the unbiased estimator needs at least 4 tokens, got tokens={tokens}")
 
@@ -89,24 +99,34 @@ def expert_similarity(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[int, Tensor]:
-    """{decoder layer: float64 [E, E]}: how alike every two experts of a layer are; symmetric, at most 1, itself 1.
+    """Measures how alike every two experts of a layer are.
 
-    "cka": linear CKA with the unbiased HSIC estimator (Song et al. 2012, in its U-centred form; about 0 for independent
-    outputs, where the biased one reads high for n < H) of the unweighted outputs on `tokens` attended positions that
-    are the same for all experts (samples.py; drawn from `seed`). batches: see data.as_batches. "weights": the cosine of
-    all of an expert's weights in a row; needs no data, and batches may be None (both our choice). An expert without
-    variation (outputs that are constant, or zero weights) is dead: 1 to other dead ones, 0 to the living (our choice).
+    A dead expert, whose outputs are constant or whose weights are zero, is 1 to other dead ones and 0 to the living
+    (our choice). Memory per layer: Gram matrices, E * n^2 * 4 B on the experts' device (0.5 GB for 128 experts and
+    n = 1,024 tokens), one expert's outputs, and the sample (`sample_layers`). FLOPs per layer: 6 n H I E for the
+    outputs, 2 n^2 H E for the Gram matrices, 2 E^2 n^2 for their products. Streamed layers are visited twice in all.
+    Under torchrun the layers are dealt out, and every process gets all tables.
 
-    Memory per layer: n x n Gram matrices in float32, E * n^2 * 4 B on the experts' device (0.5 GB for 128 experts and
-    1,024 tokens), one expert's outputs, and the sample (samples.py). FLOPs per layer: 6 n H I E for the outputs, 2 n^2
-    H E for the Gram matrices, 2 E^2 n^2 for their products. Streamed layers are visited twice in all. Under torchrun
-    the layers are dealt out, and every process gets all. The model is left as it was.
-    Raises ValueError for an unknown similarity, fewer than 4 tokens, or outputs that are NaN or infinite.
+    Args:
+        model: a transformers model or a MoeModel; it is left as it was.
+        batches: see `as_batches`; None where `similarity` is "weights".
+        similarity: what is compared (both our choice).
+            "cka": the experts' unweighted outputs on the same tokens, by linear CKA with the unbiased HSIC estimator
+            (Song et al. 2012). It is about 0 for independent outputs; the biased one reads high where n < H.
+            "weights": all of an expert's weights, by their cosine; needs no data.
+        tokens: attended positions that experts are run on, the same for all; all where there are fewer.
+        seed: draws the positions.
+        progress: whether to show progress bars on stderr.
+
+    Returns:
+        {decoder layer: float64 [E, E]}, symmetric, at most 1, with a diagonal of 1.
+
+    Raises:
+        ValueError: for an unknown similarity, fewer than 4 tokens, or outputs that are NaN or infinite.
     """
     if similarity not in SIMILARITIES:
         raise ValueError(f"unknown similarity {similarity!r}; choose from {', '.join(SIMILARITIES)}")
-    if tokens < 4:
-        raise ValueError(f"the unbiased estimator needs at least 4 tokens, got tokens={tokens}")
+    _check_tokens(tokens)
     moe = MoeModel.of(model)
     layers = moe.layers
     samples = {}
@@ -116,22 +136,22 @@ def expert_similarity(
             raise ValueError(f"the unbiased estimator needs at least 4 tokens, and the data has {attended}")
         samples = sample_layers(moe, layers, checked, tokens, seed=seed, progress=progress)
     indices = list(layers)
-    found = {i: torch.zeros(2 * (layer.shape.num_experts,), dtype=torch.float64) for i, layer in layers.items()}
+    tables = {i: torch.zeros(2 * (layer.shape.num_experts,), dtype=torch.float64) for i, layer in layers.items()}
     with evaluating(moe.model):
         for number in tqdm(distributed.own_share(len(layers)), desc="similarity", unit="layer", disable=not progress):
             layer = layers[indices[number]]
             moe.make_resident(layer.index)
             cka = similarity == "cka"
             products = _cka_products(layer, samples[layer.index].hidden) if cka else _weight_products(layer)
-            found[layer.index] = _normalised(products)
-    return {index: distributed.sum_(table) for index, table in found.items()}
+            tables[layer.index] = _cosines(products)
+    return {index: distributed.sum_(table) for index, table in tables.items()}
 
 
 def _cka_products(layer: MoeLayer, hidden: Tensor) -> Tensor:
-    """Inner products of the experts' U-centred Gram matrices on hidden [n, H]: HSIC up to one factor, float64 [E, E].
+    """Computes the HSIC of every two experts' outputs on hidden [n, H], up to one factor: float64 [E, E].
 
-    The unbiased HSIC of K and L is <K~, L~> / (n (n - 3)) of the U-centred ones, so each is centred once and all pairs
-    are one matrix product, added up in float64.
+    The unbiased HSIC of Gram matrices K and L is <K~, L~> / (n (n - 3)) of the U-centred ones. So each is centred once,
+    and all pairs are one matrix product.
     """
     count, n, device = layer.shape.num_experts, len(hidden), next(layer.experts.parameters()).device
     grams = torch.empty(count, n, n, dtype=torch.float32, device=device)
@@ -141,10 +161,10 @@ def _cka_products(layer: MoeLayer, hidden: Tensor) -> Tensor:
 
 
 def _centred_gram_(gram: Tensor, outputs: Tensor) -> None:
-    """Fills gram [n, n] with the U-centred Gram matrix of outputs [n, H] (Szekely & Rizzo 2014); zeros for a dead
-    expert.
+    """Fills gram [n, n] with the U-centred Gram matrix of outputs [n, H]; with zeros for a dead expert.
 
-    CKA knows neither offset nor scale: both are taken off before the product, where float32 would lose digits.
+    CKA depends on neither offset nor scale. Both are removed before the product, where they would cost float32 digits.
+    Source of U-centring: Szekely & Rizzo 2014.
     """
     varying = outputs - outputs.mean(0)
     length = varying.norm()
@@ -163,13 +183,13 @@ def _centred_gram_(gram: Tensor, outputs: Tensor) -> None:
 
 
 def _weight_products(layer: MoeLayer) -> Tensor:
-    """Inner products of the experts' weights, biases and scales included: float64 [E, E]."""
+    """Computes the inner products of the experts' weights, biases and scales included: float64 [E, E]."""
     tensors = [getattr(place.owner, place.name)[: layer.shape.num_experts] for place in expert_tensors(layer)]
     return torch.stack([_products(tensor.flatten(1)) for tensor in tensors]).sum(0)
 
 
 def _products(rows: Tensor) -> Tensor:
-    """rows @ rows.T, [E, D] -> float64 [E, E] on the CPU: float32 products of some columns at a time."""
+    """Computes rows @ rows.T of [E, D], in float32 for a chunk of columns, summed in float64: [E, E] on the CPU."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for columns in row_chunks(rows.shape[1], 4 * len(rows), CHUNK_BYTES):
         part = rows[:, columns].float()
@@ -177,8 +197,8 @@ def _products(rows: Tensor) -> Tensor:
     return total.cpu()
 
 
-def _normalised(products: Tensor) -> Tensor:
-    """Inner products [E, E] -> cosines; dead experts are alike, and like no other."""
+def _cosines(products: Tensor) -> Tensor:
+    """Makes cosines of inner products [E, E]: 1 between dead experts, 0 between dead and living ones."""
     lengths = products.diagonal().sqrt()
     dead = lengths <= CONSTANT * lengths.max()
     cosines = ((products + products.T) / 2 / torch.outer(lengths, lengths)).clamp(-1, 1)
@@ -198,40 +218,43 @@ def plan_from_similarity(
     who: str = "groups",
     merge: bool = False,
 ) -> PruningPlan:
-    """Merges the most similar groups of experts, anywhere, until sum(plan.uniform_counts(scores, sparsity)) are gone.
+    """Joins the most similar groups of experts, in whatever layer, until the uniform plan's budget is spent.
 
-    similarities: {decoder layer: [E, E]}, symmetric. scores: a plain mapping stands for routers that need one expert
-    (`grape` asks the model). The similarity of two groups is the mean over their pairs (average linkage); equal ones:
-    the lower layer first, then the lower expert ids. Of a group the expert with the highest score stays, of equals the
-    lower id; two protected experts never share a group. Where the router chooses among groups of its own, a step merges
-    two experts' groups in each of them (n_group removals) and stands for the mean of these similarities, so that all
-    keep equally many.
+    The similarity of two groups is the mean over their pairs (average linkage). Of equal ones those of the lower layer
+    go first, then of the lower expert ids. Two protected experts never share a group. Where the router chooses among
+    groups of its own, a step joins two groups of experts in each of them, and stands for the mean of these
+    similarities, so that all keep equally many. All of this is our choice.
 
-    entropy: the guard against emptying one very redundant layer, in [0, 1]; 0 turns it off. Over the layers that are
-    neither frozen nor at capacity, H is the entropy of their removals' distribution: once these are two per layer, and
-    H / log(layers) is below `entropy`, the layer with most removals (of equals the lowest) is frozen as it is, and the
-    others go on. If none is left before the budget is spent, the frozen ones thaw, the guard goes off, and a warning
-    says so.
+    Args:
+        similarities: {decoder layer: [E, E]}, symmetric.
+        scores: of the same layers. The best of a group stays, of equals the lower id. A plain mapping stands for
+            routers that need one expert; `grape` asks the model.
+        sparsity: share of the experts to remove, in [0, 1).
+        entropy: the guard against emptying one very redundant layer, in [0, 1]; 0 turns it off. H is the entropy of the
+            distribution of removals over the layers that are neither frozen nor at capacity. Once there are two
+            removals a layer and H / log(layers) is below `entropy`, the layer with most removals, of equals the lowest,
+            is frozen. If every layer is frozen before the budget is spent, a warning says so, all thaw, and the guard
+            is off. The guard is arXiv 2604.06542's idea, its details our choice.
+        who: which experts leave a layer.
+            "groups": all of a group but its best.
+            "scores": those of the lowest scores, as many; for models whose similar experts are not the dispensable
+            ones.
+        merge: whether kept experts become the average of their group, weighted by the scores (equally where all are
+            zero), in `PruningPlan.merges`. A protected expert stays as it is.
 
-    who: which experts leave. "groups": all of a group but its best. "scores": the layer's lowest, so that only how many
-    leave each layer is GRAPE's; for models whose similar experts are not the dispensable ones.
-
-    merge: kept experts become the average of their group, weighted by the scores (equally where all are zero), in
-    `PruningPlan.merges`; a protected one stays as it is.
-
-    Everything from the linkage on is our choice; the entropy guard is arXiv 2604.06542's idea. Raises ValueError for an
-    entropy outside [0, 1], an unknown `who`, a sparsity that cannot be, merge=True with negative scores or without
-    groups, layers with different numbers of router groups, or similarities that do not fit the scores.
+    Raises:
+        ValueError: for an entropy outside [0, 1], an unknown `who`, a sparsity that cannot be, merge=True with negative
+            scores or without groups, layers with different numbers of router groups, or similarities that do not fit
+            the scores.
     """
     scores = ExpertScores.wrap(scores)
-    capacities, steps = _limits(scores, sparsity, entropy, who, merge)
+    capacities, steps = _steps(scores, sparsity, entropy, who, merge)
     if set(similarities) != set(scores):
         raise ValueError(f"similarities are of layers {sorted(similarities)}, scores of layers {sorted(scores)}")
     linkages = {layer: _linkages(layer, similarities[layer], scores) for layer in scores}
-    _merge(linkages, capacities, steps, entropy)
+    removed = _spend(linkages, capacities, steps, entropy)
     if who == "scores":
-        left = {layer: sum(len(linkage.groups) for linkage in parts) for layer, parts in linkages.items()}
-        pruned = {layer: shape.num_experts - left[layer] for layer, shape in scores.shapes.items()}
+        pruned = {layer: count * scores.shapes[layer].n_group for layer, count in removed.items()}
         return PruningPlan.from_pruned_counts(scores, pruned)
     kept: dict[int, list[int]] = {}
     merges: dict[int, Merge] = {}
@@ -250,8 +273,8 @@ def plan_from_similarity(
     return PruningPlan(kept, num_experts, scores.model, scores.criterion, merges)
 
 
-def _limits(scores: ExpertScores, sparsity: float, entropy: float, who: str, merge: bool) -> tuple[dict[int, int], int]:
-    """{layer: steps it can take} and steps to take in all; refuses what cannot be planned."""
+def _steps(scores: ExpertScores, sparsity: float, entropy: float, who: str, merge: bool) -> tuple[dict[int, int], int]:
+    """Returns {decoder layer: steps it can take}, and the steps to take in all; raises ValueError as the planner."""
     if who not in WHO:
         raise ValueError(f"unknown who={who!r}; choose from {', '.join(WHO)}")
     if merge and who != "groups":
@@ -265,6 +288,7 @@ def _limits(scores: ExpertScores, sparsity: float, entropy: float, who: str, mer
 
 
 def _shares(group: Sequence[int], values: Sequence[float]) -> dict[int, float]:
+    """Returns each expert's share of a group's scores; equal shares where all are zero."""
     total = math.fsum(values[expert] for expert in group)
     return {expert: values[expert] / total if total > 0 else 1 / len(group) for expert in group}
 
@@ -272,14 +296,18 @@ def _shares(group: Sequence[int], values: Sequence[float]) -> dict[int, float]:
 class _Linkage:
     """Average linkage among the experts of one router group of a layer.
 
-    groups: {lowest expert id: the group's ids}. closest: similarity and places of the two most similar groups, of
-    equals the lowest ids; -inf where no two may be merged.
+    Not scipy's, which joins equally similar groups in the order in which its algorithm meets them, not of their ids.
+
+    Attributes:
+        groups: {lowest expert id: the group's ids}.
+        closest: similarity and table rows of the two most similar groups, of equals those of the lowest ids; the
+            similarity is -inf if no two may be joined.
     """
 
     def __init__(self, similarity: np.ndarray, first: int, protected: frozenset[int]) -> None:
         self._table, self._first = similarity.copy(), first
         apart = [expert - first for expert in protected if 0 <= expert - first < len(similarity)]
-        self._table[np.ix_(apart, apart)] = -np.inf  # and so is the mean of pairs with such a one among them
+        self._table[np.ix_(apart, apart)] = -np.inf  # so is every mean over pairs of which one is -inf
         np.fill_diagonal(self._table, -np.inf)
         self.groups = {first + i: [first + i] for i in range(len(similarity))}
         self.closest = self._find()
@@ -288,7 +316,7 @@ class _Linkage:
         i, j = divmod(int(self._table.argmax()), len(self._table))  # the first of equals, so i < j
         return float(self._table[i, j]), i, j
 
-    def merge(self) -> None:
+    def join(self) -> None:
         """Makes one group of the two most similar ones."""
         _, i, j = self.closest
         one, other = self.groups[self._first + i], self.groups.pop(self._first + j)
@@ -300,7 +328,7 @@ class _Linkage:
 
 
 def _linkages(layer: int, similarity: Tensor, scores: ExpertScores) -> list[_Linkage]:
-    """One per router group."""
+    """Makes the linkage of every router group of a layer."""
     shape, table = scores.shapes[layer], torch.as_tensor(similarity).detach().to("cpu", torch.float64).numpy()
     if table.shape != (shape.num_experts, shape.num_experts):
         raise ValueError(f"layer {layer}: similarities {list(table.shape)} do not fit its {shape.num_experts} experts")
@@ -311,10 +339,10 @@ def _linkages(layer: int, similarity: Tensor, scores: ExpertScores) -> list[_Lin
     return [_Linkage(table[start : start + size, start : start + size], start, protected) for start in starts]
 
 
-def _merge(
+def _spend(
     linkages: Mapping[int, Sequence[_Linkage]], capacities: Mapping[int, int], steps: int, entropy: float
-) -> None:
-    """Takes so many steps, each in the layer whose closest groups are the most similar of all."""
+) -> dict[int, int]:
+    """Takes `steps` steps, each in the layer whose closest groups are most similar; returns {decoder layer: steps}."""
     removed = dict.fromkeys(linkages, 0)
     frozen: set[int] = set()
 
@@ -332,15 +360,16 @@ def _merge(
             layers = unfrozen()
         chosen = max(layers, key=lambda layer: sum(linkage.closest[0] for linkage in linkages[layer]))
         for linkage in linkages[chosen]:
-            linkage.merge()
+            linkage.join()
         removed[chosen] += 1
         if layers := unfrozen():
             counts = [removed[layer] for layer in layers]
             if sum(counts) >= 2 * len(counts) and _evenness(counts) < entropy:
                 frozen.add(max(layers, key=removed.__getitem__))
+    return removed
 
 
 def _evenness(counts: Sequence[int]) -> float:
-    """Entropy of a distribution over layers as a share of the greatest possible; 1 for a single layer."""
+    """Returns the entropy of a distribution over layers as a share of the greatest possible; 1 for a single layer."""
     shares = [count / sum(counts) for count in counts if count]
     return -sum(p * math.log(p) for p in shares) / math.log(len(counts)) if len(counts) > 1 else 1.0

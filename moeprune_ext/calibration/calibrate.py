@@ -1,8 +1,8 @@
-"""One pass over calibration text -> RoutingStats, the single table behind every criterion.
+"""Runs calibration text through a model once and gathers RoutingStats, the one table behind every criterion.
 
-The experts of each layer are asked for the unweighted outputs f_e(x_t) of the routed (token, expert) pairs
-(experts.py), whatever they look like; only routed pairs are computed. Per pair the gate weight g (the coefficient the
-model really applies) and ||f_e(x_t)||_2 go into moments[e, a, b] += g^a ||f||^b.
+Each layer's experts compute their unweighted outputs f_e(x_t), for routed (token, expert) pairs only
+(models/experts.py). Of every pair, the gate weight g that the model applies and ||f_e(x_t)||_2 go into
+moments[e, a, b] += g^a ||f||^b.
 """
 
 from __future__ import annotations
@@ -31,21 +31,29 @@ PAIRS_AT_ONCE = 65_536  # routed pairs whose outputs [pairs, H] are alive at a t
 
 
 def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: bool = False) -> RoutingStats:
-    """Runs the model over `batches` once and gathers RoutingStats for every MoE layer.
+    """Runs the model over `batches` once and gathers RoutingStats of every MoE layer.
 
-    batches: see data.as_batches; positions with attention_mask = 1 count, whichever side is padded; label masks are
-    ignored. Memory beside the model's own: a table of 9 float64 per expert, and expert outputs of one block of routed
-    pairs. Where layers are streamed (streaming.py) each is visited once, and the batches' hidden states wait in host
-    memory. Under torchrun the batches are dealt out over the processes, and every process gets the whole statistics:
-    the same for any number of them, of as many threads each, up to the rounding of float64 sums. The same sequences in
-    other batches agree as well as the model's own dtype rounds. The model is left as it was.
-    Raises ValueError for a model without MoE layers, or for no data. Source: methods of arXiv 2606.15716 and
-    2510.13999.
+    Memory beside the model's own: 9 float64 per expert, and expert outputs of PAIRS_AT_ONCE routed pairs. Streamed
+    layers are visited once; meanwhile the batches' hidden states wait in host memory. Under torchrun the batches are
+    dealt out, and every process gets the statistics of all; they do not depend on the number of processes, of equally
+    many threads, up to the rounding of float64 sums. The same sequences in other batches agree up to the rounding of
+    the model's dtype. Source: arXiv 2606.15716 and 2510.13999.
+
+    Args:
+        model: a transformers model or a MoeModel; it is left as it was.
+        batches: see `as_batches`. Attended positions count, label masks do not.
+        progress: whether to show a progress bar on stderr.
+
+    Returns:
+        The statistics, for `score_experts`.
+
+    Raises:
+        ValueError: for a model without MoE layers, for no data, or if experts' outputs are NaN or infinite.
     """
     moe = MoeModel.of(model)
     layers = moe.layers
     batches = without_padding(as_batches(batches, moe.vocab_size))
-    mine = [batches[number] for number in distributed.own_share(len(batches))]
+    own_batches = [batches[number] for number in distributed.own_share(len(batches))]
     scratch = Scratch()
     tables = {index: _Table(layer, scratch) for index, layer in layers.items()}
 
@@ -57,8 +65,8 @@ def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: 
     with evaluating(moe.model), ExitStack() as stack:
         for index, layer in layers.items():
             stack.enter_context(intercepted(layer.experts, tables[index].observe))
-        bar = stack.enter_context(tqdm(total=len(mine), desc="calibrate", unit="batch", disable=not progress))
-        run_batches(moe, replay, mine, bar, before=attend)
+        bar = stack.enter_context(tqdm(total=len(own_batches), desc="calibrate", unit="batch", disable=not progress))
+        run_batches(moe, replay, own_batches, bar, before=attend)
     moments = {index: distributed.sum_(table.moments.cpu()) for index, table in tables.items()}
     broken = [index for index, table in moments.items() if not bool(torch.isfinite(table).all())]
     if broken:
@@ -73,7 +81,13 @@ def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: 
 
 
 class _Table:
-    """One layer's moments and max_norm, and what the rows being run are: attended positions or padding."""
+    """Gathers one layer's statistics.
+
+    Attributes:
+        moments: float64 [E, 3, 3], as in RoutingStats.
+        max_norm: float32 [E], as in RoutingStats.
+        attended: bool [T], whether each position of the batch being run is attended.
+    """
 
     def __init__(self, layer: MoeLayer, scratch: Scratch) -> None:
         self._index, self._count, self._router_rows = layer.index, layer.shape.num_experts, layer.router_rows
@@ -84,7 +98,7 @@ class _Table:
         self.attended = torch.empty(0, dtype=torch.bool)
 
     def observe(self, original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """Stands for the experts' forward: the same output, and every routed pair's share in the moments."""
+        """Replaces the experts' forward: returns the same output, and adds every routed pair to the moments."""
         tokens, top_k = expert_ids.shape
         if tokens != self.attended.numel():
             raise ValueError(
@@ -100,7 +114,7 @@ class _Table:
             gates[pair_of.flatten()] = weights[block].flatten()
             ids = torch.repeat_interleave(torch.tensor(counts, device=hidden.device))
             valid = self.attended[block].to(hidden.device)[rows]
-            if self._router_rows > self._count:  # what goes to no expert, or nowhere with a gate of zero, is no pair
+            if self._router_rows > self._count:  # ids beyond the experts', and zero gates there, are no routed pairs
                 valid &= (ids < self._count) & (gates != 0)
                 ids = ids.clamp(max=self._count - 1)
             routing_moments_(self.moments, self.max_norm, ids, gates, outputs, valid=valid)

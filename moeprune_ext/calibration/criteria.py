@@ -1,8 +1,8 @@
-"""RoutingStats -> a score per expert, higher = keep.
+"""Turns RoutingStats into a score per expert, higher = keep.
 
-One family (arXiv 2606.15716): S_e(alpha, beta, reduce) = reduce over tokens routed to e of gate^alpha *
-||f_e(x)||^beta. Every published criterion below is one triple, so it is an index into the table of moments that
-calibration gathers, and scoring by another criterion costs no further pass.
+The criteria are one family (arXiv 2606.15716): S_e(alpha, beta, reduce) reduces gate^alpha * ||f_e(x)||^beta over the
+tokens routed to expert e. Every published criterion below is one triple. It is read from the table of moments that
+calibration gathers, so scoring by another criterion costs no further pass.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ CRITERIA: dict[str, tuple[int, int, str]] = {
     "msan": (0, 2, "mean"),  # arXiv 2606.15716
 }
 
-
 SELECTION_PRINCIPLE = (
     "For task-agnostic pruning prefer criteria that average over routed tokens and leave the gate out (man, msan); "
     "for task-specific pruning routing frequency and gate weight may stay in (reap, seer, frequency). arXiv 2606.15716."
@@ -38,11 +37,19 @@ SELECTION_PRINCIPLE = (
 def score_experts(
     stats: RoutingStats, criterion: str | tuple[int, int, str] = "reap", *, seed: int = 0
 ) -> ExpertScores:
-    """Scores every expert of every layer by a criterion's name or a triple (alpha, beta, "mean" | "sum").
+    """Scores every expert of every layer. Source: arXiv 2606.15716.
 
-    alpha, beta in {0, 1, 2}. "mean" divides by the number of routed tokens; an expert never routed to scores 0.
-    "random" is EEP's baseline, drawn from `seed`. Returns float64 [E] per layer, higher = keep. Raises ValueError for
-    an unknown criterion. Source: arXiv 2606.15716.
+    Args:
+        stats: of `calibrate`.
+        criterion: a name in CRITERIA; "random", EEP's baseline; or a triple (alpha, beta, "mean" | "sum") with alpha
+            and beta in {0, 1, 2}. "mean" divides by the number of routed tokens.
+        seed: draws the scores of "random".
+
+    Returns:
+        {decoder layer: float64 [E]}, higher = keep; an expert that no token was routed to scores 0.
+
+    Raises:
+        ValueError: for an unknown criterion.
     """
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -60,6 +67,7 @@ def score_experts(
 
 
 def _triple(criterion: str | tuple[int, int, str]) -> tuple[str, tuple[int, int, str]]:
+    """Returns a criterion's name and its triple; raises ValueError if there is no such criterion."""
     if isinstance(criterion, str):
         if criterion not in CRITERIA:
             raise ValueError(
@@ -79,35 +87,42 @@ def _triple(criterion: str | tuple[int, int, str]) -> tuple[str, tuple[int, int,
 
 
 def super_experts(stats: RoutingStats, *, quantile: float = 0.995, share: float = 0.1) -> dict[int, list[int]]:
-    """Outlier experts that a plan had better keep: {decoder layer: ids}, layers without one left out.
+    """Finds outlier experts, which a plan had better keep.
 
-    An expert is one when its largest output norm is above this quantile of all experts' and above this share of the
-    largest. Source: Super Experts, arXiv 2507.23279, with the L2 norm of an output in the place of its largest element
-    (our choice: it is what calibration keeps).
+    Source: Super Experts, arXiv 2507.23279, with the L2 norm of an output in the place of its largest element (our
+    choice: it is what calibration keeps).
+
+    Args:
+        stats: of `calibrate`.
+        quantile: an outlier's largest output norm is above this quantile of all experts'.
+        share: an outlier's largest output norm is above this share of the largest of all experts.
+
+    Returns:
+        {decoder layer: ids of its outliers}; layers without any are left out.
+
+    Raises:
+        ValueError: for a quantile or a share outside [0, 1].
     """
     if not 0 <= quantile <= 1 or not 0 <= share <= 1:
         raise ValueError(f"quantile and share lie in [0, 1]; got {quantile} and {share}")
     norms = torch.cat([norm.double() for norm in stats.max_norm.values()])
     threshold = max(float(torch.quantile(norms, quantile)), share * float(norms.max()))
-    found = {layer: (norm.double() > threshold).nonzero()[:, 0].tolist() for layer, norm in stats.max_norm.items()}
-    return {layer: ids for layer, ids in found.items() if ids}
+    outliers = {layer: (norm.double() > threshold).nonzero()[:, 0].tolist() for layer, norm in stats.max_norm.items()}
+    return {layer: ids for layer, ids in outliers.items() if ids}
 
 
 def rank_correlations(scores: Sequence[ExpertScores]) -> dict[int, Tensor]:
-    """How far criteria agree: {decoder layer: float64 [C, C]}, Spearman's rank correlation of each two, in [-1, 1].
+    """Measures how far criteria agree, by Spearman's rank correlation; tied experts share their mean rank.
 
-    Tied experts share their mean rank; NaN where a criterion scores all experts of the layer alike.
+    Returns:
+        {decoder layer: float64 [C, C]}, of every two of the scores, in [-1, 1]; NaN where one of them is the same for
+        all experts of the layer.
     """
     correlations = {}
     for layer in scores[0]:
-        ranks = torch.stack([_ranks(one[layer]) for one in scores])
-        ranks -= ranks.mean(1, keepdim=True)
+        values = torch.stack([one[layer] for one in scores])
+        # Scores below an expert's less those above it: twice its mean rank, less twice the mean of all ranks.
+        ranks = (values[:, :, None] - values[:, None, :]).sign().sum(2)
         norms = ranks.norm(dim=1)
         correlations[layer] = ((ranks @ ranks.T) / torch.outer(norms, norms)).clamp(-1, 1)
     return correlations
-
-
-def _ranks(values: Tensor) -> Tensor:
-    below = (values[None, :] < values[:, None]).sum(1)
-    alike = (values[None, :] == values[:, None]).sum(1)
-    return below.double() + (alike.double() - 1) / 2
