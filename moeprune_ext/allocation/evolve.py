@@ -35,7 +35,7 @@ from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.candidates.metrics import LOWER_IS_BETTER, to_maximise
-from moeprune_ext.files import finite_or_none
+from moeprune_ext.files import finite_or_none, nan_if_none
 
 
 @dataclass(frozen=True)
@@ -260,12 +260,12 @@ class _Archive:
     def add(self, record: Mapping[str, Any]) -> None:
         """Adds a generation's record, just made or read back from the journal."""
         for counts, score in record["scores"]:
-            self.scores[tuple(counts)] = math.nan if score is None else float(score)
+            self.scores[tuple(counts)] = nan_if_none(score)
         for counts, score, _ in record.get("dropped", ()):
-            self.scores[tuple(counts)] = math.nan if score is None else float(score)
+            self.scores[tuple(counts)] = nan_if_none(score)
             self.dropped.add(tuple(counts))
         for (counts, _), sums in zip(record["scores"], record.get("sequence_sums", ()), strict=False):
-            self.sums[tuple(counts)] = torch.tensor([math.nan if x is None else x for x in sums], dtype=torch.float64)
+            self.sums[tuple(counts)] = torch.tensor([nan_if_none(x) for x in sums], dtype=torch.float64)
 
     def rank(self, counts: Counts) -> tuple[bool, float, Counts]:
         """Sorts best first: vectors scored on all tokens before dropped ones, equal scores in a fixed order."""
