@@ -34,12 +34,15 @@ if TYPE_CHECKING:
     from moeprune_ext.checkpoint.export import export as export
     from moeprune_ext.checkpoint.load import load as load
     from moeprune_ext.checkpoint.prune import prune_ as prune_
+    from moeprune_ext.data.tasks import Example as Example
+    from moeprune_ext.data.tasks import Task as Task
     from moeprune_ext.data.tasks import load_task as load_task
     from moeprune_ext.eep.eep import EepResult as EepResult
     from moeprune_ext.eep.eep import eep as eep
     from moeprune_ext.evaluate import accuracy as accuracy
     from moeprune_ext.evaluate import perplexity as perplexity
     from moeprune_ext.models.apply import applied as applied
+    from moeprune_ext.models.moe import MoeModel as MoeModel
     from moeprune_ext.ops import reference as reference
     from moeprune_ext.ops.backend import build_info as build_info
     from moeprune_ext.ops.masked_router import masked_router as masked_router
@@ -54,11 +57,14 @@ _MODULES = {
     "CandidateEvaluator": "candidates.evaluator",
     "CandidateScore": "candidates.metrics",
     "EepResult": "eep.eep",
+    "Example": "data.tasks",
     "ExpertScores": "artifacts.scores",
+    "MoeModel": "models.moe",
     "PruningPlan": "artifacts.plan",
     "RouterSpec": "ops.reference",
     "RoutingStats": "artifacts.stats",
     "SearchResult": "allocation.evolve",
+    "Task": "data.tasks",
     "accuracy": "evaluate",
     "applied": "models.apply",
     "build_info": "ops.backend",

@@ -11,13 +11,35 @@ import pytest
 import torch
 
 from moeprune_ext import ops
-from moeprune_ext.ops import backend as dispatch
+from moeprune_ext.ops import backend as ops_backend
 from moeprune_ext.ops.reference import RouterSpec
 
 ISAS = ops.build_info()["cpu_isas"]
 EMULATED = importlib.util.find_spec("moeprune_ext._C_emulated") is not None  # built with MOEPRUNE_EMULATOR=ON
 CUDA = ops.build_info()["cuda_available"] and torch.cuda.is_available()
 OPERATIONS = ("log_sum_exp", "masked_router", "overlap", "overlap_from_hidden", "routing_moments_")
+
+
+# `pytest -m fast`: files whose tests take a second or a few, so that together they take less than a minute.
+FAST = {
+    "test_allocate.py",
+    "test_costs.py",
+    "test_criteria.py",
+    "test_data.py",
+    "test_eep_candidates.py",
+    "test_evolve.py",
+    "test_golden.py",
+    "test_masked_router.py",
+    "test_merging.py",
+    "test_plan.py",
+    "test_router_map.py",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in FAST:
+            item.add_marker(pytest.mark.fast)
 
 
 def pytest_addoption(parser):
@@ -79,7 +101,7 @@ def core(request, monkeypatch):
     test take tensors on the CPU in any case."""
     if request.param == "cuda-emulated":
         emulated = importlib.import_module("moeprune_ext._C_emulated")
-        monkeypatch.setattr(dispatch, "_C", emulated)
+        monkeypatch.setattr(ops_backend, "_C", emulated)
         monkeypatch.setattr(ops, "_C", emulated)
         yield request.param
     elif request.param == "cuda":

@@ -156,7 +156,7 @@ class SearchSpace:
         unit, capacities, budget = in_units(scores, settings.sparsity)
         init_counts = []
         for i, plan in enumerate(map(plan_of, init_plans)):
-            if not isinstance(plan, PruningPlan):
+            if plan.mapped_layers:
                 raise ValueError(
                     f"init_plans[{i}] merges experts; a search of pruning counts starts from pruning plans"
                 )

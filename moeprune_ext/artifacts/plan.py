@@ -59,8 +59,8 @@ class Merge:
                 that are negative or not 1 in all.
         """
         for expert, shares in sums.items():
-            known = expert in kept and all(0 <= e < num_experts for e in shares)
-            if not known or min(shares.values(), default=-1) < 0 or not isclose(sum(shares.values()), 1, abs_tol=1e-6):
+            fits = expert in kept and all(0 <= e < num_experts for e in shares)
+            if not fits or min(shares.values(), default=-1) < 0 or not isclose(sum(shares.values()), 1, abs_tol=1e-6):
                 raise ValueError(
                     f"expert {expert} cannot be merged from {dict(shares)}: it must be a kept one, the others experts "
                     "of its layer, and their shares not negative and 1 in all"

@@ -53,12 +53,12 @@ class Head:
             [M, T, H], one sequence's rows after the other's, a view of `last`.
         """
         wanted = [self._sequences[n].wanted[0].nonzero()[:, 0].to(last.device) for n in numbers]
-        _, states, length, width = last.shape
+        _, count_of_states, length, width = last.shape
         count = sum(map(len, wanted))
         together = max(1, self._division.tokens // length)
-        for start in range(0, states, together):
+        for start in range(0, count_of_states, together):
             block = last[:, start : start + together]
-            chosen = torch.cat([mine[:, at] for mine, at in zip(block, wanted, strict=True)], 1)
+            chosen = torch.cat([states[:, at] for states, at in zip(block, wanted, strict=True)], 1)
             rows = self._replay.head_inputs(chosen.flatten(0, 1))
             block[0, :, :count] = rows.view(-1, count, width)
         return last[0, :, :count]
@@ -74,8 +74,8 @@ class Head:
             metrics: names.
         """
         if not set(metrics) <= set(NEXT_TOKEN):
-            for n, mine in zip(numbers, states, strict=True):
-                yield n, self._compare(n, mine, metrics)
+            for number, last in zip(numbers, states, strict=True):
+                yield number, self._compare(number, last, metrics)
             return
         # The teacher is not looked at: as many sequences go through the head together as have room in the first's.
         sizes = [int(self._sequences[n].wanted.sum()) for n in numbers]

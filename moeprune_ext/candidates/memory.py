@@ -145,12 +145,12 @@ class _Counting(TorchDispatchMode):
         self._known.discard(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        inputs = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             key, size = storage.data_ptr(), storage.nbytes()
-            if key and key not in given and key not in self._known:
+            if key and key not in inputs and key not in self._known:
                 self._known.add(key)
                 self.now += size
                 self.peak = max(self.peak, self.now)

@@ -195,8 +195,8 @@ def eep(
     if settings.merge_iters:
         check_mergeable(moe.layers, layout)
     parts = dict(zip(SPLITS, split_task(task, valid, test, seed), strict=True))
-    known = known_settings(moe, layout, parts["train"], settings)
-    check_folder(out, known)
+    recorded = known_settings(moe, layout, parts["train"], settings)
+    check_folder(out, recorded)
     make = _scorers(moe, layout, parts, settings, options)
     if fitness != "accuracy":  # by which plans are measured at the end: what it cannot have is refused now
         for split in SPLITS:
@@ -210,7 +210,7 @@ def eep(
         settings,
         masks=list(masks.values()),
         validate=scorers["valid"],
-        identity={**known, **scorers["train"].evaluator.identity},
+        identity={**recorded, **scorers["train"].evaluator.identity},
         out=out,
         progress=progress,
     )
@@ -336,12 +336,12 @@ def _measured(
         "pruned": candidate_plan(pruned, evaluator, settings.active),
         "best": candidate_plan(outcome.best, evaluator, settings.active),
     }
-    known: dict[str, dict[str, Fitness]] = {
+    searched: dict[str, dict[str, Fitness]] = {
         "train": {"pruned": train, "best": outcome.train},
         "valid": {"pruned": valid, "best": outcome.valid},
         "test": {},
     }
-    by_fitness = {split: _complete(scorers[split], plans, known[split]) for split in SPLITS}
+    by_fitness = {split: _complete(scorers[split], plans, searched[split]) for split in SPLITS}
     by_accuracy = by_fitness
     if settings.fitness != "accuracy":
         by_accuracy = {split: _complete(make(split, "accuracy"), plans, {}) for split in SPLITS}

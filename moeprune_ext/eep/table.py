@@ -82,7 +82,7 @@ def eep_table(
     model: nn.Module | MoeModel,
     task: Task,
     keep: Sequence[int],
-    settings: EepSettings = EepSettings(),  # noqa: B008  (it is frozen)
+    settings: EepSettings = EepSettings(),
     *,
     out: str | os.PathLike[str],
     valid: Task | None = None,

@@ -233,20 +233,20 @@ def router_tensors(layer: MoeLayer) -> list[PerExpertTensor]:
 
 def expert_tensors(layer: MoeLayer) -> list[PerExpertTensor]:
     """Finds every per-expert tensor of the experts module: weights, biases, scales, stacked along axis 0."""
-    found = _per_expert_tensors([(layer.experts_name, layer.experts)], layer)
-    return [tensor for tensor in found if tensor.axis == 0]
+    tensors = _per_expert_tensors([(layer.experts_name, layer.experts)], layer)
+    return [tensor for tensor in tensors if tensor.axis == 0]
 
 
 def _per_expert_tensors(owners: list[tuple[str, nn.Module]], layer: MoeLayer) -> list[PerExpertTensor]:
-    found = []
+    tensors = []
     count = layer.shape.num_experts
     for path, owner in owners:
         for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
             axis = expert_axis(tensor, count, layer.trailing)
             if axis is not None:
                 full_path = f"{path}.{name}".lstrip(".")
-                found.append(PerExpertTensor(owner, name, full_path, axis, tensor.shape[axis] - count))
-    return found
+                tensors.append(PerExpertTensor(owner, name, full_path, axis, tensor.shape[axis] - count))
+    return tensors
 
 
 # ---- a mask

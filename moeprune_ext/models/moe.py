@@ -183,17 +183,17 @@ def _is_experts(module: nn.Module) -> bool:
 def _find_router(block: nn.Module, experts: nn.Module, name: str) -> tuple[str, nn.Module]:
     count = expert_count(experts)
     assert count is not None
-    found = [
+    routers = [
         (child_name, child)
         for child_name, child in block.named_children()
         if child is not experts
         and re.search(r"router|gate", type(child).__name__, re.IGNORECASE)
         and any(expert_axis(t, count, trailing_rows(child, count)) is not None for t in child.parameters())
     ]
-    if len(found) != 1:
+    if len(routers) != 1:
         classes = sorted({type(child).__name__ for child in block.children()})
         raise ValueError(
-            f"{name} has {len(found)} routers over its {count} experts (modules: {', '.join(classes)}); either this "
+            f"{name} has {len(routers)} routers over its {count} experts (modules: {', '.join(classes)}); either this "
             "model's router is not supported, or a mask is applied to it now"
         )
-    return found[0]
+    return routers[0]

@@ -95,7 +95,7 @@ class Replay:
 
         Tensors equal to those of the sequence before are kept once.
         """
-        found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first: list[Tensor] = []
         compared: dict[tuple[int, int], Tensor] = {}
 
@@ -104,17 +104,17 @@ class Replay:
             if index == 0:
                 first.append(hidden)
             before = None if self._arguments is None else self._arguments[index]
-            found.append(_keep_once((args, kwargs), before, compared))
+            calls.append(_keep_once((args, kwargs), before, compared))
             if index == len(self.layers) - 1:
                 raise _Captured
             return self._output(index, hidden)
 
         with _all_replaced(self.layers, capture), suppress(_Captured):
             self.model(**model_inputs, use_cache=False)
-        if len(found) != len(self.layers):
-            raise NotReplayable(f"its forward calls {len(found)} of {len(self.layers)} decoder layers in order")
-        self._arguments = found
-        return LayerInputs(first[0], found)
+        if len(calls) != len(self.layers):
+            raise NotReplayable(f"its forward calls {len(calls)} of {len(self.layers)} decoder layers in order")
+        self._arguments = calls
+        return LayerInputs(first[0], calls)
 
     @staticmethod
     def argument_bytes(inputs: LayerInputs) -> int:

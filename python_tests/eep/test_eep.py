@@ -10,7 +10,7 @@ from tiny_tasks import make_task
 
 import moeprune_ext as mp
 from moeprune_ext.calibration.criteria import CRITERIA
-from moeprune_ext.candidates import sweep as swept
+from moeprune_ext.candidates import sweep
 from moeprune_ext.data.tasks import SPLITS, Example, Task, split_task
 from moeprune_ext.eep import fitness as tf
 from moeprune_ext.eep import starts as eep_starts
@@ -366,13 +366,13 @@ def test_impossible_requests_are_refused_before_any_work(model, task, tmp_path, 
 @pytest.mark.parametrize("fitness", ["accuracy", "esap"])
 @pytest.mark.parametrize("lacking", [4, 10])  # sequences: right answers, by which nll and ESAP are told, are fewer
 def test_merges_without_room_are_refused_before_a_candidate_is_scored(model, task, monkeypatch, fitness, lacking):
-    def room(self, merged, real=swept.LayerSweep._room):
+    def room(self, merged, real=sweep.LayerSweep._room):
         merged = list(merged)
         if len(self._lengths) >= lacking and merged:
             raise ValueError("are missing")
         return real(self, merged)
 
-    monkeypatch.setattr(swept.LayerSweep, "_room", room)
+    monkeypatch.setattr(sweep.LayerSweep, "_room", room)
     for scorer in (tf.TaskFitness, tf.AnswerFitness):
         monkeypatch.setattr(scorer, "__call__", lambda *_: pytest.fail("candidates were scored"))
     with pytest.raises(ValueError, match="are missing"):

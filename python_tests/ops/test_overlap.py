@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moeprune_ext import ops, overlap, overlap_from_hidden
-from moeprune_ext.ops import backend as dispatch
+from moeprune_ext.ops import backend as ops_backend
 from moeprune_ext.ops import reference
 from moeprune_ext.ops.overlap import log_sum_exp
 
@@ -359,8 +359,8 @@ def test_from_hidden_gives_a_candidate_the_same_bits_in_any_company(core):
 def test_without_the_compiled_module_auto_warns_once_and_native_raises(monkeypatch):
     p, q = logits(2, 10), logits(2, 10, seed=1)
     expected = overlap(p, q)["esap"]
-    monkeypatch.setattr(dispatch, "_C", None)
-    monkeypatch.setattr(dispatch, "_warned", False)
+    monkeypatch.setattr(ops_backend, "_C", None)
+    monkeypatch.setattr(ops_backend, "_warned", False)
     with pytest.warns(UserWarning, match="cannot be imported"):
         close(overlap(p, q)["esap"], expected)
     with pytest.raises(RuntimeError, match="reinstall"):
