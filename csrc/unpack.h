@@ -71,13 +71,13 @@ class Unpacker {
  public:
   Unpacker(const char* operation, const py::kwargs& arguments) : operation_(operation), arguments_(arguments) {}
 
-  bool given(const char* name) const { return arguments_.contains(name) && !arguments_[name].is_none(); }
+  bool given(const char* name) const { return !argument(name).is_none(); }
 
   template <class T>
   T number(const char* name) {
-    const py::object argument = take(name);
-    if (argument.is_none()) fail(name, "is missing");
-    return argument.cast<T>();
+    const py::handle value = take(name);
+    if (value.is_none()) fail(name, "is missing");
+    return value.cast<T>();
   }
 
   // A tensor as it lies, of one of these dtypes.
@@ -120,9 +120,10 @@ class Unpacker {
 
   // Refuses arguments that no one asked for.
   void finish() const {
-    for (const auto& argument : arguments_) {
-      const auto name = argument.first.cast<std::string>();
-      if (!taken_.contains(name)) fail(name.c_str(), "is not an argument");
+    for (const auto& item : arguments_) {
+      bool taken = false;
+      for (const char* name : taken_) taken = taken || PyUnicode_CompareWithASCIIString(item.first.ptr(), name) == 0;
+      if (!taken) fail(item.first.cast<std::string>().c_str(), "is not an argument");
     }
   }
 
@@ -133,9 +134,14 @@ class Unpacker {
   int device = -1;
 
  private:
-  py::object take(const char* name) {
-    taken_.add(name);
-    return arguments_.contains(name) ? py::object(arguments_[name]) : py::none();
+  py::handle argument(const char* name) const {
+    PyObject* value = PyDict_GetItemString(arguments_.ptr(), name);
+    return value ? value : Py_None;
+  }
+
+  py::handle take(const char* name) {
+    taken_.push_back(name);
+    return argument(name);
   }
 
   TensorView required(const char* name, const TensorView& tensor) const {
@@ -170,7 +176,7 @@ class Unpacker {
 
   const char* operation_;
   const py::kwargs& arguments_;
-  py::set taken_;
+  std::vector<const char*> taken_;
   bool first_ = true;
 };
 

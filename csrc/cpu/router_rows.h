@@ -190,12 +190,12 @@ MOEPRUNE_INLINE Vec rounded(Vec value, DType dtype) {
 MOEPRUNE_INLINE void scale_weights(const float* score, int k, double factor, bool precise, DType dtype, float* to) {
   if (precise) {
     for (int j = 0; j < k; ++j) to[j] = static_cast<float>(static_cast<double>(score[j]) * factor);
-    for (int j = k; j % kLanes != 0; ++j) to[j] = 0;
   } else {
     for (int j = 0; j < k; j += kLanes) store(to + j, load(score + j) * static_cast<float>(factor));
   }
-  if (dtype != DType::float32)
-    for (int j = 0; j < k; j += kLanes) store(to + j, rounded(load(to + j), dtype));
+  if (dtype == DType::float32) return;
+  for (int j = k; precise && j % kLanes != 0; ++j) to[j] = 0;
+  for (int j = 0; j < k; j += kLanes) store(to + j, rounded(load(to + j), dtype));
 }
 
 }  // namespace moeprune::MOEPRUNE_ISA

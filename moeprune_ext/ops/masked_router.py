@@ -162,7 +162,8 @@ class _Candidates:
         if self.keep is not None:
             lists = _true_first(self.keep)
             stops = self.keep.sum(-1)[:, None]
-            slots = torch.arange(len(self.keep), device=lists.device)[:, None] * (self.assigned is None)
+            every = self.assigned is None
+            slots = torch.arange(len(stops), device=stops.device)[:, None] if every else torch.zeros_like(stops)
         else:
             assert self.order is not None and self.counts is not None
             lists = self.order[None, :]

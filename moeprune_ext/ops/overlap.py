@@ -265,19 +265,15 @@ class _RowVectors:
 
     def at(self, rows: slice | Tensor) -> _RowVectors:
         """Selects rows."""
-        return self._each(lambda vector, dtype: vector[rows])
+        return _RowVectors(**{name: None if vector is None else vector[rows] for name, vector in vars(self).items()})
 
     def for_kernels(self, like: Tensor) -> _RowVectors:
         """Converts the vectors to the dtypes that the kernels read, on the device of `like`."""
-        return self._each(lambda vector, dtype: row_vector(vector, like, dtype))
-
-    def _each(self, function: Callable[[Tensor, torch.dtype], Tensor | None]) -> _RowVectors:
-        """Calls function(vector, dtype that the kernels read) on each vector."""
         return _RowVectors(
-            **{
-                name: None if vector is None else function(vector, torch.int64 if name == "labels" else torch.float64)
-                for name, vector in vars(self).items()
-            }
+            p_lse=row_vector(self.p_lse, like, torch.float64),
+            weight=row_vector(self.weight, like, torch.float64),
+            labels=row_vector(self.labels, like, torch.int64),
+            uniform=row_vector(self.uniform, like, torch.float64),
         )
 
 
