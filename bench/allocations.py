@@ -73,7 +73,7 @@ class HeldOut:
 
 
 def _key(plan: PruningPlan) -> str:
-    return str((plan.kept, plan.merged))
+    return str((plan.kept, sorted((layer, merge.digest) for layer, merge in plan.merges.items())))
 
 
 @dataclass(frozen=True)
