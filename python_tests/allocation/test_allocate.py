@@ -12,10 +12,10 @@ import torch
 from tiny_models import random_tokens, tiny_model
 
 import moeprune_ext as mp
-from moeprune_ext.allocation.budget import check_scores, counts_of, order_fingerprint, uniform_counts
+from moeprune_ext.allocation.budget import check_scores, counts_of, order_fingerprint
 from moeprune_ext.allocation.damages import Damages, damages, dp_plan
 from moeprune_ext.allocation.threshold import NORMALIZATIONS, global_plan
-from moeprune_ext.artifacts.scores import ExpertScores, pruning_order
+from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.stats import LayerShape
 
 
@@ -298,7 +298,7 @@ def test_the_best_split_is_the_best_of_all_splits(seed, groups):
     sparsity = rng.choice([0.1, 0.25, 0.4])
     found = random_damages(rng, scores)
     try:
-        budget = sum(uniform_counts(scores, sparsity).values())
+        budget = sum(mp.plan.uniform_counts(scores, sparsity).values())
     except ValueError:
         with pytest.raises(ValueError, match="can go"):
             dp_plan(found, scores, sparsity)
@@ -392,7 +392,7 @@ def test_a_split_refuses_damages_of_something_else(small, measured):
     with pytest.raises(ValueError, match="another model"):
         dp_plan(dataclasses.replace(measured, model="other"), scores, 0.5)
     with pytest.raises(ValueError, match="another order"):
-        dp_plan(measured, scores.constrained(protect={0: [pruning_order(scores[0])[0]]}), 0.5)
+        dp_plan(measured, scores.constrained(protect={0: [mp.plan.pruning_order(scores[0])[0]]}), 0.5)
     with pytest.raises(ValueError, match=r"layers \[0, 1, 2, 3\], the scores of \[0\]"):
         dp_plan(measured, ExpertScores({0: scores[0]}, {0: scores.shapes[0]}), 0.5)
     with pytest.raises(ValueError, match="at most 24 can go"):

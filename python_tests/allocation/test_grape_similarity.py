@@ -13,7 +13,7 @@ from moeprune_ext.calibration.samples import sample_layers
 from moeprune_ext.candidates.memory import peak_bytes
 from moeprune_ext.checkpoint.streaming import load_streamed
 from moeprune_ext.data.batches import as_batches
-from moeprune_ext.models.moe import MoeModel, expert_tensors, find_moe_layers
+from moeprune_ext.models.moe import expert_tensors, find_moe_layers
 
 module = importlib.import_module("moeprune_ext.allocation.grape")  # `moeprune_ext.grape` may be the function
 
@@ -72,8 +72,8 @@ def test_a_sample_is_what_router_and_experts_are_given(family):
     family(random_tokens(), use_cache=False)
     for hook in hooks:
         hook.remove()
-    samples = sample_layers(MoeModel.of(family), layers, as_batches([random_tokens()]), EVERY)
-    some = sample_layers(MoeModel.of(family), layers, as_batches([random_tokens()]), 10, seed=3)
+    samples = sample_layers(family, layers, as_batches([random_tokens()]), EVERY)
+    some = sample_layers(family, layers, as_batches([random_tokens()]), 10, seed=3)
     for index, layer in layers.items():
         sample = samples[index]
         for found, expected in zip((sample.hidden, sample.expert_ids, sample.weights), seen[index], strict=True):
@@ -95,7 +95,7 @@ def test_the_sample_does_not_depend_on_batching_or_padding(family):
     mask[:, 4:24] = 1
     layers = find_moe_layers(family)
     ways = [[tokens], [tokens[:1], tokens[1:]], [{"input_ids": padded, "attention_mask": mask}]]
-    found = [sample_layers(MoeModel.of(family), layers, as_batches(way), 16, seed=1) for way in ways]
+    found = [sample_layers(family, layers, as_batches(way), 16, seed=1) for way in ways]
     for other in found[1:]:
         for index, sample in found[0].items():
             assert len(sample.hidden) == 16
@@ -109,7 +109,7 @@ def test_similarity_is_the_unbiased_cka_of_outputs(family):
     found = expert_similarity(family, [random_tokens()], tokens=EVERY)
     layers = find_moe_layers(family)
     assert list(found) == list(layers)
-    samples = sample_layers(MoeModel.of(family), layers, as_batches([random_tokens()]), EVERY)
+    samples = sample_layers(family, layers, as_batches([random_tokens()]), EVERY)
     for index, layer in layers.items():
         outputs, table = outputs_of(layer, samples[index].hidden), found[index]
         assert table.dtype == torch.float64 and torch.equal(table, table.T) and bool((table.diagonal() == 1).all())
