@@ -1,4 +1,4 @@
-"""How many experts should each layer lose? Every way to decide it, on equal terms, on the embedded model.
+"""Compares all ways to decide how many experts each layer loses, on equal terms, on the embedded model.
 
     python bench/allocations.py [--criteria reap man naee] [--sparsities 0.25 0.5] [--seeds N] [--quick] [-o FILE]
 
@@ -31,7 +31,7 @@ import torch
 from assess import all_batches
 
 import moeprune_ext as mp
-from moeprune_ext.allocation.damages import damages, dp_plan
+from moeprune_ext.allocation.damages import Damages, damages, dp_plan
 from moeprune_ext.allocation.grape import expert_similarity, plan_from_similarity
 from moeprune_ext.allocation.naee import naee_scores
 from moeprune_ext.allocation.threshold import NORMALIZATIONS, global_plan
@@ -53,32 +53,42 @@ WATCHED = (1, 2, 4, 8, 16)  # generations after which a search's best plan is lo
 
 @dataclass
 class HeldOut:
-    """ESAP and each domain's perplexity on text that no allocation has seen, remembered by plan."""
+    """Measures plans on text that no allocation has seen, each plan once.
+
+    Attributes:
+        evaluator: of the held-out text.
+        results: {plan's key: ESAP and each domain's perplexity}.
+    """
 
     evaluator: mp.CandidateEvaluator
-    known: dict[str, tuple[float, list[float]]] = field(default_factory=dict)
+    results: dict[str, tuple[float, list[float]]] = field(default_factory=dict)
 
     def __call__(self, plans: Sequence[PruningPlan]) -> list[tuple[float, list[float]]]:
-        new = list({_key(plan): plan for plan in plans if _key(plan) not in self.known}.values())
-        found = self.evaluator.sequence_sums(new, ("esap", "nll")).sums
+        """Returns every plan's ESAP and each domain's perplexity."""
+        new = list({_key(plan): plan for plan in plans if _key(plan) not in self.results}.values())
+        sums = self.evaluator.sequence_sums(new, ("esap", "nll")).sums
         positions = torch.tensor(self.evaluator.weights("nll")).split(HELD_OUT_SEQUENCES)
         for i, plan in enumerate(new):
-            parts = found["nll"][i].split(HELD_OUT_SEQUENCES)  # a domain's sequences stand together
+            parts = sums["nll"][i].split(HELD_OUT_SEQUENCES)  # a domain's sequences stand together
             perplexity = [float((p.sum() / n.sum()).exp()) for p, n in zip(parts, positions, strict=True)]
-            self.known[_key(plan)] = (
-                float(found["esap"][i].sum()) / self.evaluator.positions,
-                perplexity,
-            )
-        return [self.known[_key(plan)] for plan in plans]
+            self.results[_key(plan)] = float(sums["esap"][i].sum()) / self.evaluator.positions, perplexity
+        return [self.results[_key(plan)] for plan in plans]
 
 
 def _key(plan: PruningPlan) -> str:
-    return str((plan.kept, plan.merged))
+    return str((plan.kept, sorted((layer, merge.digest) for layer, merge in plan.merges.items())))
 
 
 @dataclass(frozen=True)
-class Found:
-    """One way's plan: ESAP on the search sequences, plans scored on them to find it, seconds."""
+class Outcome:
+    """What one way decides.
+
+    Attributes:
+        plan: the plan.
+        esap: of the plan, on the search sequences.
+        evaluations: plans scored on the search sequences to find it.
+        seconds: to find it.
+    """
 
     plan: PruningPlan
     esap: float
@@ -88,6 +98,17 @@ class Found:
 
 @dataclass(frozen=True)
 class Bench:
+    """Compares all ways on one model and its data.
+
+    Attributes:
+        model: the embedded model.
+        calibration: the batches that statistics and similarities are of.
+        searcher: evaluator of the search sequences.
+        held_out: measures on held-out text.
+        seeds: of the searches.
+        generations: of a search.
+    """
+
     model: Any
     calibration: list[TokenBatch]
     searcher: mp.CandidateEvaluator
@@ -95,18 +116,19 @@ class Bench:
     seeds: range
     generations: int
 
-    def timed(self, decide: Callable[[], PruningPlan], evaluations: int = 0, seconds: float = 0.0) -> Found:
+    def timed(self, decide: Callable[[], PruningPlan], evaluations: int = 0, seconds: float = 0.0) -> Outcome:
+        """Decides and measures; evaluations and seconds are those spent before."""
         start = time.perf_counter()
         plan = decide()
         seconds += time.perf_counter() - start
         esap = self.searcher.evaluate([plan])[0].esap
         assert esap is not None
-        return Found(plan, esap, evaluations, seconds)
+        return Outcome(plan, esap, evaluations, seconds)
 
     def search(
-        self, scores: mp.ExpertScores, sparsity: float, seed: int, generations: int, start: Found | None
-    ) -> dict[int, Found]:
-        """{generation watched: the best plan so far} of one search, the start's cost included."""
+        self, scores: mp.ExpertScores, sparsity: float, seed: int, generations: int, start: Outcome | None
+    ) -> dict[int, Outcome]:
+        """Returns {generation watched: the best plan so far} of one search, with the start's cost."""
         begun = time.perf_counter()
         init_plans = [] if start is None else [start.plan]
         settings = dict(population=POPULATION, generations=generations, seed=seed, init_plans=init_plans)
@@ -114,17 +136,24 @@ class Bench:
         seconds, layers = time.perf_counter() - begun, list(scores)
         evaluations = [record["evaluated"] for record in history]
         before, before_seconds = (0, 0.0) if start is None else (start.evaluations, start.seconds)
-        found = {}
+        outcomes = {}
         for g in (g for g in WATCHED if g <= generations):
             plan = PruningPlan.from_pruned_counts(scores, dict(zip(layers, history[g - 1]["best_pruned"], strict=True)))
             share = sum(evaluations[:g]) / sum(evaluations)
-            found[g] = Found(
+            outcomes[g] = Outcome(
                 plan, history[g - 1]["best"], before + sum(evaluations[:g]), before_seconds + share * seconds
             )
-        return found
+        return outcomes
 
-    def compare(self, scores: mp.ExpertScores, sparsity: float, lost: Any, lost_cost: tuple[int, float]) -> str:
-        """The tables of one criterion and sparsity, in Markdown."""
+    def compare(self, scores: mp.ExpertScores, sparsity: float, lost: Damages, lost_cost: tuple[int, float]) -> str:
+        """Returns the tables of one criterion and sparsity, in Markdown.
+
+        Args:
+            scores: of the criterion.
+            sparsity: share of the experts to remove.
+            lost: the damages measured with these scores.
+            lost_cost: evaluations and seconds of that measurement.
+        """
         ways = {"uniform": [self.timed(lambda: mp.uniform_plan(scores, sparsity))]}
         for name in NORMALIZATIONS:
             plan = self.timed(lambda name=name: global_plan(scores, sparsity, normalize=name))  # type: ignore[misc]
@@ -137,7 +166,7 @@ class Bench:
         ways["GRAPE's counts, lowest scores leave"] = [self.timed(lambda: grape(who="scores"))]
         ways["naee"] = [self.timed(lambda: mp.naee_plan(self.model, self.calibration, sparsity))]
         ways["DP"] = [self.timed(lambda: dp_plan(lost, scores, sparsity), *lost_cost)]
-        starts: dict[str, Found | None] = {"patterns": None} | {
+        starts: dict[str, Outcome | None] = {"patterns": None} | {
             name: ways[name][0] for name in ("global, none", "GRAPE", "DP")
         }
         searches = {
@@ -158,18 +187,19 @@ class Bench:
             f"| allocation | search ESAP | held-out ESAP | {' | '.join(f'ppl {d}' for d in corpus.DOMAINS)} "
             "| evaluations | seconds |",
             "|---" + "|--:" * (4 + len(corpus.DOMAINS)) + "|",
-            *(self._row(name, found) for name, found in ways.items()),
+            *(self._row(name, outcomes) for name, outcomes in ways.items()),
             *(self._best_so_far(searches, [g for g in WATCHED if g <= twice]) if self.seeds else ()),
             "\nPruned per layer, what the layers' damages add up to, and the ESAP that the plan loses:\n",
             *(
-                f"- {name}: {list(found[0].plan.pruned_counts.values())}, {lost.total(found[0].plan):.4f}, "
-                f"{1 - found[0].esap:.4f}"
-                for name, found in ways.items()
+                f"- {name}: {list(outcomes[0].plan.pruned_counts.values())}, {lost.total(outcomes[0].plan):.4f}, "
+                f"{1 - outcomes[0].esap:.4f}"
+                for name, outcomes in ways.items()
             ),
         ]
         return "\n".join(lines)
 
-    def _best_so_far(self, searches: dict[str, list[dict[int, Found]]], watched: list[int]) -> list[str]:
+    def _best_so_far(self, searches: dict[str, list[dict[int, Outcome]]], watched: list[int]) -> list[str]:
+        """Returns the second table's lines: the searches' best plans so far after some generations."""
         return [
             "\nBest so far: mean search / held-out ESAP, and how many seeds are ahead of the same seeds' searches from "
             "patterns / behind on held-out text.\n",
@@ -181,27 +211,27 @@ class Bench:
             ),
         ]
 
-    def _row(self, name: str, found: Sequence[Found]) -> str:
-        judged = self.held_out([f.plan for f in found])
+    def _row(self, name: str, outcomes: Sequence[Outcome]) -> str:
+        judged = self.held_out([outcome.plan for outcome in outcomes])
         cells = [
-            _spread([f.esap for f in found]),
+            _spread([outcome.esap for outcome in outcomes]),
             _spread([esap for esap, _ in judged]),
             *(f"{statistics.mean(values):.2f}" for values in zip(*(p for _, p in judged), strict=True)),
-            f"{statistics.mean(f.evaluations for f in found):.0f}",
-            f"{statistics.mean(f.seconds for f in found):.1f}",
+            f"{statistics.mean(outcome.evaluations for outcome in outcomes):.0f}",
+            f"{statistics.mean(outcome.seconds for outcome in outcomes):.1f}",
         ]
         return f"| {name} | " + " | ".join(cells) + " |"
 
-    def _so_far(self, runs: list[dict[int, Found]], patterns: list[dict[int, Found]], generation: int) -> str:
+    def _so_far(self, runs: list[dict[int, Outcome]], patterns: list[dict[int, Outcome]], generation: int) -> str:
         if generation not in runs[0]:
             return ""
-        mine, theirs = (self.held_out([run[generation].plan for run in group]) for group in (runs, patterns))
+        judged, baseline = (self.held_out([run[generation].plan for run in group]) for group in (runs, patterns))
         text = (
-            f"{statistics.mean(run[generation].esap for run in runs):.4f} / {statistics.mean(e for e, _ in mine):.4f}"
+            f"{statistics.mean(run[generation].esap for run in runs):.4f} / {statistics.mean(e for e, _ in judged):.4f}"
         )
         if runs is patterns:
             return text
-        gains = [a - b for (a, _), (b, _) in zip(mine, theirs, strict=True)]
+        gains = [a - b for (a, _), (b, _) in zip(judged, baseline, strict=True)]
         return f"{text} ({sum(g > 0 for g in gains)} / {sum(g < 0 for g in gains)})"
 
 

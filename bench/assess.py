@@ -44,8 +44,7 @@ from moeprune_ext.models.apply import applied
 
 
 def exact_match_by_operation(model: PreTrainedModel, task: Task) -> dict[str, float]:
-    """{operation: share of held-out problems answered exactly}, and "all"; `task` = arithmetic_task(tokenizer,
-    None)."""
+    """Returns {operation, or "all": share of held-out problems answered exactly}; task: arithmetic_task(.., None)."""
     results = correct(model, task)
     shares, at = {"all": mean(results)}, 0
     for operation in corpus.OPERATIONS:
@@ -56,8 +55,7 @@ def exact_match_by_operation(model: PreTrainedModel, task: Task) -> dict[str, fl
 
 
 def routing_divergence(a: RoutingStats, b: RoutingStats) -> dict[int, float]:
-    """{layer: Jensen-Shannon divergence in bits between the shares of routed tokens that the experts get in a and
-    b}."""
+    """Compares the shares of routed tokens that experts get: {layer: Jensen-Shannon divergence in bits}."""
 
     def entropy(p: Tensor) -> Tensor:
         return -(p * torch.log2(p.clamp(min=1e-300))).sum()
@@ -70,19 +68,20 @@ def routing_divergence(a: RoutingStats, b: RoutingStats) -> dict[int, float]:
 
 
 def held_out_divergence(model: PreTrainedModel, tokenizer: Any) -> dict[int, float]:
-    """routing_divergence of evaluation code and held-out-split arithmetic, 32 sequences each."""
+    """Returns the routing_divergence of evaluation code and held-out arithmetic, 32 sequences each."""
     batches = domain_batches(tokenizer, "evaluation", 32)
     return routing_divergence(calibrate(model, batches["code"]), calibrate(model, batches["arithmetic"]))
 
 
 def all_batches(tokenizer: Any, split: str, sequences: int, seed: int) -> list[TokenBatch]:
+    """Returns the batches of all domains, one domain after the other."""
     return [batch for batches in domain_batches(tokenizer, split, sequences, seed).values() for batch in batches]
 
 
 def gains(
     model: PreTrainedModel, tokenizer: Any, scores: ExpertScores, sparsity: float, seeds: range
 ) -> list[tuple[float, float, float, float]]:
-    """Per search seed, on held-out text and problems: ESAP and exact match of the uniform plan and of EvoESAP's."""
+    """Returns, for each search seed, ESAP and exact match of the uniform plan and of EvoESAP's, on held-out text."""
     searcher = CandidateEvaluator(model, all_batches(tokenizer, "calibration", SEARCH_SEQUENCES, 1))
     judge = CandidateEvaluator(model, all_batches(tokenizer, "evaluation", HELD_OUT_SEQUENCES, 0))
     task = arithmetic_task(tokenizer, None)

@@ -1,4 +1,4 @@
-"""Calibration's speed and memory, against an observer that runs every expert on every token.
+"""Measures calibration's speed and memory, against an observer that runs every expert on every token.
 
     python bench/calibrate.py [--model demo|olmoe] [--rounds N] [--quick] [-o FILE]
 
@@ -56,8 +56,8 @@ POWERS = {"frequency": (0, 0), "gate_sum": (1, 0), "ean_sum": (0, 1), "weighted_
 
 def demo(quick: bool) -> tuple[str, Any, list[Tensor]]:
     model, tokenizer = load_demo()
-    found = domain_batches(tokenizer, "calibration", 2 if quick else 11, 0).values()
-    rows = torch.cat([batch.input_ids[:, :128] for batches in found for batch in batches])[: 4 if quick else 32]
+    domains = domain_batches(tokenizer, "calibration", 2 if quick else 11, 0).values()
+    rows = torch.cat([batch.input_ids[:, :128] for batches in domains for batch in batches])[: 4 if quick else 32]
     return f"demo model, {len(rows)} x 128 tokens, batches of 8", model, list(rows.split(8))
 
 
@@ -74,8 +74,8 @@ def olmoe(quick: bool) -> tuple[str, Any, list[Tensor]]:
         max_position_embeddings=4096,
     )
     length = 128 if quick else 2048
-    made = random_model(f"OLMoE-like, one layer, {length:,} tokens", config, 1, length, torch.float32, "cpu", 0)
-    return made.name, made.model, made.sequences
+    case = random_model(f"OLMoE-like, one layer, {length:,} tokens", config, 1, length, torch.float32, "cpu", 0)
+    return case.name, case.model, case.sequences
 
 
 # ---- who takes part
@@ -91,9 +91,19 @@ def forward(model: Any, batches: Iterable[Tensor], implementation: str) -> None:
 
 
 def observe(model: Any, batches: Iterable[Tensor], implementation: str, keep: bool) -> dict[int, dict[str, Tensor]]:
-    """{layer: {statistic: float64 [E]}}. keep: the outputs of all experts for all tokens, until they are reduced."""
+    """Runs the model with the observer.
+
+    Args:
+        model: a transformers model.
+        batches: of token ids.
+        implementation: transformers' experts function for the layers' own forward.
+        keep: whether the outputs of all experts for all tokens are held until they are reduced.
+
+    Returns:
+        {decoder layer: {statistic: float64 [E]}}.
+    """
     layers = find_moe_layers(model)
-    found = {
+    statistics_by_layer = {
         index: {name: torch.zeros(layer.shape.num_experts, dtype=torch.float64) for name in POWERS}
         for index, layer in layers.items()
     }
@@ -112,13 +122,13 @@ def observe(model: Any, batches: Iterable[Tensor], implementation: str, keep: bo
             norms, gates = torch.linalg.vector_norm(output[routed], dim=-1), weights[chosen]
             values = {"frequency": routed, "gate_sum": gates, "ean_sum": norms, "weighted_ean_sum": norms * gates}
             for name, value in values.items():
-                found[index][name][expert] += value.sum()
+                statistics_by_layer[index][name][expert] += value.sum()
 
     with ExitStack() as stack:
         for index, layer in layers.items():
             stack.callback(layer.experts.register_forward_hook(partial(hook, index)).remove)
         forward(model, batches, implementation)
-    return found
+    return statistics_by_layer
 
 
 def expert_output(experts: Any, expert: int, hidden: Tensor) -> Tensor:
@@ -132,7 +142,7 @@ def ours_without_moments(model: Any, batches: list[Tensor]) -> None:
 
 
 def largest_difference(stats: mp.RoutingStats, observed: dict[int, dict[str, Tensor]]) -> float:
-    """Of any statistic of any expert, relative to the layer's largest."""
+    """Returns the largest difference of any statistic of any expert, relative to the layer's largest value."""
     return max(
         float((table[:, a, b] - observed[layer][name]).abs().max() / table[:, a, b].max())
         for layer, table in stats.moments.items()
@@ -141,7 +151,7 @@ def largest_difference(stats: mp.RoutingStats, observed: dict[int, dict[str, Ten
 
 
 def fastest_forward(model: Any, batches: list[Tensor]) -> str:
-    """Of transformers' experts functions."""
+    """Returns the name of the faster of transformers' experts functions."""
     ways = dict.fromkeys((model.config._experts_implementation, "eager"))
     for way in ways:
         forward(model, batches, way)

@@ -1,4 +1,4 @@
-"""GRAPE's similarity of one layer of Qwen3-30B-A3B, timed, and what all 48 need; naee's elimination beside it.
+"""Times GRAPE's similarity and naee's elimination on one layer of Qwen3-30B-A3B, and says what all 48 need.
 
     python bench/grape.py [--tokens 1024] [--dtype float32|bfloat16] [--device cpu|cuda] [--quick]
 
@@ -39,6 +39,7 @@ LAYERS = 48
 
 
 def random_layer(arguments: argparse.Namespace) -> Any:
+    """Makes a model of one random layer."""
     config = Qwen3MoeConfig(
         hidden_size=256 if arguments.quick else 2048,
         moe_intermediate_size=96 if arguments.quick else 768,
@@ -58,7 +59,7 @@ def random_layer(arguments: argparse.Namespace) -> Any:
 
 
 def timed(work: Callable[[], object], device: str) -> tuple[float, float]:
-    """Seconds, and seconds of the CPU's cores: on a machine with neighbours these are fewer than the first tell."""
+    """Returns seconds, and seconds of CPU time, which is less on a machine that others use, too."""
     start, cores = time.perf_counter(), time.process_time()
     work()
     if device == "cuda":
@@ -67,6 +68,7 @@ def timed(work: Callable[[], object], device: str) -> tuple[float, float]:
 
 
 def plan_seconds(experts: int) -> float:
+    """Returns the CPU seconds of planning LAYERS layers from random similarities."""
     generator = torch.Generator().manual_seed(0)
     similar, values = {}, {}
     for layer in range(LAYERS):

@@ -1,12 +1,12 @@
-"""naee: the subset of a layer's experts whose routed output stays closest to the whole layer's; a strong baseline.
+"""naee: keeps the subset of a layer's experts whose routed output is closest to the whole layer's; a strong baseline.
 
 Source: "Not All Experts are Equal", arXiv 2402.14800, which tries every subset of Mixtral's eight experts. A layer of
 128 has too many, so above EXHAUSTIVE subsets experts are eliminated one by one, each time the one that costs least (our
 choice).
 
-Every subset is judged on the same sampled tokens (samples.py), without running an expert again. With G_t the inner
-products [E, E] of all experts' outputs for token t, and d_t [E] what a mask changes in the token's gate weights, the
-squared Frobenius norm of the output's error is the sum over t of d_t^T G_t d_t.
+Every subset is judged on the same sampled tokens (calibration/samples.py), without running an expert again. With G_t
+the inner products [E, E] of all experts' outputs for token t, and d_t [E] the change of the token's gate weights under
+a mask, the squared Frobenius norm of the output's error is the sum over t of d_t^T G_t d_t.
 """
 
 from __future__ import annotations
@@ -36,10 +36,7 @@ from moeprune_ext.ops.backend import row_chunks
 from moeprune_ext.ops.masked_router import masked_router
 
 EXHAUSTIVE = 20_000  # subsets of one layer up to which all are tried
-
-
-CHUNK_BYTES = 256 * 2**20  # of expert outputs, or of weights under many masks, alive at a time
-
+CHUNK_BYTES = 256 * 2**20  # of expert outputs, or of gate weights under many masks, alive at a time
 
 SubsetErrors = Callable[[Tensor], Tensor]  # masks, bool [C, E] -> squared errors, float64 [C]
 
@@ -53,20 +50,29 @@ def naee_plan(
     seed: int = 0,
     progress: bool = False,
 ) -> PruningPlan:
-    """The plan of plan.uniform_counts at one sparsity that keeps, in each layer, the best subset of that size.
+    """Makes the plan that removes the same share of every layer's experts and keeps each layer's best subset.
 
-    "Best" is the smallest Frobenius norm of the routed output's error on `tokens` attended positions (drawn from
-    `seed`; all where there are fewer), each layer on its own with the unpruned model's inputs, masked as the exported
-    checkpoint is (models/layers.py). All subsets are tried while there are at most EXHAUSTIVE, of equals the first in
-    lexicographic order stays; above that greedy backward elimination as in `naee_scores` (our choice). Where the router
-    chooses among groups of its own, subsets keep equally many in each.
+    The best subset has the smallest Frobenius norm of the routed output's error on the sampled tokens, each layer on
+    its own with the unpruned model's inputs, masked as in the exported checkpoint. Up to EXHAUSTIVE subsets all are
+    tried, and of equals the first in lexicographic order stays; above that, greedy backward elimination as in
+    `naee_scores` (our choice). Where the router chooses among groups of its own, subsets keep equally many in each.
 
-    batches: see data.as_batches. Memory per layer: n * E^2 * 4 B for the inner products (67 MB for 128 experts and
-    1,024 tokens), a chunk of CHUNK_BYTES, and the sample (samples.py). FLOPs per layer: 6 n H I E for the outputs, 2 n
-    E^2 H for their products, 2 n E^2 for every subset tried (eliminating m of E greedily: about m * (E - m / 2)).
-    Rows whose experts tie in half-precision logits may be routed to another of them than the model's choice, as in
-    routers.py's "fused". Under torchrun the layers are dealt out. The model is left as it was.
-    Raises ValueError, before any work, for a sparsity that cannot be or a router that cannot be run under many masks.
+    Memory per layer: n * E^2 * 4 B for the inner products (67 MB for 128 experts and n = 1,024 tokens), CHUNK_BYTES,
+    and the sample (`sample_layers`). FLOPs per layer: 6 n H I E for the outputs, 2 n E^2 H for their products, 2 n E^2
+    for every subset tried (about m * (E - m / 2) of them to eliminate m of E greedily). Where half-precision logits
+    tie, a row may go to another of the tied experts than in the model, as with the evaluator's router="fused". Under
+    torchrun the layers are dealt out.
+
+    Args:
+        model: a transformers model or a MoeModel; it is left as it was.
+        batches: see `as_batches`.
+        sparsity: share of the experts to remove, in [0, 1).
+        tokens: attended positions to judge on; all where there are fewer.
+        seed: draws the positions.
+        progress: whether to show progress bars on stderr.
+
+    Raises:
+        ValueError: before any work, for a sparsity that cannot be, or a router that cannot be run under many masks.
     """
     moe = MoeModel.of(model)
     pruned = uniform_counts(_zeros(moe), sparsity)
@@ -82,31 +88,54 @@ def naee_subsets(
     seed: int = 0,
     progress: bool = False,
 ) -> PruningPlan:
-    """As `naee_plan`, where {decoder layer: experts that leave} is given; layers not named lose none."""
+    """As `naee_plan`, for other counts.
+
+    Args:
+        model: see `naee_plan`.
+        batches: see `naee_plan`.
+        pruned: {decoder layer: experts that leave}; layers not named lose none.
+        tokens: see `naee_plan`.
+        seed: see `naee_plan`.
+        progress: see `naee_plan`.
+
+    Raises:
+        ValueError: for counts that a layer cannot lose, and as `naee_plan`.
+    """
     moe = MoeModel.of(model)
     shapes = moe.shapes
-    PruningPlan.from_pruned_counts(_zeros(moe), pruned)  # refuses what a single layer cannot give
+    PruningPlan.from_pruned_counts(_zeros(moe), pruned)  # raises ValueError for what a layer cannot lose
 
     def choose(index: int, errors: SubsetErrors) -> Tensor:
         gone = torch.zeros(shapes[index].num_experts, dtype=torch.float64)
         gone[_least_missed(errors, shapes[index], pruned.get(index, 0))] = 1
         return gone
 
-    found = _by_layer(moe, batches, tokens, seed, progress, choose)
-    kept = {index: (gone == 0).nonzero()[:, 0].tolist() for index, gone in found.items()}
+    gone_by_layer = _by_layer(moe, batches, tokens, seed, progress, choose)
+    kept = {index: (gone == 0).nonzero()[:, 0].tolist() for index, gone in gone_by_layer.items()}
     return PruningPlan(kept, {index: shape.num_experts for index, shape in shapes.items()}, moe.fingerprint, "naee")
 
 
 def naee_scores(
     model: nn.Module | MoeModel, batches: Iterable[Any], *, tokens: int = 1024, seed: int = 0, progress: bool = False
 ) -> ExpertScores:
-    """Scores for any allocation: the place at which greedy backward elimination removes each expert, 0 first (our
-    choice).
+    """Scores experts by the order in which greedy backward elimination removes them, for any allocation (our choice).
 
     The expert whose removal leaves the smallest error goes, of equals the higher id, until as many are left as the
-    router needs; these share the highest score. Where the router chooses among groups of its own, its groups lose one
-    expert in turn, so that pruning a multiple of n_group follows this order. Arguments, memory, FLOPs and errors as in
-    `naee_plan`.
+    router needs. Where the router chooses among groups of its own, its groups lose one expert in turn, so that pruning
+    a multiple of n_group follows this order. Memory and FLOPs as in `naee_plan`.
+
+    Args:
+        model: see `naee_plan`.
+        batches: see `naee_plan`.
+        tokens: see `naee_plan`.
+        seed: see `naee_plan`.
+        progress: see `naee_plan`.
+
+    Returns:
+        {decoder layer: float64 [E]}: 0 for the first to be removed; those that stay share the highest score.
+
+    Raises:
+        ValueError: for a router that cannot be run under many masks.
     """
     moe = MoeModel.of(model)
     shapes = moe.shapes
@@ -117,13 +146,14 @@ def naee_scores(
         ranks[gone] = torch.arange(len(gone), dtype=torch.float64)
         return ranks
 
-    found = _by_layer(moe, batches, tokens, seed, progress, rank)
-    return ExpertScores(found, shapes, "naee", moe.fingerprint)
+    ranks_by_layer = _by_layer(moe, batches, tokens, seed, progress, rank)
+    return ExpertScores(ranks_by_layer, shapes, "naee", moe.fingerprint)
 
 
 def _zeros(moe: MoeModel) -> ExpertScores:
-    shapes = moe.shapes
-    return ExpertScores({i: torch.zeros(s.num_experts, dtype=torch.float64) for i, s in shapes.items()}, shapes)
+    return ExpertScores(
+        {index: torch.zeros(shape.num_experts, dtype=torch.float64) for index, shape in moe.shapes.items()}, moe.shapes
+    )
 
 
 def _by_layer(
@@ -134,16 +164,27 @@ def _by_layer(
     progress: bool,
     judge: Callable[[int, SubsetErrors], Tensor],
 ) -> dict[int, Tensor]:
-    """{decoder layer: judge(layer, its subsets' errors)}, float64 [E] each; zeros for a layer that can lose none."""
+    """Judges every layer's experts.
+
+    Args:
+        moe: the model.
+        batches: see `as_batches`.
+        tokens: attended positions of the sample.
+        seed: draws the sample.
+        progress: whether to show progress bars on stderr.
+        judge: (decoder layer, errors of its subsets) -> float64 [E].
+
+    Returns:
+        {decoder layer: what `judge` returns}; zeros for a layer that can lose none.
+    """
     if tokens < 1:
         raise ValueError(f"tokens is the size of the sample, at least 1; got {tokens}")
-    every = moe.layers
-    layers = {index: layer for index, layer in every.items() if layer.shape.capacity}
+    layers = {index: layer for index, layer in moe.layers.items() if layer.shape.capacity}
     checked = without_padding(as_batches(batches, moe.vocab_size))
     check_slicing(layers)
     routed = {index: routed_layer(layer, "fused") for index, layer in layers.items()}
     for index, layer in layers.items():
-        grouped = layer.shape.n_group > 1  # in turn, so that groups are unequal meanwhile: slicing cannot
+        grouped = layer.shape.n_group > 1  # groups lose experts in turn: unequal ones cannot be sliced, only fused
         if routed[index].places is None or layer.trailing or (grouped and routed[index].spec is None):
             raise ValueError(
                 f"{type(layer.router).__name__} (layer {index}) cannot be run on its own under many masks, as naee "
@@ -151,46 +192,46 @@ def _by_layer(
             )
     samples = sample_layers(moe, layers, checked, tokens, seed=seed, progress=progress)
     indices = list(layers)
-    found = {i: torch.zeros(layer.shape.num_experts, dtype=torch.float64) for i, layer in every.items()}
+    judged = {index: torch.zeros(shape.num_experts, dtype=torch.float64) for index, shape in moe.shapes.items()}
     problem: ValueError | None = None
     with evaluating(moe.model):
         for number in tqdm(distributed.own_share(len(layers)), desc="naee", unit="layer", disable=not progress):
             index = indices[number]
             moe.make_resident(index)
             try:
-                found[index] = judge(index, _errors(routed[index], samples[index]))
+                judged[index] = judge(index, _errors(routed[index], samples[index]))
             except ValueError as error:
                 problem = error
                 break
-    # Every process refuses where one does, so that whoever goes on without naee does so in all of them.
+    # All processes raise if one does, so that a caller that goes on without naee does so in all of them.
     if bool(distributed.maximum_(torch.tensor(problem is not None, dtype=torch.int64))):
         raise problem or ValueError("another process met a layer that naee does not support")
-    return {index: distributed.sum_(values) for index, values in found.items()}
+    return {index: distributed.sum_(values) for index, values in judged.items()}
 
 
 # ---- choosing
 
 
 def _least_missed(errors: SubsetErrors, shape: LayerShape, pruned: int) -> list[int]:
-    """The `pruned` experts whose joint absence leaves the smallest error."""
-    size, gone = shape.num_experts // shape.n_group, pruned // shape.n_group
+    """Returns the ids of the `pruned` experts whose joint absence leaves the smallest error."""
+    group_size, gone = shape.num_experts // shape.n_group, pruned // shape.n_group
     if pruned == 0:
         return []
-    if math.comb(size, gone) ** shape.n_group > EXHAUSTIVE:
+    if math.comb(group_size, gone) ** shape.n_group > EXHAUSTIVE:
         return _eliminate(errors, shape, pruned)
-    groups = [range(start, start + size) for start in range(0, shape.num_experts, size)]
-    subsets = [list(chain(*parts)) for parts in product(*(combinations(group, size - gone) for group in groups))]
+    groups = [range(start, start + group_size) for start in range(0, shape.num_experts, group_size)]
+    subsets = [list(chain(*parts)) for parts in product(*(combinations(group, group_size - gone) for group in groups))]
     masks = torch.zeros(len(subsets), shape.num_experts, dtype=torch.bool)
     masks.scatter_(1, torch.tensor(subsets), True)
     return (~masks[int(errors(masks).argmin())]).nonzero()[:, 0].tolist()
 
 
 def _eliminate(errors: SubsetErrors, shape: LayerShape, count: int) -> list[int]:
-    """The first `count` experts that greedy backward elimination removes, in its order."""
-    size, gone = shape.num_experts // shape.n_group, []
+    """Returns the ids of the first `count` experts that greedy backward elimination removes, in its order."""
+    group_size, gone = shape.num_experts // shape.n_group, []
     keep = torch.ones(shape.num_experts, dtype=torch.bool)
     for step in range(count):
-        group = torch.arange(size) + step % shape.n_group * size
+        group = torch.arange(group_size) + step % shape.n_group * group_size
         candidates = group[keep[group]].flip(0)  # of equals, the first is the higher id
         masks = keep.repeat(len(candidates), 1)
         masks[torch.arange(len(candidates)), candidates] = False
@@ -203,7 +244,7 @@ def _eliminate(errors: SubsetErrors, shape: LayerShape, count: int) -> list[int]
 
 
 def _errors(routed: RoutedLayer, sample: LayerSample) -> SubsetErrors:
-    """A resident layer's errors as a function of masks."""
+    """Returns a resident layer's errors as a function of masks; raises ValueError if its router cannot be run again."""
     layer, count = routed.layer, routed.layer.shape.num_experts
     name = f"{type(layer.router).__name__} (layer {layer.index})"
     if sample.router_input is None:
@@ -212,23 +253,23 @@ def _errors(routed: RoutedLayer, sample: LayerSample) -> SubsetErrors:
     grams = _token_grams(routed, sample)
     weights = _gate_weights(routed, router_input)
     full = weights(torch.ones(1, count, dtype=torch.bool))[0].to(grams.device)
-    seen = torch.zeros_like(full).scatter_(1, sample.expert_ids.to(full.device), sample.weights.to(full))
-    agree = ((full - seen).abs() <= 0.05 * seen.abs().amax(-1, keepdim=True)).all(-1)
-    if float(agree.float().mean()) < 0.8:  # near a tie a row may fall to another expert
+    sampled = torch.zeros_like(full).scatter_(1, sample.expert_ids.to(full.device), sample.weights.to(full))
+    agree = ((full - sampled).abs() <= 0.05 * sampled.abs().amax(-1, keepdim=True)).all(-1)
+    if float(agree.float().mean()) < 0.8:  # not 1, because near a tie a row may go to another expert
         raise ValueError(f"{name}: its answer is not what the experts are given; naee does not support this model")
 
     def errors(masks: Tensor) -> Tensor:
-        found = torch.empty(len(masks), dtype=torch.float64)
-        for some in row_chunks(len(masks), 3 * full.nbytes, CHUNK_BYTES):
-            change = weights(masks[some]).to(grams.device).sub_(full).transpose(0, 1)  # [n, C, E]
-            found[some] = (torch.bmm(change, grams) * change).sum((0, 2), dtype=torch.float64).cpu()
-        return found
+        squared = torch.empty(len(masks), dtype=torch.float64)
+        for chunk in row_chunks(len(masks), 3 * full.nbytes, CHUNK_BYTES):
+            change = weights(masks[chunk]).to(grams.device).sub_(full).transpose(0, 1)  # [n, C, E]
+            squared[chunk] = (torch.bmm(change, grams) * change).sum((0, 2), dtype=torch.float64).cpu()
+        return squared
 
     return errors
 
 
 def _token_grams(routed: RoutedLayer, sample: LayerSample) -> Tensor:
-    """Inner products of all experts' outputs for every token, float32 [n, E, E]."""
+    """Computes the inner products of all experts' outputs for every token: float32 [n, E, E]."""
     layer, count = routed.layer, routed.layer.shape.num_experts
     hidden = sample.hidden.to(next(layer.experts.parameters()).device)
     grams = torch.empty(len(hidden), count, count, dtype=torch.float32, device=hidden.device)
@@ -242,7 +283,7 @@ def _token_grams(routed: RoutedLayer, sample: LayerSample) -> Tensor:
 
 
 def _gate_weights(routed: RoutedLayer, router_input: Tensor) -> Callable[[Tensor], Tensor]:
-    """What multiplies each expert's output: a function of masks, bool [C, E] -> float32 [C, n, E]."""
+    """Returns the factors of the experts' outputs as a function of masks: bool [C, E] -> float32 [C, n, E]."""
     layer, spec = routed.layer, routed.spec
     assert routed.places is not None
     place_of_logits, place_of_weights, place_of_ids = routed.places
