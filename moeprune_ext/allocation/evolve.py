@@ -35,7 +35,7 @@ from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.candidates.metrics import LOWER_IS_BETTER, to_maximise
-from moeprune_ext.files import finite_or_none, nan_if_none
+from moeprune_ext.files import nan_if_none
 
 
 @dataclass(frozen=True)
@@ -272,13 +272,18 @@ class _Archive:
         return counts in self.dropped, -to_maximise(self.fitness, self.scores[counts]), counts
 
 
+def _none_if_nan(value: float) -> float | None:
+    """Returns a score as the journal holds it; an infinite KL is one that ranks before NaN."""
+    return None if math.isnan(value) else value
+
+
 def _scored(evaluator: CandidateEvaluator, space: SearchSpace, candidates: list[Counts]) -> dict[str, Any]:
     """Scores candidates on every token and returns the generation's record."""
     fitness = space.settings.fitness
     plans = [space.plan(counts) for counts in candidates]
     values = [getattr(result, fitness) for result in evaluator.evaluate(plans, (fitness,))] if plans else []
     return {
-        "scores": [[list(counts), finite_or_none(value)] for counts, value in zip(candidates, values, strict=True)],
+        "scores": [[list(counts), _none_if_nan(value)] for counts, value in zip(candidates, values, strict=True)],
         "token_evaluations": len(candidates) * sum(evaluator.weights(fitness)),
         "token_evaluations_saved": 0,
     }
@@ -320,10 +325,10 @@ def _raced(
         positions = sum(weight for weight, scored in zip(weights, is_scored.tolist(), strict=True) if scored)
         mean = math.nan if broken or not positions else float(sums[is_scored].sum() / positions)
         if seen == len(weights):
-            record["scores"].append([list(counts), finite_or_none(mean)])
-            record["sequence_sums"].append([finite_or_none(x) for x in sums.tolist()])
+            record["scores"].append([list(counts), _none_if_nan(mean)])
+            record["sequence_sums"].append([_none_if_nan(x) for x in sums.tolist()])
         else:
-            record["dropped"].append([list(counts), finite_or_none(mean), seen])
+            record["dropped"].append([list(counts), _none_if_nan(mean), seen])
     record["token_evaluations"] = outcome.spent
     record["token_evaluations_saved"] = len(candidates) * sum(weights) - outcome.spent
     return record

@@ -118,11 +118,12 @@ def rank_correlations(scores: Sequence[ExpertScores]) -> dict[int, Tensor]:
         {decoder layer: float64 [C, C]}, of every two of the scores, in [-1, 1]; NaN where one of them is the same for
         all experts of the layer.
     """
+    from scipy.stats import rankdata  # here, because it takes half a second that only this function needs
+
     correlations = {}
     for layer in scores[0]:
-        values = torch.stack([one[layer] for one in scores])
-        # Scores below an expert's less those above it: twice its mean rank, less twice the mean of all ranks.
-        ranks = (values[:, :, None] - values[:, None, :]).sign().sum(2)
+        ranks = torch.from_numpy(rankdata(torch.stack([one[layer] for one in scores]).numpy(), axis=1))
+        ranks -= ranks.mean(1, keepdim=True)
         norms = ranks.norm(dim=1)
         correlations[layer] = ((ranks @ ranks.T) / torch.outer(norms, norms)).clamp(-1, 1)
     return correlations
