@@ -27,7 +27,6 @@ FAST = {
     "test_criteria.py",
     "test_data.py",
     "test_eep_candidates.py",
-    "test_evolve.py",
     "test_golden.py",
     "test_masked_router.py",
     "test_merging.py",
