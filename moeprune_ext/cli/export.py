@@ -18,7 +18,7 @@ EXAMPLE = "moeprune export MODEL --plan RUN_DIR/plan.json -o OUT_DIR"
 @dataclass(frozen=True, kw_only=True)
 class Options(Common):
     model: Path = model_argument()
-    plan: Path = flag("plan file of any verb: .json, or merges of eep")
+    plan: Path = flag("plan file of any verb")
     out: Path = flag("new directory for the checkpoint", short="-o")
 
 
