@@ -107,7 +107,7 @@ def naee_subsets(
 
     def choose(index: int, errors: SubsetErrors) -> Tensor:
         gone = torch.zeros(shapes[index].num_experts, dtype=torch.float64)
-        gone[_least_missed(errors, shapes[index], pruned.get(index, 0))] = 1
+        gone[least_missed(errors, shapes[index], pruned.get(index, 0))] = 1
         return gone
 
     gone_by_layer = _by_layer(moe, batches, tokens, seed, progress, choose)
@@ -199,7 +199,7 @@ def _by_layer(
             index = indices[number]
             moe.make_resident(index)
             try:
-                judged[index] = judge(index, _errors(routed[index], samples[index]))
+                judged[index] = judge(index, subset_errors(routed[index], samples[index]))
             except ValueError as error:
                 problem = error
                 break
@@ -212,7 +212,7 @@ def _by_layer(
 # ---- choosing
 
 
-def _least_missed(errors: SubsetErrors, shape: LayerShape, pruned: int) -> list[int]:
+def least_missed(errors: SubsetErrors, shape: LayerShape, pruned: int) -> list[int]:
     """Returns the ids of the `pruned` experts whose joint absence leaves the smallest error."""
     group_size, gone = shape.num_experts // shape.n_group, pruned // shape.n_group
     if pruned == 0:
@@ -243,7 +243,7 @@ def _eliminate(errors: SubsetErrors, shape: LayerShape, count: int) -> list[int]
 # ---- errors of subsets
 
 
-def _errors(routed: RoutedLayer, sample: LayerSample) -> SubsetErrors:
+def subset_errors(routed: RoutedLayer, sample: LayerSample) -> SubsetErrors:
     """Returns a resident layer's errors as a function of masks; raises ValueError if its router cannot be run again."""
     layer, count = routed.layer, routed.layer.shape.num_experts
     name = f"{type(layer.router).__name__} (layer {layer.index})"

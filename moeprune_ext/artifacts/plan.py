@@ -2,26 +2,31 @@
 
 Every method ends in one, and everything downstream starts from one: masks, evaluation, pruning, export. A mask keeps
 experts as they are. A merge makes K' new experts of a layer's E: GRAPE's averages stand in the places of kept experts
-(arXiv 2604.06542), EEP's stand behind a router that maps its scores to them (arXiv 2407.00945).
+(arXiv 2604.06542), EEP's stand behind a router that maps its scores to them (arXiv 2407.00945). A repair (repair/)
+gives the new experts other down projections; these weights are in a safetensors file beside the plan's JSON.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isclose
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moeprune_ext.artifacts.scores import ExpertScores
-from moeprune_ext.files import reading_json, write_json
+from moeprune_ext.files import reading_json, replacing, write_json
 
 FORMAT = "moeprune.plan/2"
+DOWN_FORMAT = "moeprune.down/1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +38,13 @@ class Merge:
         router: W_RM, float32 [K', E]: the router maps its scores s to pi = s @ W_RM^T and chooses among the K' (see
             `masked_router(router_map=...)`). None: the router is sliced to the plan's kept experts, in whose places,
             in this order, the new ones stand.
+        down: [K', ...], the new experts' down projections as the experts module holds them, in the place of the sums'.
+            None: the sums'.
     """
 
     experts: Tensor
     router: Tensor | None = None
+    down: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, matrix in self.matrices.items():
@@ -44,6 +52,13 @@ class Merge:
                 raise ValueError(f"{name} must be float32 [K', E], got {matrix.dtype} {tuple(matrix.shape)}")
             if not bool(torch.isfinite(matrix).all()):
                 raise ValueError(f"{name} holds values that are not finite")
+        if self.down is not None and (self.down.ndim != 3 or len(self.down) != len(self.experts)):
+            raise ValueError(f"down must be {len(self.experts)} projections, got {tuple(self.down.shape)}")
+
+    @classmethod
+    def as_they_are(cls, kept: Sequence[int], num_experts: int, down: Tensor | None = None) -> Merge:
+        """Makes the merge that leaves the kept experts as they are, but for the down projections if there are any."""
+        return cls(torch.eye(num_experts)[list(kept)], None, down)
 
     @classmethod
     def averages(cls, kept: list[int], sums: Mapping[int, Mapping[int, float]], num_experts: int) -> Merge:
@@ -81,12 +96,21 @@ class Merge:
         """New experts that are sums of several."""
         return int(((self.experts != 0).sum(1) > 1).sum())
 
+    @property
+    def only_down(self) -> bool:
+        """Whether all are experts of the layer but for their down projections."""
+        alone = ((self.experts == 1).any(1) & ((self.experts != 0).sum(1) == 1)).all()
+        return self.down is not None and bool(alone)
+
     @cached_property
     def digest(self) -> str:
         """Identifies the content."""
         digest = hashlib.sha256(f"{tuple(self.experts.shape)}".encode())
         for matrix in self.matrices.values():
             digest.update(matrix.detach().cpu().contiguous().numpy().tobytes())
+        if self.down is not None:
+            digest.update(f"{tuple(self.down.shape)} {self.down.dtype}".encode())
+            digest.update(self.down.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -155,6 +179,18 @@ class PruningPlan:
         return sum(self.pruned_counts.values()) / sum(self.num_experts.values())
 
     @property
+    def repaired_layers(self) -> list[int]:
+        """Decoder layers whose experts have other down projections."""
+        return [layer for layer, merge in self.merges.items() if merge.down is not None]
+
+    @property
+    def unrepaired(self) -> PruningPlan:
+        """The plan without its repair."""
+        merges = {layer: replace(merge, down=None) for layer, merge in self.merges.items()}
+        stays = {layer: merge for layer, merge in merges.items() if merge.router is not None or merge.sums}
+        return replace(self, merges=stays)
+
+    @property
     def mapped_layers(self) -> list[int]:
         """Decoder layers whose routers map their scores."""
         return [layer for layer, merge in self.merges.items() if merge.router is not None]
@@ -207,7 +243,10 @@ class PruningPlan:
         return cls(kept, num_experts, scores.model, scores.criterion)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, beside the target and then renamed; matrices in the shortest numbers that read back alike."""
+        """Writes JSON, beside the target and then renamed; matrices in the shortest numbers that read back alike.
+
+        A repair's weights go first, to the safetensors file of the same name.
+        """
         content: dict[str, Any] = {
             "format": FORMAT,
             "model": self.model,
@@ -222,8 +261,21 @@ class PruningPlan:
             content["merges"] = {
                 str(layer): {name: _as_lists(matrix) for name, matrix in merge.matrices.items()}
                 for layer, merge in self.merges.items()
+                if merge.router is not None or merge.sums
             }
+        if self.repaired_layers:
+            content["repair"] = {"file": _weights_file(path).name, "digest": self._save_down(_weights_file(path))}
         write_json(path, content, indent=None if self.merges else 1)
+
+    def _save_down(self, file: Path) -> str:
+        """Writes the repair's down projections, and returns what identifies them."""
+        digest = hashlib.sha256("".join(merge.digest for merge in self.merges.values()).encode()).hexdigest()
+        tensors = {
+            f"down.{layer}": merge.down.contiguous() for layer, merge in self.merges.items() if merge.down is not None
+        }
+        with replacing(file) as beside:
+            save_file(tensors, beside, metadata={"format": DOWN_FORMAT, "digest": digest})
+        return digest
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
@@ -239,8 +291,29 @@ class PruningPlan:
                 int(layer): Merge(**{name: torch.tensor(rows, dtype=torch.float32) for name, rows in matrices.items()})
                 for layer, matrices in content.get("merges", {}).items()
             }
+            for layer, down in _load_down(Path(path), content.get("repair")).items():
+                merge = merges.get(layer) or Merge.as_they_are(kept[layer], num_experts[layer])
+                merges[layer] = replace(merge, down=down)
             active = None if content.get("active") is None else int(content["active"])
             return cls(kept, num_experts, content.get("model"), content.get("criterion"), merges, active)
+
+
+def _weights_file(path: str | os.PathLike[str]) -> Path:
+    return Path(path).with_suffix(".safetensors")
+
+
+def _load_down(path: Path, repair: dict[str, str] | None) -> dict[int, Tensor]:
+    """Reads {decoder layer: down projections} of a plan's repair; {} if it has none."""
+    if repair is None:
+        return {}
+    file = path.parent / repair["file"]
+    try:
+        with safe_open(file, framework="pt") as weights:
+            if (weights.metadata() or {}).get("digest") != repair["digest"]:
+                raise ValueError(f"{file} holds another repair's weights")
+            return {int(name.removeprefix("down.")): weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}, which holds the repair's weights, cannot be read: {error}") from None
 
 
 def _as_lists(matrix: Tensor) -> list[list[float]]:

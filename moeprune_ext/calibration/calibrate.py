@@ -55,7 +55,7 @@ def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: 
     batches = without_padding(as_batches(batches, moe.vocab_size))
     own_batches = [batches[number] for number in distributed.own_share(len(batches))]
     scratch = Scratch()
-    tables = {index: _Table(layer, scratch) for index, layer in layers.items()}
+    tables = {index: MomentsTable(layer, scratch) for index, layer in layers.items()}
 
     def attend(batch: TokenBatch) -> None:
         for table in tables.values():
@@ -80,7 +80,7 @@ def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: 
     )
 
 
-class _Table:
+class MomentsTable:
     """Gathers one layer's statistics.
 
     Attributes:

@@ -140,7 +140,9 @@ class LayerSweep:
         # Neighbours in this order share most; groups of them fit the memory for states.
         order = sorted(range(len(plans)), key=lambda i: [treatment.order for treatment in candidates[i].values()])
         merging = any(plan.merges for plan in plans)
-        room = self._room((index, len(merge.experts)) for plan in plans for index, merge in plan.merges.items())
+        room = self._room(
+            (index, len(merge.experts), merge.only_down) for plan in plans for index, merge in plan.merges.items()
+        )
         group = max(1, room // max(self._lengths))
         for start in range(0, len(order), group):
             chosen = order[start : start + group]
@@ -157,12 +159,16 @@ class LayerSweep:
 
     def check_merged(self, kept: Mapping[int, int]) -> None:
         """See Engine."""
-        self._room(kept.items())
+        self._room((index, count, False) for index, count in kept.items())
 
-    def _room(self, merged: Iterable[tuple[int, int]]) -> int:
-        """Returns the tokens of states that fit beside one layer's merged experts, (decoder layer, K') each."""
+    def _room(self, merged: Iterable[tuple[int, int, bool]]) -> int:
+        """Returns the tokens of states that fit beside one layer's merged experts.
+
+        Args:
+            merged: a decoder layer, K', and whether only down projections are other ones.
+        """
         layers = self._moe.layers
-        size = max((bytes_while_merged(layers[index], count) for index, count in set(merged)), default=0)
+        size = max((bytes_while_merged(layers[index], count, down) for index, count, down in set(merged)), default=0)
         return self.division.room_beside(size, max(self._lengths))
 
     def _inputs(self, number: int) -> LayerInputs:

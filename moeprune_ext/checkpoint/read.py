@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Role:
         axis: the axis that counts experts.
         trailing: slices beyond the experts', which stay.
         is_router: whether it belongs to the routing decision.
+        transposed: whether a matrix of an expert may be stored as the transpose of the parameter's.
     """
 
     layer: int
@@ -48,6 +49,7 @@ class Role:
     axis: int = 0
     trailing: int = 0
     is_router: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     moe = MoeModel.of(skeleton(hf_config, config))
     shards = find_shards(folder)
     rename = renaming(moe.model, None)
-    targets = {name: rename(name)[0] for names in shards.values() for name in names}
+    renamed = {name: rename(name) for names in shards.values() for name in names}
+    targets = {name: target for name, (target, _) in renamed.items()}
     extra = _extra(targets, moe)
     roles = _find_roles(shards, targets, moe.layers, extra)
+    roles = {name: replace(role, transposed=_is_transposed(renamed[name][1])) for name, role in roles.items()}
     _check_roles(roles, moe.layers)
     fingerprint = _fingerprint(shards, roles, moe)
     return Checkpoint(folder, config, moe.layers, shards, roles, extra, fingerprint, auto_class(hf_config).__name__)
@@ -281,6 +285,12 @@ def _role(name: str, path: str, shape: Sequence[int], layer: MoeLayer) -> Role |
     if shape and shape[0] in (count, count + layer.trailing):
         return Role(layer.index, path, trailing=shape[0] - count)
     return None
+
+
+def _is_transposed(converted: tuple[str, Any] | None) -> bool:
+    """Tells whether transformers transposes a stored tensor on loading; `converted` as `renaming` returns it."""
+    operations = [] if converted is None else converted[1].operations
+    return any(type(operation).__name__ == "Transpose" for operation in operations)
 
 
 def _check_roles(roles: Mapping[str, Role], layers: Mapping[int, MoeLayer]) -> None:

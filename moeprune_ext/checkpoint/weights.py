@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.checkpoint.read import Checkpoint, Role, stored_tensors
+from moeprune_ext.models.experts import DOWN
 from moeprune_ext.models.merging import combined
 
 
@@ -123,8 +124,29 @@ class PlannedWeights:
         if merge is None:
             return self._rows(role, stored)
         count = merge.experts.shape[1]
-        sums = combined(stored[:count], merge.experts)
+        down = self._down(role, stored[0])
+        sums = combined(stored[:count], merge.experts) if down is None else down
         return sums if not role.trailing else torch.cat([sums, stored[count:]])
+
+    def _down(self, role: Role, stored: Tensor) -> Tensor | None:
+        """Returns a repaired layer's down projections [K', ...], laid out and typed as one that is stored.
+
+        None for other tensors.
+
+        Raises:
+            ValueError: for a layout that the stored one does not show.
+        """
+        merge = self.plan.merges[role.layer]
+        if merge.down is None or role.is_router or role.path.rpartition(".")[2] != DOWN:
+            return None
+        # Where both layouts are known, transformers transposes what does not fit (its Transpose with check_dims).
+        down = merge.down if not role.transposed or merge.down.shape[1:] == stored.shape else merge.down.transpose(1, 2)
+        if down.shape[1:] != stored.shape:
+            raise ValueError(
+                f"layer {role.layer}: a repaired down projection is {tuple(down.shape[1:])}, the stored one "
+                f"{tuple(stored.shape)}; this checkpoint's layout is not supported by repair"
+            )
+        return down.to(stored.dtype).contiguous()
 
     def _single(self, name: str, role: Role, expert: int, stored: Any) -> Iterator[tuple[str, Tensor]]:
         """A tensor of one expert, where something stands in its place: read, or a sum."""
@@ -133,6 +155,12 @@ class PlannedWeights:
             return
         merge, row = self.plan.merges.get(role.layer), remaining.index(expert)
         if merge is None or row >= len(merge.experts):
+            yield numbered(name, row), stored[...]
+            return
+        if (down := self._down(role, stored[...])) is not None:
+            yield numbered(name, row), down[row].clone()
+            return
+        if merge.only_down:
             yield numbered(name, row), stored[...]
             return
         key = role.layer, numbered(name, "*")

@@ -25,6 +25,26 @@ from moeprune_ext.models.scratch import Scratch
 from moeprune_ext.ops.backend import row_chunks
 
 CHUNK_BYTES = 64 * 2**20  # of weighted outputs on their way into a sum
+DOWN = "down_proj"  # the last matrix of every expert in that layout
+
+
+def inner_activations(experts: Any, expert: int, hidden: Tensor) -> Tensor:
+    """Computes what an expert's down projection is given: act(gate) * up, or act(up).
+
+    Args:
+        experts: a module in the layout of transformers' experts interface.
+        expert: its number.
+        hidden: [n, H].
+
+    Returns:
+        [n, I].
+    """
+    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    up = getattr(experts, up_name)[expert]
+    inner = hidden @ (up if experts.is_transposed else up.T)
+    if experts.has_bias:
+        inner += getattr(experts, f"{up_name}_bias")[expert]
+    return experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
 
 
 class PairOutputs:
@@ -46,7 +66,12 @@ class PairOutputs:
 
         Computed lazily: a streamed layer's weights are absent until it runs.
         """
-        return _on_cpu(self._experts) and _is_standard(self._experts) and self._agrees()
+        return _on_cpu(self._experts) and self.is_standard
+
+    @cached_property
+    def is_standard(self) -> bool:
+        """Whether the experts' weights have the known layout, by names and by a comparison of outputs."""
+        return _has_known_names(self._experts) and self._agrees()
 
     def __call__(self, original: ExpertsFunction, hidden: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
         """Runs the experts.
@@ -70,8 +95,6 @@ class PairOutputs:
 
     def _products(self, hidden: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
         experts = self._experts
-        up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-        ups, downs = getattr(experts, up_name), experts.down_proj
         shape = (len(rows), hidden.shape[1])
         outputs = hidden.new_empty(shape) if self._scratch is None else self._scratch.take("pairs", shape, hidden)
         start = 0
@@ -79,12 +102,8 @@ class PairOutputs:
             if count == 0:
                 continue
             pairs = slice(start, start + count)
-            up, down = (w[expert] if experts.is_transposed else w[expert].T for w in (ups, downs))
-            inner = hidden.index_select(0, rows[pairs]) @ up
-            if experts.has_bias:
-                inner += getattr(experts, f"{up_name}_bias")[expert]
-            inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-            torch.mm(inner, down, out=outputs[pairs])
+            down = experts.down_proj[expert] if experts.is_transposed else experts.down_proj[expert].T
+            torch.mm(inner_activations(experts, expert, hidden.index_select(0, rows[pairs])), down, out=outputs[pairs])
             if experts.has_bias:
                 outputs[pairs] += experts.down_proj_bias[expert]
             start += count
@@ -96,13 +115,13 @@ class PairOutputs:
         try:
             width = experts.down_proj.shape[2 if experts.is_transposed else 1]
             generator = torch.Generator().manual_seed(0)
-            hidden = torch.randn(8, width, generator=generator).to(experts.down_proj.dtype)
-            ids = torch.arange(8)[:, None] // 2 % self._count
+            hidden = torch.randn(8, width, generator=generator).to(experts.down_proj)
+            ids = torch.arange(8, device=hidden.device)[:, None] // 2 % self._count
             counts = torch.bincount(ids[:, 0], minlength=self._count).tolist()
             rows = ids[:, 0].argsort(stable=True)
             with torch.no_grad():
                 # The class's, since the instance's may be intercepted now.
-                expected = type(experts).forward(experts, hidden, ids, torch.ones(8, 1, dtype=hidden.dtype))
+                expected = type(experts).forward(experts, hidden, ids, hidden.new_ones(8, 1))
                 got = torch.empty_like(expected)
                 got[rows] = self._products(hidden, rows, counts)
         except (AttributeError, RuntimeError, TypeError, ValueError, LookupError):
@@ -115,7 +134,7 @@ def _on_cpu(module: nn.Module) -> bool:
     return all(p.device.type == "cpu" for p in module.parameters())
 
 
-def _is_standard(experts: Any) -> bool:
+def _has_known_names(experts: Any) -> bool:
     names = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "down_proj")
     return all(hasattr(experts, name) for name in names) and not getattr(experts, "_is_expert_parallel", False)
 

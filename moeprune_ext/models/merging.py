@@ -7,7 +7,7 @@ experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moeprune_ext.artifacts.plan import Merge, Treatment
 from moeprune_ext.models.active import fewer_active
-from moeprune_ext.models.experts import PairOutputs, distinct_pairs, weighted_sum
+from moeprune_ext.models.experts import DOWN, PairOutputs, distinct_pairs, weighted_sum
 from moeprune_ext.models.layers import EXPERT_COUNT_NAMES, MoeLayer, expert_tensors, half_kept
 from moeprune_ext.models.patches import ExpertsFunction, intercepted, replaced_forward
 from moeprune_ext.models.routers import Kept, RoutedLayer, many_masks, routed_layer, router_logits
@@ -105,13 +105,13 @@ class MergedExperts:
     def held(self, merge: Merge) -> Iterator[None]:
         """Inside, calls with this merge find its experts made, once for all of them.
 
-        Where each is one of the layer's experts as it is, none are made: ids are translated instead. The layer's
-        weights must be where they are computed with.
+        Where each is one of the layer's experts as it is, none are made: ids are translated instead, and only down
+        projections may be other ones. The layer's weights must be where they are computed with.
         """
         _ = self._pair_outputs.direct  # compares with the module's own forward, before its weights change
         self._same = experts_as_they_are(merge.experts)
         try:
-            with self._standing(merge) if self._same is None else nullcontext():
+            with self._standing(merge) if self._same is None else self._refitted(self._same, merge.down):
                 self._held = merge
                 yield
         finally:
@@ -126,8 +126,11 @@ class MergedExperts:
         counters = expert_count_names(self._layer)
         try:
             for tensor, stored in zip(tensors, before, strict=True):
-                shape = (len(merge.experts), *stored.shape[1:])
-                new = combined(stored.detach(), merge.experts, self._buffers.take(tensor.name, shape, stored))
+                new = self._buffers.take(tensor.name, (len(merge.experts), *stored.shape[1:]), stored)
+                if tensor.name == DOWN and merge.down is not None:
+                    new.copy_(merge.down)
+                else:
+                    combined(stored.detach(), merge.experts, new)
                 setattr(
                     tensor.owner, tensor.name, nn.Parameter(new, False) if isinstance(stored, nn.Parameter) else new
                 )
@@ -139,6 +142,22 @@ class MergedExperts:
                 setattr(tensor.owner, tensor.name, stored)
             for name in counters:
                 setattr(self._layer.experts, name, count)
+
+    @contextmanager
+    def _refitted(self, same: Tensor, down: Tensor | None) -> Iterator[None]:
+        """Inside, these experts of the layer have other down projections; all others stand where they were."""
+        if down is None:
+            yield
+            return
+        experts: Any = self._layer.experts
+        stored = experts.down_proj
+        try:
+            new = self._buffers.take(DOWN, tuple(stored.shape), stored).copy_(stored.detach())
+            new[same.to(new.device)] = down.to(new)
+            experts.down_proj = nn.Parameter(new, False)
+            yield
+        finally:
+            experts.down_proj = stored
 
 
 def expert_count_names(layer: MoeLayer) -> list[str]:
@@ -174,8 +193,16 @@ def experts_as_they_are(shares: Tensor) -> Tensor | None:
     return shares.argmax(1) if bool(((shares == 1).any(1) & ((shares != 0).sum(1) == 1)).all()) else None
 
 
-def bytes_while_merged(layer: MoeLayer, count: int) -> int:
-    """Bytes that `count` merged experts of a layer take, with the float32 in which they are added up."""
+def bytes_while_merged(layer: MoeLayer, count: int, only_down: bool = False) -> int:
+    """Bytes that `count` merged experts of a layer take, with the float32 in which they are added up.
+
+    Args:
+        layer: of the experts.
+        count: K'.
+        only_down: whether all are experts of the layer but for their down projections.
+    """
+    if only_down:
+        return layer.experts.down_proj.nbytes  # type: ignore[return-value]
     tensors = [getattr(tensor.owner, tensor.name) for tensor in expert_tensors(layer)]
     held = sum(tensor[0].nbytes for tensor in tensors) * count
     wide = [tensor[0].numel() * 4 for tensor in tensors if tensor.dtype not in (torch.float32, torch.float64)]
@@ -231,16 +258,17 @@ def merge_rows_(layer: MoeLayer, kept: Sequence[int], merge: Merge, before: Repl
         before: what stood there is added to it first, in host memory, so that `undone_on_failure` can put it back.
     """
     identity = torch.eye(layer.shape.num_experts)
-    changed = [row for row, expert in enumerate(kept) if not torch.equal(merge.experts[row], identity[expert])]
-    if not changed:
-        return
-    places = torch.tensor([kept[row] for row in changed])
+    sums = [row for row, expert in enumerate(kept) if not torch.equal(merge.experts[row], identity[expert])]
     for tensor in expert_tensors(layer):
         stored = getattr(tensor.owner, tensor.name).detach()
-        new = combined(stored, merge.experts[changed])
-        rows = places.to(stored.device)
+        refitted = tensor.name == DOWN and merge.down is not None
+        if not (changed := list(range(len(kept))) if refitted else sums):
+            continue
+        new = merge.down if refitted else combined(stored, merge.experts[changed])
+        assert new is not None
+        rows = torch.tensor([kept[row] for row in changed], device=stored.device)
         before.append((stored, rows, stored[rows].cpu()))
-        stored[rows] = new
+        stored[rows] = new.to(stored)
 
 
 @contextmanager

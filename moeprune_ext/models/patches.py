@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 ExpertsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [T, H], expert ids [T, K], weights [T, K]
+Observe = Callable[[ExpertsFunction, Tensor, Tensor, Tensor], Tensor]  # that function, and what it is called with
 
 
 @contextmanager
@@ -30,9 +31,7 @@ def replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterato
 
 
 @contextmanager
-def intercepted(
-    experts: nn.Module, function: Callable[[ExpertsFunction, Tensor, Tensor, Tensor], Tensor]
-) -> Iterator[None]:
+def intercepted(experts: nn.Module, function: Observe) -> Iterator[None]:
     """Inside, calling an experts module calls `function(original, hidden, expert_ids, weights)`."""
     signature = inspect.signature(type(experts).forward.__get__(experts))  # its own, whatever stands before it now
 

@@ -143,8 +143,8 @@ def test_elimination_of_independent_costs_is_their_order():
     assert module._eliminate(errors, LayerShape(8, 1), 7) == [1, 5, 3, 2, 0, 7, 6]
     assert module._eliminate(errors, LayerShape(8, 1, 2, min_kept=2), 6) == [1, 5, 3, 7, 2, 6]
     for pruned, gone in ((2, [1, 5]), (4, [1, 2, 3, 5])):
-        assert module._least_missed(errors, LayerShape(8, 1), pruned) == gone
-    assert module._least_missed(errors, LayerShape(8, 1, 2), 4) == [1, 3, 5, 7]  # 2 and 3 cost the same, 2 stays
+        assert module.least_missed(errors, LayerShape(8, 1), pruned) == gone
+    assert module.least_missed(errors, LayerShape(8, 1, 2), 4) == [1, 3, 5, 7]  # 2 and 3 cost the same, 2 stays
 
 
 @pytest.mark.parametrize("name", [f for f in FAMILIES if not f.startswith("deepseek")])

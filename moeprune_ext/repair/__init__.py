@@ -1,0 +1,1 @@
+"""What pruning broke, repaired without gradients."""
