@@ -32,6 +32,7 @@ HUB = "hf:"
 KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".safetensors": "tokens"}  # any other file: text
 SPLIT = re.compile(r"(train|validation|valid|val|dev|test)([_.-].*)?")  # hf:NAME:WORD: a split rather than a config
 ROWS_AT_ONCE = 64  # of a parquet file, decoded together
+BUFFER = 2**20  # bytes read together, of a column of a parquet file
 
 
 @dataclass(frozen=True)
@@ -220,21 +221,20 @@ def _folder_records(source: Source) -> Iterator[Record]:
 
 
 def _parquet_records(path: Path) -> Iterator[Record]:
-    parquet, arrow = _extra("pyarrow.parquet", str(path)), _extra("pyarrow", str(path))
+    parquet = _extra("pyarrow.parquet", str(path))
     number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield record, f"{path}:{number}"
-    except (OSError, arrow.ArrowException) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {_line(error)}") from None
+    # Reads a column piece by piece: by default all of a row group is read, which may be all of the file.
+    pieces = {"pre_buffer": False, "buffer_size": BUFFER}
+    with _reading(str(path), "is it a parquet file?"), parquet.ParquetFile(path, **pieces) as file:
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
+            for record in batch.to_pylist():
+                number += 1
+                yield record, f"{path}:{number}"
 
 
 def _saved_records(source: Source) -> Iterator[Record]:
     datasets = _extra("datasets", source.word)
-    with _reading(source, "is it a folder that save_to_disk wrote?"):
+    with _reading(source.word, "is it a folder that save_to_disk wrote?"):
         data = datasets.load_from_disk(source.location)
     yield from _split_records(data, source, "is the folder whole?")
 
@@ -242,7 +242,7 @@ def _saved_records(source: Source) -> Iterator[Record]:
 def _hub_records(source: Source) -> Iterator[Record]:
     datasets = _extra("datasets", source.word)
     advice = "without network give a file, or a folder that save_to_disk wrote elsewhere"
-    with _reading(source, advice):
+    with _reading(source.word, advice):
         data = datasets.load_dataset(source.location, source.config, streaming=True)
     yield from _split_records(data, source, advice)
 
@@ -258,18 +258,18 @@ def _split_records(data: Any, source: Source, advice: str) -> Iterator[Record]:
         data = data[split]
     elif source.split not in (None, str(data.split)):
         raise ValueError(f"{source.word}: the folder is one split, {data.split}, not {source.split!r}")
-    with _reading(source, advice):
+    with _reading(source.word, advice):
         for number, record in enumerate(data, 1):
             yield record, f"{source.word}, record {number}"
 
 
 @contextmanager
-def _reading(source: Source, advice: str) -> Iterator[None]:
-    """Makes a ValueError of one line of whatever a block raises: `datasets` fails with errors of many classes."""
+def _reading(word: str, advice: str) -> Iterator[None]:
+    """Makes a ValueError of one line of whatever a block raises: `datasets` and pyarrow have errors of many classes."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{source.word} cannot be read: {_line(error)}; {advice}") from error
+        raise ValueError(f"{word} cannot be read: {_line(error)}; {advice}") from error
 
 
 def _extra(module: str, word: str) -> Any:
