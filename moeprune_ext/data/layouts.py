@@ -165,7 +165,10 @@ def _response_row(
 
 
 def _messages(messages: list[Any], place: str) -> list[dict[str, Any]]:
-    """Checks OpenAI's messages, and leaves out the empty fields that tables (parquet) give to every message."""
+    """Checks OpenAI's messages, and leaves out the empty fields that tables (parquet) give to every message.
+
+    A template may ask whether a field is defined. Recent transformers leave empty ones out, too.
+    """
     if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
         raise ValueError(f'{place}: every message must be an object with a "role" and a text "content"')
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
