@@ -84,23 +84,27 @@ def nan_if_none(value: float | None) -> float:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields the objects of a JSONL file, each with its place "file:line"; blank lines are skipped.
+    """Yields the objects of a JSONL file, each with its place "file:line", line by line; blank lines are skipped.
 
     Raises:
         ValueError: naming the place, if the file or a line cannot be read or holds anything but an object.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _json_object(line, f"{path}:{number}"), f"{path}:{number}"
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable text file: {error}") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}:{number} must be a JSON object, got {type(record).__name__}")
-            yield record, f"{path}:{number}"
+
+
+def _json_object(line: str, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} must be a JSON object, got {type(record).__name__}")
+    return record

@@ -28,10 +28,12 @@ FAST = {
     "test_data.py",
     "test_eep_candidates.py",
     "test_golden.py",
+    "test_layouts.py",
     "test_masked_router.py",
     "test_merging.py",
     "test_plan.py",
     "test_router_map.py",
+    "test_sources.py",
 }
 
 

@@ -53,8 +53,8 @@ def _naee(options: Options) -> PruningPlan:
     if options.protect_super or options.min_kept or options.min_kept_per_group:
         raise ValueError("naee chooses subsets of its own: it takes no minima and protects no expert")
     if not options.data:
-        raise ValueError("--method naee measures the model on text: give --data files")
-    batches = io.load_data(options, io.load_tokenizer(options.model), labels=False)
+        raise ValueError("--method naee measures the model on text: give --data")
+    batches = io.load_data(options, io.tokenizer_of(options.model), labels=False)
     model = io.load_model(options.model, options)
     return naee_plan(model, batches, options.sparsity, seed=options.seed, progress=distributed.is_first())
 
@@ -64,7 +64,7 @@ def _damages(options: Options, scores: ExpertScores) -> Damages:
     if options.fitness not in METRICS:
         raise ValueError(f"unknown fitness {options.fitness!r}; choose from {', '.join(METRICS)}")
     uniform_counts(scores, options.sparsity)  # refuses a budget that dp_plan could not spend, before anything is run
-    batches = io.load_data(options, io.load_tokenizer(options.model)) if options.data else None
+    batches = io.load_data(options, io.tokenizer_of(options.model)) if options.data else None
     if (file := options.damages) is not None:
         stored = distributed.from_first(lambda: Damages.load(file) if file.exists() else None)
         if stored is not None:
@@ -78,7 +78,7 @@ def _damages(options: Options, scores: ExpertScores) -> Damages:
             return stored
         io.check_new_file(file)
     if batches is None:
-        raise ValueError("--method dp measures the model on text: give --data files")
+        raise ValueError("--method dp measures the model on text: give --data")
     evaluator = CandidateEvaluator(io.load_model(options.model, options), batches, memory_budget=options.memory_bytes)
     measured = damages(evaluator, scores, fitness=options.fitness, steps=options.steps, progress=distributed.is_first())
     if file is not None and distributed.is_first():

@@ -134,8 +134,13 @@ def model_argument() -> Any:
 
 
 def data_flag(**default: Any) -> Any:
-    """Declares the text; required without a default."""
-    return flag("text, .jsonl or .safetensors token files", **default)
+    """Declares the data sources (see data.sources); required without a default."""
+    return flag(
+        "text, .jsonl, .parquet or .safetensors token files, dataset folders, hf:NAME[:CONFIG][:SPLIT]; 'SOURCE*2' "
+        "gives twice the sequences",
+        metavar="SOURCE",
+        **default,
+    )
 
 
 def sequences_flag(default: int) -> Any:
@@ -147,7 +152,7 @@ def sequences_flag(default: int) -> Any:
 class Data:
     """Text that a verb may be given."""
 
-    data: tuple[Path, ...] = data_flag(default=())
+    data: tuple[str, ...] = data_flag(default=())
     sequence_length: int = flag("tokens per sequence", 2048, least=1)
     sequences: int = sequences_flag(64)
     batch_size: int = flag("sequences per forward pass", 1, least=1)

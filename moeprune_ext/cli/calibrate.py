@@ -18,7 +18,7 @@ EXAMPLE = "moeprune calibrate MODEL --data text.jsonl -o stats.safetensors"
 @dataclass(frozen=True, kw_only=True)
 class Options(Streaming, Data, Common):
     model: Path = model_argument()
-    data: tuple[Path, ...] = data_flag()
+    data: tuple[str, ...] = data_flag()
     sequences: int = sequences_flag(128)
     out: Path = flag("statistics file to write", short="-o")
 
@@ -26,7 +26,7 @@ class Options(Streaming, Data, Common):
 def run(options: Options) -> tuple[Any, str]:
     """Writes the statistics and returns which experts the text hardly reached."""
     io.check_new_file(options.out)
-    batches = io.load_data(options, io.load_tokenizer(options.model), labels=False)
+    batches = io.load_data(options, io.tokenizer_of(options.model), labels=False)
     stats = calibrate(io.load_model(options.model, options), batches, progress=distributed.is_first())
     if distributed.is_first():
         stats.save(options.out)

@@ -25,9 +25,9 @@ class Options(Data, Common):
 def run(options: Options) -> tuple[Any, str]:
     """Returns the accuracy on each task file, the perplexity of --data and the harness's figures."""
     if not (options.task or options.data or options.lm_eval):
-        raise ValueError("there is nothing to measure: give --task files, --data files or --lm-eval tasks")
-    tokenizer = io.load_tokenizer(options.model)
-    tasks = {str(path): load_task(path, tokenizer) for path in options.task}
+        raise ValueError("there is nothing to measure: give --task files, --data or --lm-eval tasks")
+    tokenizer = io.tokenizer_of(options.model)
+    tasks = {str(path): load_task(path, tokenizer()) for path in options.task}
     batches = io.load_data(options, tokenizer) if options.data else None
     model = io.load_model(options.model, options)
     result: dict[str, Any] = {
@@ -42,6 +42,6 @@ def run(options: Options) -> tuple[Any, str]:
         result["perplexity"] = perplexity(model, batches)
         lines.append(f"perplexity: {result['perplexity']:.4f}")
     if options.lm_eval:
-        result["lm_eval"] = harness_results(model, tokenizer, options.lm_eval.split(","))
+        result["lm_eval"] = harness_results(model, tokenizer(), options.lm_eval.split(","))
         lines += [f"{name}: {values}" for name, values in result["lm_eval"].items()]
     return result, "\n".join(lines)

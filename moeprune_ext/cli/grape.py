@@ -33,8 +33,8 @@ def run(options: Options) -> tuple[Any, str]:
     batches = None
     if options.similarity == "cka":
         if not options.data:
-            raise ValueError("cka compares experts' outputs on text: give --data files, or --similarity weights")
-        batches = io.load_data(options, io.load_tokenizer(options.model), labels=False)
+            raise ValueError("cka compares experts' outputs on text: give --data, or --similarity weights")
+        batches = io.load_data(options, io.tokenizer_of(options.model), labels=False)
     plan = grape(
         io.load_model(options.model, options),
         batches,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,11 @@ def load_tokenizer(model: Path) -> Any:
     return tokenizer
 
 
+def tokenizer_of(model: Path) -> Callable[[], Any]:
+    """Returns a function that loads a model directory's tokenizer, once, when it is first called."""
+    return cache(lambda: load_tokenizer(model))
+
+
 def load_model(model: Path, options: Common) -> Any:
     """Loads a model directory as --device, --dtype and, where the verb has it, --stream say."""
     device = _device(options.device)
@@ -114,8 +122,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def load_data(options: Data, tokenizer: Any, *, labels: bool = True) -> list[TokenBatch]:
-    """Loads --data as batches; labels=False where every token counts, as in calibration."""
+def load_data(options: Data, tokenizer: Callable[[], Any], *, labels: bool = True) -> list[TokenBatch]:
+    """Loads --data as batches, and says on stderr what was recognised.
+
+    Args:
+        options: the sources, and how much of them.
+        tokenizer: loads the model's tokenizer; called only if a source needs it.
+        labels: False where every token counts, as in calibration.
+    """
     return load_batches(
         options.data,
         tokenizer,
@@ -123,7 +137,12 @@ def load_data(options: Data, tokenizer: Any, *, labels: bool = True) -> list[Tok
         sequences=options.sequences,
         batch_size=options.batch_size,
         labels=labels,
+        say=_say if distributed.is_first() else None,
     )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def write_plan(plan: PruningPlan, out: Path, **about: Any) -> tuple[Any, str]:

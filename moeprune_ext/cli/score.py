@@ -79,7 +79,7 @@ def _scores(stats: RoutingStats, name: str | tuple[int, int, str], options: Opti
     if name != "naee" or options.model is None:
         return score_experts(stats, name, seed=options.seed)
     io.check_same_model(options.model, stats.model, options.stats)
-    batches = io.load_data(options, io.load_tokenizer(options.model), labels=False)
+    batches = io.load_data(options, io.tokenizer_of(options.model), labels=False)
     model = io.load_model(options.model, options)
     return naee_scores(model, batches, seed=options.seed, progress=distributed.is_first())
 

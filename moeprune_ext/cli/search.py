@@ -21,7 +21,7 @@ EXAMPLE = "moeprune search MODEL --stats stats.safetensors --sparsity 0.5 --data
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Memory, Streaming, Data, Budgeted):
-    data: tuple[Path, ...] = data_flag()
+    data: tuple[str, ...] = data_flag()
     init: tuple[Path, ...] = flag("plan files whose counts join the first generation", ())
     settings: EvolveSettings
     router: str = flag("fused: the kernel for half-precision logits too", "auto", choices=ROUTERS)
@@ -36,7 +36,7 @@ def run(options: Options) -> tuple[Any, str]:
     init_plans = [PruningPlan.load(path) for path in options.init]
     scores = io.load_scores(options)
     space = SearchSpace.of(scores, options.settings, init_plans)
-    batches = io.load_data(options, io.load_tokenizer(options.model))
+    batches = io.load_data(options, io.tokenizer_of(options.model))
     model = io.load_model(options.model, options)
     evaluator = CandidateEvaluator(model, batches, memory_budget=options.memory_bytes, router=options.router)
     outcome = search(evaluator, space, out=options.out, progress=distributed.is_first())

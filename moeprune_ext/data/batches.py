@@ -1,22 +1,20 @@
-"""Turns text, JSONL, chat data and token files into batches of tokens with attention and label masks."""
+"""Batches of tokens with attention and label masks: their checks, and how data sources become some."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from moeprune_ext.files import read_json_lines
-
-TokenRow = tuple[Sequence[int], int]  # token ids, and how many of them are prompt
+from moeprune_ext.data.layouts import TEXTS, Tally, TokenRow, layout_of, token_rows
+from moeprune_ext.data.sources import Source, deal, domain_names, read_tokens, records, shares
 
 
 @dataclass(frozen=True)
@@ -164,151 +162,158 @@ def pack(
     Raises:
         ValueError: if the texts do not fill one row.
     """
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    stream: list[int] = []
-    for text in texts:
-        stream += tokenizer(text)["input_ids"] + separator
-        if len(stream) >= sequence_length * sequences:
-            break
-    rows = min(sequences, len(stream) // sequence_length)
-    if rows == 0:
-        raise ValueError(
-            f"the data has {len(stream)} tokens, less than one sequence of {sequence_length}; give more text or a "
-            "smaller sequence length"
-        )
-    ids = torch.tensor(stream[: rows * sequence_length]).view(rows, sequence_length)
-    return as_batches(list(ids.split(batch_size)))
+    tally = Tally()
+    documents = (({"text": text}, "") for text in texts)
+    read = token_rows(tally.counted(documents), tokenizer, sequence_length=sequence_length, labels=True, tally=tally)
+    rows = list(islice(read, sequences))
+    if not rows:
+        raise ValueError(f"the data {tally.why_empty(sequence_length)}")
+    return _batched(rows, batch_size, 0)
 
 
 def load_batches(
     paths: Sequence[str | os.PathLike[str]],
-    tokenizer: Any,
+    tokenizer: Any = None,
     *,
     sequence_length: int = 2048,
     sequences: int = 64,
     batch_size: int = 1,
     labels: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> list[TokenBatch]:
-    """Reads data files into token batches.
+    """Reads data sources into token batches: those of load_domains, which says more, one source after the other."""
+    domains = load_domains(
+        paths,
+        tokenizer,
+        sequence_length=sequence_length,
+        sequences=sequences,
+        batch_size=batch_size,
+        labels=labels,
+        say=say,
+    )
+    return [batch for batches in domains.values() for batch in batches]
 
-    A `.jsonl` line holds "text"; or "prompt" and "response"; or "messages", to which the chat template is applied and
-    whose last assistant message is the response. Texts are packed into rows of exactly `sequence_length` tokens. A
-    prompt with its response is a row of its own, padded on the right and cut at `sequence_length`; only response tokens
-    are labelled, and a prompt that fills the row leaves it out. `.safetensors` holds `input_ids` [N, S] and optionally
-    the masks of a TokenBatch. Any other file is one text.
+
+def load_domains(
+    specs: Sequence[str | os.PathLike[str]],
+    tokenizer: Any = None,
+    *,
+    sequence_length: int = 2048,
+    sequences: int = 64,
+    batch_size: int = 1,
+    labels: bool = True,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, list[TokenBatch]]:
+    """Reads data sources into token batches, a domain each.
+
+    A source is a file, a folder or `hf:NAME[:CONFIG][:SPLIT]`, with or without a weight `*W` behind it (data.sources
+    says more). Its records have layouts of data.layouts. Texts are packed into rows of exactly `sequence_length`
+    tokens. A prompt with its response is a row of its own, padded on the right and cut at `sequence_length`; only
+    response tokens are labelled, and a prompt that fills the row leaves it out. `.safetensors` holds `input_ids` [N, S]
+    and optionally the masks of a TokenBatch. Sequences are shared out by weight; what a source is short of goes to the
+    others. A source is read in its own order, and only as far as needed; but a `.jsonl` file gives prompts with
+    responses before texts.
 
     Args:
-        paths: files.
-        tokenizer: a transformers tokenizer.
-        sequence_length: tokens of a row, at most.
-        sequences: rows in all, at most. Token files count first, then prompts with responses, then texts.
+        specs: sources, as words of --data.
+        tokenizer: a transformers tokenizer, or a function without arguments that loads one, called if a source needs
+            it; None: all are token files.
+        sequence_length: tokens of a row, at most; token files keep theirs.
+        sequences: rows in all, at most.
         batch_size: rows of a batch, at most.
         labels: False for calibration, where every token counts: messages need no assistant among them, and rows that
             are too long are cut, never left out.
+        say: is told in one line what was recognised of each source.
+
+    Returns:
+        {domain: batches}; a domain is named after the file or the dataset, with a number where names would be equal.
 
     Raises:
-        ValueError: naming the file, for what cannot be read, or if no row is usable.
+        ValueError: naming the source, for what cannot be read, and for a source without a share or a usable row.
     """
-    texts: list[str] = []
-    rows: list[TokenRow] = []
-    batches: list[TokenBatch] = []
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise ValueError(f"there is no data file {path}")
-        if path.suffix == ".safetensors":
-            batches += _token_file(path, batch_size, sequences - sum(len(batch.input_ids) for batch in batches))
-        elif path.suffix == ".jsonl":
-            for record, place in read_json_lines(path):
-                if isinstance(record.get("text"), str):
-                    texts.append(record["text"])
-                else:
-                    rows.append(_row(record, place, tokenizer, labels))
-        else:
-            texts.append(_read_text(path))
-    remaining = sequences - sum(len(batch.input_ids) for batch in batches)
-    rows = [(tokens[:sequence_length], prompt) for tokens, prompt in rows if prompt < min(len(tokens), sequence_length)]
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    for start in range(0, min(len(rows), max(remaining, 0)), batch_size):
-        batches.append(padded(rows[start : min(start + batch_size, remaining)], pad_id))
-    remaining -= len(rows)
-    if texts and remaining > 0:
-        batches += pack(tokenizer, texts, sequence_length=sequence_length, sequences=remaining, batch_size=batch_size)
-    if not batches:
-        raise ValueError(f"the data files hold no usable sequence: {', '.join(map(str, paths))}")
-    return batches
+    sources = [Source.parse(spec) for spec in specs]
+    if not sources:
+        raise ValueError("there is no data: name at least one source")
+    weights = [source.weight for source in sources]
+    if idle := [source.word for source, n in zip(sources, shares(sequences, weights), strict=True) if n == 0]:
+        raise ValueError(
+            f"{sequences} sequences are too few for {len(sources)} sources of these weights: {', '.join(idle)} would "
+            "give none; ask for more sequences or name fewer sources"
+        )
+    tokenizer = _loaded(tokenizer, sources)
+    tallies = [Tally() for _ in sources]
+    pairs = zip(sources, tallies, strict=True)
+    rows = deal([_rows(*pair, tokenizer, sequence_length, labels) for pair in pairs], weights, sequences)
+    domains = {}
+    for name, source, tally, own in zip(domain_names(sources), sources, tallies, rows, strict=True):
+        if not own:
+            raise ValueError(f"{source.word} {tally.why_empty(sequence_length)}")
+        if say is not None:
+            say(f"{source.word}: {tally.summary()}, {len(own):,} sequence{'s'[: len(own) != 1]}")
+        domains[name] = _batched(own, batch_size, _pad_id(tokenizer))
+    return domains
 
 
 def padded(rows: Sequence[TokenRow], pad_id: int = 0) -> TokenBatch:
     """Makes one batch of rows, padded on the right; the tokens after a row's prompt are labelled."""
-    length = max(len(tokens) for tokens, _ in rows)
+    length = max(len(row.tokens) for row in rows)
     ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     attended, labelled = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    for i, (tokens, prompt) in enumerate(rows):
-        ids[i, : len(tokens)] = torch.tensor(tokens)
-        attended[i, : len(tokens)] = True
-        labelled[i, prompt : len(tokens)] = True
+    for i, row in enumerate(rows):
+        ids[i, : len(row.tokens)] = torch.tensor(row.tokens)
+        attended[i, : len(row.tokens)] = True
+        labelled[i, row.prompt : len(row.tokens)] = True
     return TokenBatch(ids, attended, labelled)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable text file: {error}") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    return text
+def _batched(rows: Sequence[Any], batch_size: int, pad_id: int) -> list[TokenBatch]:
+    """Makes batches of one source's rows, all TokenRows or all batches of one; no text shares one with a response."""
+    batches = []
+    for packed in (False, True):
+        same = [row for row in rows if getattr(row, "packed", False) == packed]
+        for start in range(0, len(same), batch_size):
+            part = same[start : start + batch_size]
+            batches.append(padded(part, pad_id) if isinstance(part[0], TokenRow) else _joined(part))
+    return batches
 
 
-def _token_file(path: Path, batch_size: int, rows: int) -> list[TokenBatch]:
-    """Reads at most `rows` rows of a safetensors file."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    if "input_ids" not in tensors:
-        raise ValueError(f"{path} has no tensor `input_ids` (it has: {', '.join(sorted(tensors)) or 'none'})")
-    try:
-        whole = as_batches([tensors])[0]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return [
-        whole.part(slice(start, min(start + batch_size, rows)))
-        for start in range(0, min(len(whole.input_ids), rows), batch_size)
-    ]
+def _joined(batches: Sequence[TokenBatch]) -> TokenBatch:
+    return TokenBatch(*(torch.cat(tensors) for tensors in zip(*(vars(b).values() for b in batches), strict=True)))
 
 
-def _row(record: dict[str, Any], place: str, tokenizer: Any, labels: bool) -> TokenRow:
-    """Returns the row of a JSONL record with a response; without labels nothing counts as prompt."""
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str):
-        prompt = tokenizer(record["prompt"])["input_ids"]
-        response = tokenizer(record["response"], add_special_tokens=False)["input_ids"]
-        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        return prompt + response + end, len(prompt) if labels else 0
-    messages = record.get("messages")
-    if isinstance(messages, list) and messages:
-        return _chat_row(messages, place, tokenizer, labels)
-    raise ValueError(f'{place} needs "text", "prompt" and "response", or "messages"; it has: {", ".join(record)}')
+def _loaded(tokenizer: Any, sources: Sequence[Source]) -> Any:
+    """Returns the tokenizer, loaded if it is a function that does so; None where all sources are token files."""
+    texts = [source.word for source in sources if source.kind != "tokens"]
+    if not texts:
+        return None
+    if tokenizer is None:
+        raise ValueError(f"{texts[0]} needs the model's tokenizer; only .safetensors files of tokens need none")
+    return tokenizer if hasattr(tokenizer, "eos_token_id") else tokenizer()
 
 
-def _chat_row(messages: list[Any], place: str, tokenizer: Any, labels: bool) -> TokenRow:
-    """Returns the row of a chat up to the end of its last assistant message, or of all of it without labels."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{place} has chat messages, but the tokenizer has no chat template")
-    if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
-        raise ValueError(f'{place}: every message must be an object with a "role" and a text "content"')
-    if not labels:
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        return tokenizer(whole, add_special_tokens=False)["input_ids"], 0
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
-    if last == 0:
-        raise ValueError(f"{place} has no assistant message after a first one, so no response to score")
-    prompt = tokenizer.apply_chat_template(messages[:last], add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template(messages[: last + 1], tokenize=False)
-    if not whole.startswith(prompt):
-        raise ValueError(
-            f"{place}: the chat template writes the prompt differently once it is answered; "
-            'give "prompt" and "response" instead'
-        )
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return prompt_ids + tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"], len(prompt_ids)
+def _pad_id(tokenizer: Any) -> int:
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((token for token in ids if token is not None), 0)
+
+
+def _rows(
+    source: Source, tally: Tally, tokenizer: Any, sequence_length: int, labels: bool
+) -> Iterator[TokenRow | TokenBatch]:
+    """Yields a source's rows, reading only as far as needed; those of a token file are batches of one."""
+    if source.kind == "tokens":
+        try:
+            whole = as_batches([read_tokens(source)])[0]
+        except ValueError as error:
+            raise ValueError(f"{source.word}: {error}") from None
+        tally.layouts["tokens"], tally.complete = len(whole.input_ids), True
+        yield from (whole.part(slice(row, row + 1)) for row in range(len(whole.input_ids)))
+        return
+    convert = partial(token_rows, tokenizer=tokenizer, sequence_length=sequence_length, labels=labels, tally=tally)
+    tally.complete = source.kind == "text"
+    counted = tally.counted(records(source))
+    if source.kind != "jsonl":
+        yield from convert(counted)
+        return
+    yield from convert(item for item in counted if layout_of(*item) not in TEXTS)
+    if any(tally.layouts[layout] for layout in TEXTS):  # read again, so that no text waits in memory
+        yield from convert(item for item in records(source) if layout_of(*item) in TEXTS)

@@ -168,6 +168,29 @@ def test_calibration_reports_rarely_routed_experts(work, capsys, tmp_path):
     assert "fewer than 32 tokens" in capsys.readouterr().out
 
 
+def test_token_files_need_no_tokenizer(work, capsys, tmp_path):
+    shutil.copytree(work / "model", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    ids = AutoTokenizer.from_pretrained(work / "model")((work / "text.txt").read_text())["input_ids"][: 4 * 32]
+    save_file({"input_ids": torch.tensor(ids).view(4, 32)}, tmp_path / "tokens.safetensors")
+    data = ["--data", tmp_path / "tokens.safetensors", "--sequences", 4, "--sequence-length", 32]
+    stats = tmp_path / "stats.safetensors"
+    assert run(capsys, "calibrate", tmp_path / "mute", *data, "-o", stats)["tokens"] == 128
+    same = run(capsys, "eval", work / "model", "--data", work / "text.txt", *data[2:])
+    assert run(capsys, "eval", tmp_path / "mute", *data)["perplexity"] == same["perplexity"]
+    mixed = ["calibrate", tmp_path / "mute", *data[:2], work / "text.txt", "-o", tmp_path / "new.safetensors"]
+    assert "no tokenizer files" in refusal(capsys, *mixed)
+
+
+def test_sources_are_weighed_and_said(work, capsys, tmp_path):
+    qa = [{"question": f"{a} + {a}?", "answer": str(a + a)} for a in range(9)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, qa)))
+    data = ["--data", work / "text.txt", f"{tmp_path / 'qa.jsonl'}*3", "--sequence-length", 32, "--sequences", 8]
+    main(list(map(str, ["calibrate", work / "model", *data, "-o", tmp_path / "stats.safetensors"])))
+    said = capsys.readouterr().err
+    assert f"{work / 'text.txt'}: text, 1 record, 2 sequences\n" in said
+    assert f"{tmp_path / 'qa.jsonl'}: question/answer, the first 6 records, 6 sequences\n" in said
+
+
 def test_search_export_eval_chain_gives_the_searched_model(work, capsys):
     plan = mp.PruningPlan.load(work / "run" / "plan.json")
     assert plan.sparsity == 0.5
@@ -340,6 +363,8 @@ def bad_requests(work):
         "NaN logits": (["search", work / "broken", "--stats", work / "broken.safetensors", *data, *out], "NaN"),
         "unknown device": (["eval", model, "--task", work / "task.jsonl", "--device", "gpu"], "unknown device"),
         "useless device": (["eval", model, "--task", work / "task.jsonl", "--device", "meta"], "unknown device"),
+        "a weight of nothing": (["eval", model, "--data", f"{text}*0"], "positive number"),
+        "no share of the data": (["eval", model, "--data", text, text, "--sequences", 1], "too few"),
         "sequence of nothing": (["calibrate", model, "--data", text, "--sequence-length", 0, *out], "at least 1"),
         "negative budget": ([*search, "--memory-budget", "-1", *out], "above 0"),
         "several criteria, one file": (["score", stats, "--criterion", "man", "ean", *out], "one criterion"),

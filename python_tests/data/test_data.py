@@ -9,14 +9,6 @@ from tiny_models import random_tokens, tiny_model
 
 import moeprune_ext as mp
 from moeprune_ext.data.batches import TokenBatch, as_batches, data_fingerprint, load_batches, pack, without_padding
-from moeprune_ext.demo.run import demo_folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(demo_folder(), local_files_only=True)
 
 
 def test_tensors_and_mappings_are_batches():
@@ -104,30 +96,18 @@ def test_packing_fills_rows_and_separates_documents(tokenizer):
 
 
 def test_files_of_every_kind(tokenizer, tmp_path):
-    (tmp_path / "a.txt").write_text("for i in range(10):\n    print(i)\n" * 40)
+    text = "for i in range(10):\n    print(i)\n" * 40
+    (tmp_path / "a.txt").write_text(text)
     lines = [{"text": "x = 1\n" * 60}, {"prompt": "1+1=", "response": "2"}]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     save_file({"input_ids": torch.arange(64).view(2, 32)}, tmp_path / "c.safetensors")
-    paths = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.safetensors")]
+    paths = [tmp_path / name for name in ("c.safetensors", "b.jsonl", "a.txt")]
     batches = load_batches(paths, tokenizer, sequence_length=32, sequences=6)
-    assert sum(len(batch.input_ids) for batch in batches) == 6
-    assert batches[0].input_ids.tolist() == [list(range(32))]
+    assert len(batches) == 6 and batches[5].input_ids[0].tolist() == tokenizer(text)["input_ids"][32:64]
+    assert [batch.input_ids[0, 0] for batch in batches[:2]] == [0, 32]
     response = batches[2]
     assert response.labels_mask.sum() == 2, "the response's one digit and the end of text"
     assert tokenizer.decode(response.input_ids[response.scored]) == "2<|endoftext|>"
-
-
-CHAT_TEMPLATE = (  # like Qwen3's, it drops what the assistant thought from all but the last message
-    "{% for m in messages %}<{{ m.role }}>"
-    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}</{{ m.role }}>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.fixture
-def chat_tokenizer(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE)
-    return tokenizer
 
 
 def chat_file(path, *conversations):
@@ -151,10 +131,12 @@ def test_without_labels_conversations_are_whole(chat_tokenizer, tmp_path):
     paths = chat_file(tmp_path / "chat.jsonl", *conversations)
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "y = 2 " * 40, "response": "no"}) + "\n")
     paths.append(tmp_path / "pairs.jsonl")
-    batch = load_batches(paths, chat_tokenizer, sequence_length=48, batch_size=4, labels=False)[0]
-    assert torch.equal(batch.scored, batch.attention_mask) and batch.input_ids.shape == (4, 48)
+    batches = load_batches(paths, chat_tokenizer, sequence_length=48, batch_size=4, labels=False)
+    assert [tuple(batch.input_ids.shape) for batch in batches] == [(3, 48), (1, 48)]
+    assert all(torch.equal(batch.scored, batch.attention_mask) for batch in batches)
     texts = [
         chat_tokenizer.decode(ids[attended])
+        for batch in batches
         for ids, attended in zip(batch.input_ids, batch.attention_mask, strict=True)
     ]
     assert texts[0] == "<user>hello</user>"
@@ -184,7 +166,7 @@ def test_token_files_keep_their_masks_and_stop_at_the_sequences_asked_for(tokeni
     batches = load_batches(paths, tokenizer, sequences=5, batch_size=2)
     assert [len(batch.input_ids) for batch in batches] == [2, 1, 2]
     assert torch.equal(batches[0].attention_mask, mask[:2].bool()) and batches[0].input_ids.dtype == torch.int64
-    assert len(load_batches(paths, tokenizer, sequences=3, batch_size=3)) == 1, "no batch without rows"
+    assert len(load_batches(paths[:1], tokenizer, sequences=3, batch_size=3)) == 1, "no batch without rows"
     save_file({"input_ids": ids.float()}, paths[1])
     with pytest.raises(ValueError, match="b.safetensors: .*integer tensor"):
         load_batches(paths, tokenizer)
