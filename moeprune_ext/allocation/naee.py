@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moeprune_ext import distributed
-from moeprune_ext.allocation.budget import uniform_counts
+from moeprune_ext.allocation.budget import Budget, uniform_counts
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.shape import LayerShape
@@ -44,8 +44,10 @@ SubsetErrors = Callable[[Tensor], Tensor]  # masks, bool [C, E] -> squared error
 def naee_plan(
     model: nn.Module | MoeModel,
     batches: Iterable[Any],
-    sparsity: float,
+    sparsity: Budget,
     *,
+    multiple_of: int = 1,
+    max_kept: int | None = None,
     tokens: int = 1024,
     seed: int = 0,
     progress: bool = False,
@@ -66,7 +68,9 @@ def naee_plan(
     Args:
         model: a transformers model or a MoeModel; it is left as it was.
         batches: see `as_batches`.
-        sparsity: share of the experts to remove, in [0, 1).
+        sparsity: share of the experts to remove, in [0, 1), or `Kept`.
+        multiple_of: every layer keeps a multiple of so many experts.
+        max_kept: most experts that a layer keeps; None: all.
         tokens: attended positions to judge on; all where there are fewer.
         seed: draws the positions.
         progress: whether to show progress bars on stderr.
@@ -75,7 +79,8 @@ def naee_plan(
         ValueError: before any work, for a sparsity that cannot be, or a router that cannot be run under many masks.
     """
     moe = MoeModel.of(model)
-    pruned = uniform_counts(_zeros(moe), sparsity)
+    limited = _zeros(moe).constrained(multiple_of=multiple_of, max_kept=max_kept)
+    pruned = uniform_counts(limited, sparsity)
     return naee_subsets(moe, batches, pruned, tokens=tokens, seed=seed, progress=progress)
 
 
