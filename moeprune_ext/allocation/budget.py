@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moeprune_ext.artifacts.plan import PruningPlan
@@ -227,6 +228,12 @@ def counts_of(plan: PruningPlan, scores: ExpertScores, sparsity: Budget, name: s
             )
         counts.append(count)
     return tuple(counts)
+
+
+def unscored(shapes: Mapping[int, LayerShape]) -> ExpertScores:
+    """Returns scores that are all zero, for counts that only the layers' shapes decide."""
+    zeros = {layer: torch.zeros(shape.num_experts, dtype=torch.float64) for layer, shape in shapes.items()}
+    return ExpertScores(zeros, dict(shapes))
 
 
 def order_fingerprint(scores: ExpertScores) -> str:

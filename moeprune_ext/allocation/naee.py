@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moeprune_ext import distributed
-from moeprune_ext.allocation.budget import Budget, uniform_counts
+from moeprune_ext.allocation.budget import Budget, uniform_counts, unscored
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.shape import LayerShape
@@ -46,8 +46,6 @@ def naee_plan(
     batches: Iterable[Any],
     sparsity: Budget,
     *,
-    multiple_of: int = 1,
-    max_kept: int | None = None,
     tokens: int = 1024,
     seed: int = 0,
     progress: bool = False,
@@ -69,8 +67,6 @@ def naee_plan(
         model: a transformers model or a MoeModel; it is left as it was.
         batches: see `as_batches`.
         sparsity: share of the experts to remove, in [0, 1), or `Kept`.
-        multiple_of: every layer keeps a multiple of so many experts.
-        max_kept: most experts that a layer keeps; None: all.
         tokens: attended positions to judge on; all where there are fewer.
         seed: draws the positions.
         progress: whether to show progress bars on stderr.
@@ -79,8 +75,7 @@ def naee_plan(
         ValueError: before any work, for a sparsity that cannot be, or a router that cannot be run under many masks.
     """
     moe = MoeModel.of(model)
-    limited = _zeros(moe).constrained(multiple_of=multiple_of, max_kept=max_kept)
-    pruned = uniform_counts(limited, sparsity)
+    pruned = uniform_counts(unscored(moe.shapes), sparsity)
     return naee_subsets(moe, batches, pruned, tokens=tokens, seed=seed, progress=progress)
 
 
@@ -93,7 +88,7 @@ def naee_subsets(
     seed: int = 0,
     progress: bool = False,
 ) -> PruningPlan:
-    """As `naee_plan`, for other counts.
+    """As `naee_plan`, for other counts, such as `uniform_counts` of scores under a user's limits.
 
     Args:
         model: see `naee_plan`.
@@ -108,7 +103,7 @@ def naee_subsets(
     """
     moe = MoeModel.of(model)
     shapes = moe.shapes
-    PruningPlan.from_pruned_counts(_zeros(moe), pruned)  # raises ValueError for what a layer cannot lose
+    PruningPlan.from_pruned_counts(unscored(shapes), pruned)  # raises ValueError for what a layer cannot lose
 
     def choose(index: int, errors: SubsetErrors) -> Tensor:
         gone = torch.zeros(shapes[index].num_experts, dtype=torch.float64)
@@ -153,12 +148,6 @@ def naee_scores(
 
     ranks_by_layer = _by_layer(moe, batches, tokens, seed, progress, rank)
     return ExpertScores(ranks_by_layer, shapes, "naee", moe.fingerprint)
-
-
-def _zeros(moe: MoeModel) -> ExpertScores:
-    return ExpertScores(
-        {index: torch.zeros(shape.num_experts, dtype=torch.float64) for index, shape in moe.shapes.items()}, moe.shapes
-    )
 
 
 def _by_layer(
