@@ -15,6 +15,7 @@ import_module("moeprune_ext.eep")
 del globals()["eep"]
 
 if TYPE_CHECKING:
+    from moeprune_ext.allocation.budget import Kept as Kept
     from moeprune_ext.allocation.budget import uniform_plan as uniform_plan
     from moeprune_ext.allocation.damages import damages as damages
     from moeprune_ext.allocation.damages import dp_plan as dp_plan
@@ -59,6 +60,7 @@ _MODULES = {
     "EepResult": "eep.eep",
     "Example": "data.tasks",
     "ExpertScores": "artifacts.scores",
+    "Kept": "allocation.budget",
     "MoeModel": "models.moe",
     "PruningPlan": "artifacts.plan",
     "RouterSpec": "ops.reference",

@@ -1,4 +1,8 @@
-"""The budget that every allocation spends, and the plan that spends it evenly."""
+"""The budget that every allocation spends, and the plan that spends it evenly.
+
+A budget is a sparsity, or the number of experts that stay. All methods of a budget remove equally many experts in all:
+as many as the most even plan, within the limits that the scores carry (`ExpertScores.constrained`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moeprune_ext.artifacts.plan import PruningPlan
@@ -14,88 +20,190 @@ from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.shape import LayerShape
 
 
-def uniform_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:
-    """Returns how many experts each layer loses at the same sparsity; their sum is the budget of every allocation.
+@dataclass(frozen=True)
+class Kept:
+    """A budget by the number of experts that stay; it may stand wherever a sparsity may.
 
-    A layer loses round_half_up(sparsity * E / n_group) * n_group; one whose experts are looked up by token loses none
-    and adds nothing to the budget (both our choice).
+    Attributes:
+        experts: experts kept in all MoE layers together.
+    """
+
+    experts: int
+
+    def __str__(self) -> str:
+        return f"{self.experts} experts kept"
+
+
+Budget = float | Kept  # a sparsity, the share of the experts to remove in [0, 1), or the experts that stay
+
+
+@dataclass(frozen=True)
+class Units:
+    """A budget in units, which layers can exchange.
+
+    Attributes:
+        unit: experts of a unit: one, or more where a router's groups must stay equal or multiples must be kept.
+        least: {decoder layer: experts that it loses in every plan}.
+        capacities: {decoder layer: units that it can lose beyond these}.
+        budget: units that must go in all beyond these.
+    """
+
+    unit: int
+    least: dict[int, int]
+    capacities: dict[int, int]
+    budget: int
+
+    def pruned(self, layer: int, units: int) -> int:
+        """Returns the experts that a layer loses with so many units."""
+        return self.least[layer] + units * self.unit
+
+
+def uniform_counts(scores: ExpertScores, sparsity: Budget) -> dict[int, int]:
+    """Returns how many experts each layer loses in the most even plan; their sum is the budget of every allocation.
+
+    At a sparsity, a layer keeps the multiple of its unit that is nearest to its share, of two the lower; a unit is
+    n_group experts, or what `constrained` asks for. With `Kept`, each layer loses its share by largest remainder, of
+    equals the earlier layer more; so it does at a sparsity that leaves some layer more than it may keep. A layer whose
+    experts are looked up by token loses none and adds nothing to a sparsity's budget (all our choice).
 
     Args:
         scores: of all layers.
-        sparsity: share of the experts to remove, in [0, 1).
+        sparsity: share of the experts to remove, in [0, 1), or `Kept`.
 
     Returns:
-        {decoder layer: experts to prune}; a single layer may be asked for more than it can give.
+        {decoder layer: experts to prune}; at a sparsity a single layer may be asked for more than it can give.
 
     Raises:
-        ValueError: for a sparsity outside [0, 1), or a sum above all layers' capacity.
+        ValueError: for a sparsity outside [0, 1), or a sum that all layers together cannot lose, with the nearest that
+            they can.
     """
+    if isinstance(sparsity, Kept):
+        return _most_even(scores, _experts_to_prune(scores, sparsity.experts))
     if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is the share of experts to remove, at least 0 and below 1; got {sparsity}")
-    counts = {
-        # The tiny addition lifts products that end in a half in decimals and fall below it in binary, such as
-        # 0.145 * 100 = 14.499999999999998.
-        layer: math.floor(sparsity * shape.num_experts / shape.n_group + 0.5 + 1e-9) * shape.n_group
-        if shape.prunable
-        else 0
-        for layer, shape in scores.shapes.items()
-    }
+    counts = _nearest_counts(scores, sparsity)
+    total, least = sum(counts.values()), sum(shape.least_pruned for shape in scores.shapes.values())
     prunable = [shape for shape in scores.shapes.values() if shape.prunable]
     capacity, experts = (sum(getattr(shape, name) for shape in prunable) for name in ("capacity", "num_experts"))
-    if sum(counts.values()) > capacity:
+
+    def nearest(bound: int, direction: int) -> float:
+        share = math.floor(direction * bound / experts * 1e4) * direction
+        while (sum(_nearest_counts(scores, share / 1e4).values()) - bound) * direction > 0 and 0 < share < 9999:
+            share -= direction  # rounding in every layer can add up
+        return share / 1e4
+
+    if total > capacity:
         raise ValueError(
-            f"sparsity {sparsity} asks for {sum(counts.values())} of {experts} experts, but at most {capacity} can go: "
-            f"the routers select {scores.top_k} per token and need as many left, or more were asked to stay; use a "
-            f"sparsity of at most {math.floor(capacity / experts * 1e4) / 1e4:g}"
+            f"sparsity {sparsity} asks for {total} of {experts} experts, but at most {capacity} can go: the routers "
+            f"select {scores.top_k} per token and need as many left, or more were asked to stay; use a sparsity of at "
+            f"most {nearest(capacity, 1):g}"
         )
+    if total < least:
+        raise ValueError(
+            f"sparsity {sparsity} asks for {total} of {experts} experts, but at least {least} must go, because fewer "
+            f"were asked to stay in a layer; use a sparsity of at least {nearest(least, -1):g}"
+        )
+    if any(counts[layer] < shape.least_pruned for layer, shape in scores.shapes.items()):
+        return _most_even(scores, total)
+    return counts
+
+
+def _nearest_counts(scores: ExpertScores, sparsity: float) -> dict[int, int]:
+    """Returns {decoder layer: experts to prune}, each layer's share rounded so that a multiple of its unit stays."""
+    counts = {}
+    for layer, shape in scores.shapes.items():
+        rest = shape.num_experts % shape.unit  # that must go for a multiple to stay
+        # The tiny addition lifts products that end in a half in decimals and fall below it in binary, such as
+        # 0.145 * 100 = 14.499999999999998.
+        units = math.floor((sparsity * shape.num_experts - rest) / shape.unit + 0.5 + 1e-9)
+        counts[layer] = rest + max(units, 0) * shape.unit if shape.prunable else 0
+    return counts
+
+
+def _experts_to_prune(scores: ExpertScores, kept: int) -> int:
+    """Returns how many experts go where `kept` stay; raises ValueError, with the nearest possible, if that cannot be"""
+    shapes, unit = scores.shapes.values(), _common_unit(scores)
+    fewest, most = (sum(getattr(shape, name) for shape in shapes) for name in ("least_kept", "most_kept"))
+    if fewest <= kept <= most and (most - kept) % unit == 0:
+        return sum(shape.num_experts for shape in shapes) - kept
+    if kept > most:
+        nearest = f"at most {most} can stay"
+    elif kept < fewest:
+        nearest = f"at least {fewest} must stay, because routers need them or they were asked to"
+    else:
+        below = kept - (kept - most) % unit
+        nearest = f"{below} or {below + unit} can"
+    multiples = f" in multiples of {unit} a layer" if unit > 1 else ""
+    raise ValueError(f"{kept} experts cannot be kept in all{multiples}: {nearest}")
+
+
+def _most_even(scores: ExpertScores, total: int) -> dict[int, int]:
+    """Returns {decoder layer: experts to prune} of a sum that can be, by largest remainder within the limits."""
+    unit = _common_unit(scores)
+    prunable = {layer: shape for layer, shape in scores.shapes.items() if shape.prunable}
+    experts = sum(shape.num_experts for shape in prunable.values())
+    counts = {layer: shape.least_pruned for layer, shape in scores.shapes.items()}
+    # A unit goes next where most of a layer's share, total * E / experts, is left; in integers, so that equals are.
+    units = sorted(
+        (pruned * experts - total * shape.num_experts, layer)
+        for layer, shape in prunable.items()
+        for pruned in range(shape.least_pruned, shape.capacity, unit)
+    )
+    for _, layer in units[: (total - sum(counts.values())) // unit]:
+        counts[layer] += unit
     return counts
 
 
 def uniform_plan(
-    scores: ExpertScores | Mapping[int, Tensor], sparsity: float, *, top_k: int = 1, n_group: int = 1
+    scores: ExpertScores | Mapping[int, Tensor], sparsity: Budget, *, top_k: int = 1, n_group: int = 1
 ) -> PruningPlan:
     """Makes the plan that removes the same share of every layer's experts, lowest scores first.
 
     Args:
         scores: ExpertScores or {decoder layer: [E]}, higher = keep.
-        sparsity: share of the experts to remove, in [0, 1); a layer loses it rounded half up to a number of experts.
+        sparsity: share of the experts to remove, in [0, 1), or `Kept`; rounded as in `uniform_counts`.
         top_k: experts selected per token, where `scores` is a plain mapping.
         n_group: groups of the router, where `scores` is a plain mapping.
 
     Raises:
-        ValueError: for a sparsity that a layer cannot lose.
+        ValueError: for a budget that cannot be spent, or a sparsity that a layer cannot lose.
     """
     scores = ExpertScores.wrap(scores, top_k=top_k, n_group=n_group)
     return PruningPlan.from_pruned_counts(scores, uniform_counts(scores, sparsity))
 
 
-def in_units(scores: ExpertScores, sparsity: float) -> tuple[int, dict[int, int], int]:
-    """Returns a budget in units: one expert, or n_group experts where a router's groups must stay equal.
+def _common_unit(scores: ExpertScores) -> int:
+    """Returns the unit that layers can exchange; raises ValueError where they have different ones."""
+    if len({shape.unit for shape in scores.shapes.values()}) != 1:
+        groups = sorted({shape.n_group for shape in scores.shapes.values()})
+        raise ValueError(f"layers with different numbers of router groups ({groups}) cannot exchange experts")
+    return next(iter(scores.shapes.values())).unit
+
+
+def in_units(scores: ExpertScores, sparsity: Budget) -> Units:
+    """Returns a budget in units.
 
     Args:
         scores: of all layers.
-        sparsity: share of the experts to remove, in [0, 1).
-
-    Returns:
-        Experts of a unit; {decoder layer: units that it can lose}; units that must go in all.
+        sparsity: share of the experts to remove, in [0, 1), or `Kept`.
 
     Raises:
         ValueError: for layers with different units, and as `uniform_counts`.
     """
-    if len(groups := {shape.n_group for shape in scores.shapes.values()}) != 1:
-        raise ValueError(f"layers with different numbers of router groups ({sorted(groups)}) cannot exchange experts")
-    unit = groups.pop()
-    budget = sum(uniform_counts(scores, sparsity).values())
-    return unit, {layer: scores.shapes[layer].capacity // unit for layer in scores}, budget // unit
+    unit = _common_unit(scores)
+    least = {layer: scores.shapes[layer].least_pruned for layer in scores}
+    capacities = {layer: (scores.shapes[layer].capacity - fewest) // unit for layer, fewest in least.items()}
+    budget = sum(uniform_counts(scores, sparsity).values()) - sum(least.values())
+    return Units(unit, least, capacities, budget // unit)
 
 
-def counts_of(plan: PruningPlan, scores: ExpertScores, sparsity: float, name: str = "the plan") -> tuple[int, ...]:
+def counts_of(plan: PruningPlan, scores: ExpertScores, sparsity: Budget, name: str = "the plan") -> tuple[int, ...]:
     """Returns the units that each scored layer loses in a plan.
 
     Args:
         plan: an allocation of the budget.
         scores: of all layers.
-        sparsity: share of the experts to remove, in [0, 1).
+        sparsity: share of the experts to remove, in [0, 1), or `Kept`.
         name: of the plan, for messages.
 
     Raises:
@@ -105,19 +213,27 @@ def counts_of(plan: PruningPlan, scores: ExpertScores, sparsity: float, name: st
     experts = {layer: scores.shapes[layer].num_experts for layer in scores}
     if plan.num_experts != experts:
         raise ValueError(f"{name} is for layers with {plan.num_experts} experts, the scores for {experts}")
-    unit, capacities, budget = in_units(scores, sparsity)
-    pruned = plan.pruned_counts
-    if sum(pruned.values()) != budget * unit:
-        raise ValueError(
-            f"{name} prunes {sum(pruned.values())} experts; at sparsity {sparsity} {budget * unit} must go"
-        )
-    for layer, capacity in capacities.items():
-        if pruned[layer] > capacity * unit or pruned[layer] % unit:
+    units, pruned = in_units(scores, sparsity), plan.pruned_counts
+    if sum(pruned.values()) != (total := sum(units.least.values()) + units.budget * units.unit):
+        at = f"with {sparsity}" if isinstance(sparsity, Kept) else f"at sparsity {sparsity}"
+        raise ValueError(f"{name} prunes {sum(pruned.values())} experts; {at} {total} must go")
+    counts = []
+    for layer, capacity in units.capacities.items():
+        count, rest = divmod(pruned[layer] - units.least[layer], units.unit)
+        if rest or not 0 <= count <= capacity:
+            beyond = f" beyond {units.least[layer]}" if units.least[layer] else ""
             raise ValueError(
-                f"{name} prunes {pruned[layer]} experts of layer {layer}, which can lose multiples of {unit} up to "
-                f"{capacity * unit}"
+                f"{name} prunes {pruned[layer]} experts of layer {layer}, which can lose multiples of {units.unit} up "
+                f"to {capacity * units.unit}{beyond}"
             )
-    return tuple(pruned[layer] // unit for layer in capacities)
+        counts.append(count)
+    return tuple(counts)
+
+
+def unscored(shapes: Mapping[int, LayerShape]) -> ExpertScores:
+    """Returns scores that are all zero, for counts that only the layers' shapes decide."""
+    zeros = {layer: torch.zeros(shape.num_experts, dtype=torch.float64) for layer, shape in shapes.items()}
+    return ExpertScores(zeros, dict(shapes))
 
 
 def order_fingerprint(scores: ExpertScores) -> str:

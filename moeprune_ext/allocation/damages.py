@@ -13,16 +13,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 from tqdm import tqdm
 
-from moeprune_ext.allocation.budget import check_same_model, check_scores, in_units, order_fingerprint
+from moeprune_ext.allocation.budget import Budget, check_same_model, check_scores, in_units, order_fingerprint
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.candidates.metrics import METRICS, to_maximise
 from moeprune_ext.files import finite_or_none, reading_json, write_json
@@ -143,7 +144,8 @@ def damages(
 
     Args:
         evaluator: scores the plans, PLANS_AT_ONCE in a sweep.
-        scores: whose pruning orders say which experts leave; ExpertScores or {decoder layer: [E]}.
+        scores: whose pruning orders say which experts leave, and whose limits say how many; ExpertScores or
+            {decoder layer: [E]}.
         fitness: any of the evaluator's metrics.
         steps: counts measured per layer beside 0, at most, evenly spaced up to the layer's capacity; None: every count.
             48 layers that can lose 120 experts are 5,761 evaluations, 577 with steps=12.
@@ -160,9 +162,10 @@ def damages(
     _check_fitness(fitness)
     if steps is not None and steps < 1:
         raise ValueError(f"steps is the number of counts to measure per layer, at least 1; got {steps}")
-    counts = {layer: _grid(shape.capacity, shape.n_group, steps) for layer, shape in scores.shapes.items()}
+    counts = {layer: _grid(shape, steps) for layer, shape in scores.shapes.items()}
+    unlimited = replace(scores, shapes=evaluator.shapes)  # no layer but one loses what it must
     alone = [{layer: count} for layer, pruned in counts.items() for count in pruned[1:]]
-    plans = [PruningPlan.from_pruned_counts(scores, pruned_counts) for pruned_counts in [{}, *alone]]
+    plans = [PruningPlan.from_pruned_counts(unlimited, pruned_counts) for pruned_counts in [{}, *alone]]
     values: list[float] = []
     with tqdm(total=len(plans), desc=f"damages {fitness}", unit="plan", disable=not progress) as bar:
         for start in range(0, len(plans), PLANS_AT_ONCE):
@@ -175,17 +178,17 @@ def damages(
     return Damages(counts, lost, fitness, scores.criterion, evaluator.fingerprint, order, evaluator.data_fingerprint)
 
 
-def _grid(capacity: int, unit: int, steps: int | None) -> list[int]:
-    """Returns the counts to measure: multiples of `unit` from 0 to the capacity, all or evenly spaced."""
-    units = capacity // unit
-    parts = units if steps is None else min(steps, units)
-    return [0, *(round(i * units / parts) * unit for i in range(1, parts + 1))]
+def _grid(shape: LayerShape, steps: int | None) -> list[int]:
+    """Returns the counts to measure: 0, and those that the layer can lose, all or evenly spaced up to the capacity."""
+    counts = [0] * (shape.least_pruned > 0) + [*range(shape.least_pruned, shape.capacity + 1, shape.unit)]
+    parts = len(counts) - 1 if steps is None else min(steps, len(counts) - 1)
+    return [0, *(counts[round(i * (len(counts) - 1) / parts)] for i in range(1, parts + 1))]
 
 
 def dp_plan(
     damages: Damages,
     scores: ExpertScores | Mapping[int, Tensor],
-    sparsity: float,
+    sparsity: Budget,
     *,
     top_k: int = 1,
     n_group: int = 1,
@@ -199,7 +202,7 @@ def dp_plan(
     Args:
         damages: measured with the same scores.
         scores: ExpertScores or {decoder layer: [E]}.
-        sparsity: share of the experts to remove, as in `uniform_plan`.
+        sparsity: share of the experts to remove, or `Kept`, as in `uniform_plan`.
         top_k: experts selected per token, where `scores` is a plain mapping.
         n_group: groups of the router, where `scores` is a plain mapping.
 
@@ -216,13 +219,14 @@ def dp_plan(
             f"the damages were measured for another order of experts (criterion {damages.criterion}, the scores' is "
             f"{scores.criterion}); measure them with these scores"
         )
-    unit, capacities, budget = in_units(scores, sparsity)
+    units = in_units(scores, sparsity)
+    budget = units.budget
     best = np.full(budget + 1, np.inf)
     best[0] = 0.0
     chosen: list[npt.NDArray[np.int64]] = []
-    for layer, capacity in capacities.items():
-        damage = damages.at(layer, unit * np.arange(capacity + 1))
-        before, best, choice = best, best.copy(), np.zeros(budget + 1, np.int64)
+    for layer, capacity in units.capacities.items():
+        damage = damages.at(layer, [units.pruned(layer, n) for n in range(capacity + 1)])
+        before, best, choice = best, best + damage[0], np.zeros(budget + 1, np.int64)
         for n in range(1, min(capacity, budget) + 1):
             total = before[: budget + 1 - n] + damage[n]
             better = total < best[n:]
@@ -230,10 +234,11 @@ def dp_plan(
         chosen.append(choice)
     if not math.isfinite(best[budget]):
         raise ValueError(
-            f"every split of {budget * unit} experts meets NaN logits; use a lower sparsity or a dtype with more range"
+            f"every split of {sum(units.least.values()) + budget * units.unit} experts meets NaN logits; use a lower "
+            "sparsity or a dtype with more range"
         )
     counts, left = {}, budget
-    for layer, choice in zip(reversed(list(capacities)), reversed(chosen), strict=True):
-        counts[layer] = int(choice[left]) * unit
+    for layer, choice in zip(reversed(list(units.capacities)), reversed(chosen), strict=True):
+        counts[layer] = units.pruned(layer, int(choice[left]))
         left -= int(choice[left])
     return PruningPlan.from_pruned_counts(scores, counts)

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeprune_ext import distributed
-from moeprune_ext.allocation.budget import check_scores, counts_of, in_units, order_fingerprint
+from moeprune_ext.allocation.budget import Budget, check_scores, counts_of, in_units, order_fingerprint
 from moeprune_ext.allocation.patterns import Counts, first_generation, mutate
 from moeprune_ext.allocation.racing import race
 from moeprune_ext.allocation.settings import EvolveSettings
@@ -59,7 +59,7 @@ class SearchResult:
 def evolve(
     evaluator: CandidateEvaluator,
     scores: ExpertScores | Mapping[int, Tensor],
-    sparsity: float = EvolveSettings.sparsity,
+    sparsity: Budget = EvolveSettings.sparsity,
     *,
     fitness: str = EvolveSettings.fitness,
     population: int = EvolveSettings.population,
@@ -81,14 +81,15 @@ def evolve(
     Args:
         evaluator: scores candidates on the search's text.
         scores: {layer: [E]}, higher = keep; the order in which a layer loses experts.
-        sparsity: share of the experts to remove.
+        sparsity: share of the experts to remove, or `Kept`.
         fitness: "esap", "kl_qp", "kl_pq", "nll", "accept" or "top1_agree"; KL and nll are minimised.
         population: plans per generation. The defaults make population + (generations - 1) * (population - elites) =
             1,404 evaluations; repeated plans are served from a cache. Where more plans and patterns are given than fit,
             the first of them are taken (our choice).
         generations: generations; a resumed search may have more than before.
         elites: plans that survive a generation; equal plans count once (our choice).
-        max_delta: a move takes U{1..max_delta} experts, in units of the router's groups where it has groups.
+        max_delta: a move takes U{1..max_delta} experts, in units of the router's groups where it has groups, and of
+            the multiples that layers keep (`constrained`).
         max_steps: a child makes min(U{1..max_steps}, U{1..max_steps}) moves.
         max_attempts: most tries to find those moves.
         init_patterns: names of DEFAULT_PATTERNS.
@@ -131,15 +132,17 @@ class SearchSpace:
     Attributes:
         scores: the order in which each layer loses experts.
         settings: what the user chose.
-        unit: experts that leave a layer together: the router's groups, 1 without groups.
-        capacities: {layer: units it can lose}.
-        budget: units that all layers lose together.
+        unit: experts that leave a layer together, as in `Units`: 1 without groups and multiples.
+        least: {layer: experts that it loses in every plan}.
+        capacities: {layer: units it can lose beyond these}.
+        budget: units that all layers lose together beyond these.
         init_counts: vectors of the plans that join the first generation.
     """
 
     scores: ExpertScores
     settings: EvolveSettings
     unit: int
+    least: dict[int, int]
     capacities: dict[int, int]
     budget: int
     init_counts: list[Counts]
@@ -153,7 +156,7 @@ class SearchSpace:
         Raises:
             ValueError: for a budget that the scores' layers cannot spend, or plans that cannot join the search.
         """
-        unit, capacities, budget = in_units(scores, settings.sparsity)
+        units = in_units(scores, settings.sparsity)
         init_counts = []
         for i, plan in enumerate(map(plan_of, init_plans)):
             if plan.mapped_layers:
@@ -163,11 +166,11 @@ class SearchSpace:
             init_counts.append(counts_of(plan, scores, settings.sparsity, f"init_plans[{i}]"))
         if len(init_counts) > settings.population:
             raise ValueError(f"{len(init_counts)} init_plans do not fit a population of {settings.population}")
-        return cls(scores, settings, unit, capacities, budget, init_counts)
+        return cls(scores, settings, units.unit, units.least, units.capacities, units.budget, init_counts)
 
     def pruned(self, counts: Counts) -> list[int]:
         """Returns how many experts each layer loses."""
-        return [count * self.unit for count in counts]
+        return [least + count * self.unit for least, count in zip(self.least.values(), counts, strict=True)]
 
     def plan(self, counts: Counts) -> PruningPlan:
         """Returns the plan of a vector."""
@@ -195,6 +198,8 @@ class SearchSpace:
             # None where a directory of an earlier version has no such entry, so that it still resumes.
             "init_plans": [self.pruned(counts) for counts in self.init_counts] or None,
             "capacities": self.pruned(tuple(self.capacities.values())) if stricter else None,
+            "least_pruned": list(self.least.values()) if any(self.least.values()) else None,
+            "unit": self.unit if any(shape.step > 1 for shape in self.scores.shapes.values()) else None,
             **self.settings.recorded(),
         }
 

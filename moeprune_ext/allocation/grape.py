@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moeprune_ext import distributed
-from moeprune_ext.allocation.budget import check_scores, in_units
+from moeprune_ext.allocation.budget import Budget, Units, check_scores, in_units
 from moeprune_ext.artifacts.plan import Merge, PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.calibration.samples import expert_outputs, sample_layers
@@ -40,7 +40,7 @@ def grape(
     model: nn.Module | MoeModel,
     batches: Iterable[Any] | None,
     scores: ExpertScores | Mapping[int, Tensor],
-    sparsity: float,
+    sparsity: Budget,
     *,
     similarity: str = "cka",
     tokens: int = 1024,
@@ -56,7 +56,7 @@ def grape(
         model: a transformers model or a MoeModel; it is left as it was.
         batches: see `as_batches`; None where `similarity` is "weights".
         scores: ExpertScores or {decoder layer: [E]}; the best of a group of similar experts stays.
-        sparsity: share of the experts to remove, in [0, 1).
+        sparsity: share of the experts to remove, in [0, 1), or `Kept`.
         similarity: see `expert_similarity`.
         tokens: see `expert_similarity`.
         entropy: see `plan_from_similarity`.
@@ -76,9 +76,9 @@ def grape(
     return plan_from_similarity(similarities, scores, sparsity, entropy=entropy, who=who, merge=merge)
 
 
-def check_request(scores: ExpertScores, sparsity: float, tokens: int, entropy: float, who: str, merge: bool) -> None:
+def check_request(scores: ExpertScores, sparsity: Budget, tokens: int, entropy: float, who: str, merge: bool) -> None:
     """Raises ValueError for what `grape` cannot do, without the model; the arguments are its own."""
-    _steps(scores, sparsity, entropy, who, merge)
+    _units(scores, sparsity, entropy, who, merge)
     _check_tokens(tokens)
 
 
@@ -212,7 +212,7 @@ def _cosines(products: Tensor) -> Tensor:
 def plan_from_similarity(
     similarities: Mapping[int, Tensor],
     scores: ExpertScores | Mapping[int, Tensor],
-    sparsity: float,
+    sparsity: Budget,
     *,
     entropy: float = 0.9,
     who: str = "groups",
@@ -223,13 +223,14 @@ def plan_from_similarity(
     The similarity of two groups is the mean over their pairs (average linkage). Of equal ones those of the lower layer
     go first, then of the lower expert ids. Two protected experts never share a group. Where the router chooses among
     groups of its own, a step joins two groups of experts in each of them, and stands for the mean of these
-    similarities, so that all keep equally many. All of this is our choice.
+    similarities, so that all keep equally many. Where multiples must be kept, a layer whose turn
+    it is takes as many steps as that needs; what it must lose in every plan it loses first. All of this is our choice.
 
     Args:
         similarities: {decoder layer: [E, E]}, symmetric.
         scores: of the same layers. The best of a group stays, of equals the lower id. A plain mapping stands for
             routers that need one expert; `grape` asks the model.
-        sparsity: share of the experts to remove, in [0, 1).
+        sparsity: share of the experts to remove, in [0, 1), or `Kept`.
         entropy: the guard against emptying one very redundant layer, in [0, 1]; 0 turns it off. H is the entropy of the
             distribution of removals over the layers that are neither frozen nor at capacity. Once there are two
             removals a layer and H / log(layers) is below `entropy`, the layer with most removals, of equals the lowest,
@@ -248,14 +249,13 @@ def plan_from_similarity(
             the scores.
     """
     scores = ExpertScores.wrap(scores)
-    capacities, steps = _steps(scores, sparsity, entropy, who, merge)
+    units = _units(scores, sparsity, entropy, who, merge)
     if set(similarities) != set(scores):
         raise ValueError(f"similarities are of layers {sorted(similarities)}, scores of layers {sorted(scores)}")
     linkages = {layer: _linkages(layer, similarities[layer], scores) for layer in scores}
-    removed = _spend(linkages, capacities, steps, entropy)
+    removed = _spend(linkages, units, entropy)
     if who == "scores":
-        pruned = {layer: count * scores.shapes[layer].n_group for layer, count in removed.items()}
-        return PruningPlan.from_pruned_counts(scores, pruned)
+        return PruningPlan.from_pruned_counts(scores, removed)
     kept: dict[int, list[int]] = {}
     merges: dict[int, Merge] = {}
     for layer, parts in linkages.items():
@@ -273,8 +273,8 @@ def plan_from_similarity(
     return PruningPlan(kept, num_experts, scores.model, scores.criterion, merges)
 
 
-def _steps(scores: ExpertScores, sparsity: float, entropy: float, who: str, merge: bool) -> tuple[dict[int, int], int]:
-    """Returns {decoder layer: steps it can take}, and the steps to take in all; raises ValueError as the planner."""
+def _units(scores: ExpertScores, sparsity: Budget, entropy: float, who: str, merge: bool) -> Units:
+    """Returns the budget in units; raises ValueError as the planner."""
     if who not in WHO:
         raise ValueError(f"unknown who={who!r}; choose from {', '.join(WHO)}")
     if merge and who != "groups":
@@ -283,8 +283,7 @@ def _steps(scores: ExpertScores, sparsity: float, entropy: float, who: str, merg
         raise ValueError(f"entropy is a share of the greatest possible one, in [0, 1]; got {entropy}")
     if merge and (negative := [layer for layer, values in scores.items() if bool((values < 0).any())]):
         raise ValueError(f"merge=True weights experts by their scores, which are negative in layers {negative}")
-    _, capacities, steps = in_units(scores, sparsity)
-    return capacities, steps
+    return in_units(scores, sparsity)
 
 
 def _shares(group: Sequence[int], values: Sequence[float]) -> dict[int, float]:
@@ -339,32 +338,37 @@ def _linkages(layer: int, similarity: Tensor, scores: ExpertScores) -> list[_Lin
     return [_Linkage(table[start : start + size, start : start + size], start, protected) for start in starts]
 
 
-def _spend(
-    linkages: Mapping[int, Sequence[_Linkage]], capacities: Mapping[int, int], steps: int, entropy: float
-) -> dict[int, int]:
-    """Takes `steps` steps, each in the layer whose closest groups are most similar; returns {decoder layer: steps}."""
+def _spend(linkages: Mapping[int, Sequence[_Linkage]], units: Units, entropy: float) -> dict[int, int]:
+    """Spends units, each in the layer whose closest groups are most similar; returns {decoder layer: experts gone}."""
     removed = dict.fromkeys(linkages, 0)
     frozen: set[int] = set()
 
     def unfrozen() -> list[int]:
-        return [layer for layer, count in removed.items() if layer not in frozen and count < capacities[layer]]
+        most = {layer: units.pruned(layer, capacity) for layer, capacity in units.capacities.items()}
+        return [layer for layer, count in removed.items() if layer not in frozen and count < most[layer]]
 
-    for step in range(steps):
+    def remove(layer: int, experts: int) -> None:
+        for _ in range(experts // len(linkages[layer])):
+            for linkage in linkages[layer]:
+                linkage.join()
+        removed[layer] += experts
+
+    for layer, experts in units.least.items():
+        remove(layer, experts)
+    for step in range(units.budget):
         if not (layers := unfrozen()):
             warnings.warn(
-                f"the entropy guard ({entropy:g}) froze every layer after {step} of {steps} steps; the rest is removed "
-                "without it: lower `entropy` or the sparsity",
+                f"the entropy guard ({entropy:g}) froze every layer after {step} of {units.budget} steps; the rest "
+                "is removed without it: lower `entropy` or the sparsity",
                 stacklevel=3,
             )
             frozen, entropy = set(), 0.0
             layers = unfrozen()
         chosen = max(layers, key=lambda layer: sum(linkage.closest[0] for linkage in linkages[layer]))
-        for linkage in linkages[chosen]:
-            linkage.join()
-        removed[chosen] += 1
+        remove(chosen, units.unit)
         if layers := unfrozen():
             counts = [removed[layer] for layer in layers]
-            if sum(counts) >= 2 * len(counts) and _evenness(counts) < entropy:
+            if sum(counts) >= 2 * units.unit * len(counts) and _evenness(counts) < entropy:
                 frozen.add(max(layers, key=removed.__getitem__))
     return removed
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moeprune_ext import distributed
-from moeprune_ext.allocation.budget import uniform_counts
+from moeprune_ext.allocation.budget import Budget, uniform_counts, unscored
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.shape import LayerShape
@@ -44,7 +44,7 @@ SubsetErrors = Callable[[Tensor], Tensor]  # masks, bool [C, E] -> squared error
 def naee_plan(
     model: nn.Module | MoeModel,
     batches: Iterable[Any],
-    sparsity: float,
+    sparsity: Budget,
     *,
     tokens: int = 1024,
     seed: int = 0,
@@ -66,7 +66,7 @@ def naee_plan(
     Args:
         model: a transformers model or a MoeModel; it is left as it was.
         batches: see `as_batches`.
-        sparsity: share of the experts to remove, in [0, 1).
+        sparsity: share of the experts to remove, in [0, 1), or `Kept`.
         tokens: attended positions to judge on; all where there are fewer.
         seed: draws the positions.
         progress: whether to show progress bars on stderr.
@@ -75,7 +75,7 @@ def naee_plan(
         ValueError: before any work, for a sparsity that cannot be, or a router that cannot be run under many masks.
     """
     moe = MoeModel.of(model)
-    pruned = uniform_counts(_zeros(moe), sparsity)
+    pruned = uniform_counts(unscored(moe.shapes), sparsity)
     return naee_subsets(moe, batches, pruned, tokens=tokens, seed=seed, progress=progress)
 
 
@@ -88,7 +88,7 @@ def naee_subsets(
     seed: int = 0,
     progress: bool = False,
 ) -> PruningPlan:
-    """As `naee_plan`, for other counts.
+    """As `naee_plan`, for other counts, such as `uniform_counts` of scores under a user's limits.
 
     Args:
         model: see `naee_plan`.
@@ -103,7 +103,7 @@ def naee_subsets(
     """
     moe = MoeModel.of(model)
     shapes = moe.shapes
-    PruningPlan.from_pruned_counts(_zeros(moe), pruned)  # raises ValueError for what a layer cannot lose
+    PruningPlan.from_pruned_counts(unscored(shapes), pruned)  # raises ValueError for what a layer cannot lose
 
     def choose(index: int, errors: SubsetErrors) -> Tensor:
         gone = torch.zeros(shapes[index].num_experts, dtype=torch.float64)
@@ -148,12 +148,6 @@ def naee_scores(
 
     ranks_by_layer = _by_layer(moe, batches, tokens, seed, progress, rank)
     return ExpertScores(ranks_by_layer, shapes, "naee", moe.fingerprint)
-
-
-def _zeros(moe: MoeModel) -> ExpertScores:
-    return ExpertScores(
-        {index: torch.zeros(shape.num_experts, dtype=torch.float64) for index, shape in moe.shapes.items()}, moe.shapes
-    )
 
 
 def _by_layer(

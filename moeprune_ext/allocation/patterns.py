@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-Counts = tuple[int, ...]  # pruned experts of each layer, in units of the router's groups
+Counts = tuple[int, ...]  # pruned experts of each layer, in units beyond what it must lose (budget.py's Units)
 
 DEFAULT_PATTERNS = (
     "uniform",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from moeprune_ext.allocation.budget import Budget
 from moeprune_ext.allocation.patterns import DEFAULT_PATTERNS
 from moeprune_ext.candidates.metrics import METRICS
 
@@ -19,14 +20,14 @@ class EvolveSettings:
     in every verb.
 
     Attributes:
-        sparsity: share of the experts to remove, at least 0 and below 1.
+        sparsity: share of the experts to remove, at least 0 and below 1, or `Kept`.
         seed: seed of the patterns, the mutations and the order in which sequences are raced.
 
     Raises:
         ValueError: if no search can have these settings. Checked when the object is made.
     """
 
-    sparsity: float = 0.5
+    sparsity: Budget = 0.5
     fitness: str = field(
         default="esap", metadata={"help": "what plans are compared by: esap, kl_qp, kl_pq, nll, accept or top1_agree"}
     )

@@ -226,16 +226,17 @@ class PruningPlan:
         kept = {}
         for layer in scores:
             count, shape = int(pruned.get(layer, 0)), scores.shapes[layer]
-            if not 0 <= count <= shape.capacity:
+            if not shape.least_pruned <= count <= shape.capacity:
+                most = f" and at most {shape.most_kept} may stay" if shape.least_pruned else ""
                 raise ValueError(
                     f"layer {layer}: cannot prune {count} of {shape.num_experts} experts; the router needs "
-                    f"{shape.min_kept}, so 0 to {shape.capacity} can go"
+                    f"{shape.min_kept}{most}, so {shape.least_pruned} to {shape.capacity} can go"
                 )
-            if count % shape.n_group:
-                below = count // shape.n_group * shape.n_group
+            if beyond := (count - shape.least_pruned) % shape.unit:
+                why = "of the groups of its router" if shape.unit == shape.n_group else "asked for"
                 raise ValueError(
-                    f"layer {layer}: cannot prune {count} experts from {shape.n_group} groups that must stay equal; "
-                    f"prune {below} or {below + shape.n_group}"
+                    f"layer {layer}: cannot prune {count} of {shape.num_experts} experts, because a multiple of "
+                    f"{shape.unit} ({why}) must stay; prune {count - beyond} or {count - beyond + shape.unit}"
                 )
             gone = set(scores.pruning_order(layer)[:count])
             kept[layer] = [expert for expert in range(shape.num_experts) if expert not in gone]

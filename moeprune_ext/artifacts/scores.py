@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class ExpertScores(Mapping[int, Tensor]):
 
     Attributes:
         values_by_layer: {decoder layer: float64 [E]}, finite.
-        shapes: {decoder layer: LayerShape}; min_kept is raised where more experts are to stay than the router needs.
+        shapes: {decoder layer: LayerShape}; min_kept is raised where more experts are to stay than the router needs;
+            step and max_kept are limits that a user sets.
         criterion: its name, None when unknown.
         model: fingerprint of the model, None when unknown.
         protected: {decoder layer: ids of experts that no plan may remove, whatever they score}.
@@ -51,6 +53,15 @@ class ExpertScores(Mapping[int, Tensor]):
             group_size = shape.num_experts // shape.n_group
             fullest = max(sum(expert // group_size == group for expert in ids) for group in range(shape.n_group))
             shapes[layer] = replace(shape, min_kept=max(shape.min_kept, shape.n_group * fullest))
+        for layer, shape in shapes.items():
+            if shape.least_kept > shape.most_kept and (shape.step, shape.max_kept) != (1, None):
+                needed = shape.min_kept if shape.prunable else shape.num_experts
+                most = "" if shape.max_kept is None else f"at most {shape.max_kept}, "
+                raise ValueError(
+                    f"layer {layer} cannot keep at least {needed} of its {shape.num_experts} experts (needed by the "
+                    f"router, protected or asked for), {most}in multiples of {shape.unit}: the least number is "
+                    f"{shape.least_kept}, the largest {shape.most_kept}"
+                )
         object.__setattr__(self, "shapes", shapes)  # so that no capacity asks for a protected expert
 
     def __getitem__(self, layer: int) -> Tensor:
@@ -82,18 +93,25 @@ class ExpertScores(Mapping[int, Tensor]):
         *,
         min_kept: int = 0,
         min_kept_per_group: int = 0,
+        multiple_of: int = 1,
+        max_kept: int | None = None,
         protect: Mapping[int, Iterable[int]] | None = None,
     ) -> ExpertScores:
-        """Returns the same scores for plans that keep more; what was asked for before stays.
+        """Returns the same scores for plans within these limits; what was asked for before stays.
 
         Args:
             min_kept: fewest experts that a plan keeps in a layer.
             min_kept_per_group: fewest experts that a plan keeps in each group of a group-limited router.
+            multiple_of: every layer keeps a multiple of so many experts, such as the size of expert parallelism. A
+                layer whose own number is none has to lose some.
+            max_kept: most experts that a plan keeps in a layer; None: all.
             protect: {decoder layer: ids of experts that no plan may remove}; `super_experts` finds some.
 
         Raises:
-            ValueError: if a layer has fewer experts than it is to keep.
+            ValueError: if a layer has fewer experts than it is to keep, or no number of experts is within all limits.
         """
+        if multiple_of < 1 or (max_kept is not None and max_kept < 1):
+            raise ValueError(f"multiple_of and max_kept are at least 1; got {multiple_of} and {max_kept}")
         protected = {
             layer: self.protected.get(layer, frozenset()) | frozenset((protect or {}).get(layer, ()))
             for layer in sorted({*self.protected, *(protect or {})})
@@ -105,7 +123,8 @@ class ExpertScores(Mapping[int, Tensor]):
                 raise ValueError(
                     f"layer {layer} has {shape.num_experts} experts in {shape.n_group} groups and cannot keep {fewest}"
                 )
-            shapes[layer] = replace(shape, min_kept=fewest)
+            most = min((limit for limit in (shape.max_kept, max_kept) if limit is not None), default=None)
+            shapes[layer] = replace(shape, min_kept=fewest, step=lcm(shape.step, multiple_of), max_kept=most)
         return replace(self, shapes=shapes, protected={layer: ids for layer, ids in protected.items() if ids})
 
     @classmethod
@@ -152,7 +171,7 @@ class ExpertScores(Mapping[int, Tensor]):
             "format": FORMAT,
             "criterion": self.criterion,
             "model": self.model,
-            "shapes": {str(layer): vars(shape) for layer, shape in self.shapes.items()},
+            "shapes": {str(layer): shape.recorded() for layer, shape in self.shapes.items()},
             "scores": {str(layer): values.tolist() for layer, values in self.items()},
             "protected": {str(layer): sorted(ids) for layer, ids in self.protected.items()},
         }

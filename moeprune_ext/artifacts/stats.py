@@ -62,7 +62,7 @@ class RoutingStats:
         """Writes one safetensors file, beside the target and then renamed."""
         tensors = {f"moments.{layer}": table for layer, table in self.moments.items()}
         tensors |= {f"max_norm.{layer}": norm for layer, norm in self.max_norm.items()}
-        shapes = {str(layer): vars(shape) for layer, shape in self.shapes.items()}
+        shapes = {str(layer): shape.recorded() for layer, shape in self.shapes.items()}
         metadata = {"format": FORMAT, "model": self.model, "tokens": str(self.tokens), "shapes": json.dumps(shapes)}
         with replacing(path) as beside:
             save_file(tensors, beside, metadata=metadata)

@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from moeprune_ext import distributed
-from moeprune_ext.allocation.budget import order_fingerprint, uniform_counts, uniform_plan
+from moeprune_ext.allocation.budget import Budget, order_fingerprint, uniform_counts, uniform_plan, unscored
 from moeprune_ext.allocation.damages import Damages, damages, dp_plan
-from moeprune_ext.allocation.naee import naee_plan
+from moeprune_ext.allocation.naee import naee_subsets
 from moeprune_ext.allocation.threshold import NORMALIZATIONS, global_plan
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.candidates.metrics import METRICS
+from moeprune_ext.checkpoint.read import read_checkpoint
 from moeprune_ext.cli import io
-from moeprune_ext.cli.arguments import Budgeted, Data, Memory, Streaming, flag
+from moeprune_ext.cli.arguments import Budgeted, Data, Memory, Scored, Streaming, flag
 from moeprune_ext.data.batches import fingerprint_of
 
 EXAMPLE = "moeprune allocate MODEL --stats stats.safetensors --sparsity 0.5 --method dp --data text.jsonl -o plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Memory, Streaming, Data, Budgeted):
+class Options(Memory, Streaming, Data, Budgeted, Scored):
     method: str = flag("how to allocate", "uniform", choices=("uniform", "global", "dp", "naee"))
     normalize: str = flag("global: what makes scores of layers comparable", "none", choices=NORMALIZATIONS)
     fitness: str = flag("dp: what a layer's pruning is measured by, as in search", "esap")
@@ -38,14 +39,15 @@ def run(options: Options) -> tuple[Any, str]:
     if options.method == "naee":
         return io.write_plan(_naee(options), options.out)
     scores = io.load_scores(options)
+    budget = io.budget(options, options.model, scores.shapes)
     if options.method == "dp":
-        measured = _damages(options, scores)
-        plan = dp_plan(measured, scores, options.sparsity)
+        measured = _damages(options, scores, budget)
+        plan = dp_plan(measured, scores, budget)
         file = str(options.damages) if options.damages else None
         return io.write_plan(plan, options.out, damages=file, additive_damage=measured.total(plan))
     if options.method == "global":
-        return io.write_plan(global_plan(scores, options.sparsity, normalize=options.normalize), options.out)
-    return io.write_plan(uniform_plan(scores, options.sparsity), options.out)
+        return io.write_plan(global_plan(scores, budget, normalize=options.normalize), options.out)
+    return io.write_plan(uniform_plan(scores, budget), options.out)
 
 
 def _naee(options: Options) -> PruningPlan:
@@ -54,16 +56,19 @@ def _naee(options: Options) -> PruningPlan:
         raise ValueError("naee chooses subsets of its own: it takes no minima and protects no expert")
     if not options.data:
         raise ValueError("--method naee measures the model on text: give --data")
+    shapes = {index: layer.shape for index, layer in read_checkpoint(options.model).layers.items()}
+    limited = io.constrained(unscored(shapes), None, options)
+    pruned = uniform_counts(limited, io.budget(options, options.model, limited.shapes))
     batches = io.load_data(options, io.tokenizer_of(options.model), labels=False)
     model = io.load_model(options.model, options)
-    return naee_plan(model, batches, options.sparsity, seed=options.seed, progress=distributed.is_first())
+    return naee_subsets(model, batches, pruned, seed=options.seed, progress=distributed.is_first())
 
 
-def _damages(options: Options, scores: ExpertScores) -> Damages:
+def _damages(options: Options, scores: ExpertScores, budget: Budget) -> Damages:
     """Reads --damages where that file exists and fits, else measures, and writes it."""
     if options.fitness not in METRICS:
         raise ValueError(f"unknown fitness {options.fitness!r}; choose from {', '.join(METRICS)}")
-    uniform_counts(scores, options.sparsity)  # refuses a budget that dp_plan could not spend, before anything is run
+    uniform_counts(scores, budget)  # refuses a budget that dp_plan could not spend, before anything is run
     batches = io.load_data(options, io.tokenizer_of(options.model)) if options.data else None
     if (file := options.damages) is not None:
         stored = distributed.from_first(lambda: Damages.load(file) if file.exists() else None)

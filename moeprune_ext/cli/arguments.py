@@ -66,6 +66,8 @@ def read_flags(options: type[T], values: argparse.Namespace) -> T:
             arguments[field.name] = read_flags(kind, values)  # type: ignore[arg-type]
         else:
             value = getattr(values, field.name)
+            if value is None and "help" not in field.metadata:
+                continue  # another group's flag, which was left out: the field's own default
             arguments[field.name] = tuple(value) if get_origin(kind) is tuple else value
     return options(**arguments)
 
@@ -183,10 +185,14 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Experts that no plan may remove."""
+    """What every plan must respect."""
 
     min_kept: int = flag("fewest experts any layer keeps", 0, least=0)
     min_kept_per_group: int = flag("the same for each group of grouped routers", 0, least=0)
+    multiple_of: int = flag(
+        "every layer keeps a multiple of so many experts, such as the size of expert parallelism", 1, least=1
+    )
+    max_kept: int | None = flag("most experts any layer keeps, for loaders that pad", None, least=1)
     protect_super: bool = flag("never prune experts with extreme output norms (super experts, arXiv 2507.23279)", False)
 
 
@@ -208,7 +214,27 @@ class Scored(Limits, Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budgeted(Scored):
-    """And how many experts go."""
+class Budgeted(Limits):
+    """How many experts go: one of three ways to say it, within the limits; io.py's `budget` makes one of them.
 
-    sparsity: float = flag("share of the experts to remove, 0 to below 1", 0.5)
+    Raises:
+        ValueError: for two ways at once, a size that is none, or --context without --fit.
+    """
+
+    sparsity: float | None = flag("share of the experts to remove, 0 to below 1 (default: 0.5)", None)
+    experts: int | None = flag("experts to keep in all layers together, in the place of --sparsity", None, least=1)
+    fit: str | None = flag(
+        "memory for weights and KV cache, such as 24GiB: as many experts stay as fit, in the place of --sparsity", None
+    )
+    context: int | None = flag("with --fit: tokens of one sequence whose KV cache fits (default: 4096)", None, least=1)
+
+    def __post_init__(self) -> None:
+        from moeprune_ext.models.costs import bytes_of  # needs torch, for which a verb's --help does not wait
+
+        chosen = [f"--{name}" for name in ("sparsity", "experts", "fit") if getattr(self, name) not in (None, ())]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} are different ways to say one budget: give one of them")
+        if self.fit is not None:
+            bytes_of(self.fit)
+        elif self.context is not None:
+            raise ValueError("--context is the text that --fit leaves memory for: give --fit, too")

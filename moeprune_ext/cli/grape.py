@@ -9,13 +9,13 @@ from typing import Any
 from moeprune_ext import distributed
 from moeprune_ext.allocation.grape import SIMILARITIES, WHO, check_request, grape
 from moeprune_ext.cli import io
-from moeprune_ext.cli.arguments import Budgeted, Data, Streaming, flag
+from moeprune_ext.cli.arguments import Budgeted, Data, Scored, Streaming, flag
 
 EXAMPLE = "moeprune grape MODEL --stats stats.safetensors --sparsity 0.5 --data text.jsonl -o plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Streaming, Data, Budgeted):
+class Options(Streaming, Data, Budgeted, Scored):
     similarity: str = flag("of outputs on text, or of weights", "cka", choices=SIMILARITIES)
     tokens: int = flag("tokens on which outputs are compared", 1024, least=1)
     entropy: float = flag("least evenness of removals over layers, 0 to 1; 0: off", 0.9)
@@ -28,8 +28,9 @@ def run(options: Options) -> tuple[Any, str]:
     """Writes the plan and returns how many experts each layer keeps."""
     io.check_new_file(options.out)
     scores = io.load_scores(options)
+    budget = io.budget(options, options.model, scores.shapes)
     # Refuses before the weights are loaded.
-    check_request(scores, options.sparsity, options.tokens, options.entropy, options.who, options.merge)
+    check_request(scores, budget, options.tokens, options.entropy, options.who, options.merge)
     batches = None
     if options.similarity == "cka":
         if not options.data:
@@ -39,7 +40,7 @@ def run(options: Options) -> tuple[Any, str]:
         io.load_model(options.model, options),
         batches,
         scores,
-        options.sparsity,
+        budget,
         similarity=options.similarity,
         tokens=options.tokens,
         entropy=options.entropy,

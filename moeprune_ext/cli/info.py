@@ -31,7 +31,12 @@ def run(options: Options) -> tuple[Any, str]:
     sizes = _sizes(checkpoint)
     total = sum(sizes.values())
     layers = [
-        {"layer": index, "router": type(layer.router).__name__, **vars(layer.shape), "can_prune": layer.shape.capacity}
+        {
+            "layer": index,
+            "router": type(layer.router).__name__,
+            **layer.shape.recorded(),
+            "can_prune": layer.shape.capacity,
+        }
         for index, layer in checkpoint.layers.items()
     ]
     saved = {f"{sparsity:.0%}": int(sizes["experts"] * sparsity) for sparsity in (0.25, 0.5)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,19 @@ from typing import Any
 import torch
 
 from moeprune_ext import distributed
+from moeprune_ext.allocation.budget import Budget, Kept
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.artifacts.stats import RoutingStats
 from moeprune_ext.calibration.criteria import score_experts, super_experts
 from moeprune_ext.checkpoint.load import load
-from moeprune_ext.checkpoint.read import read_checkpoint, read_config
-from moeprune_ext.cli.arguments import Common, Data, Limits, Scored, Streaming
+from moeprune_ext.checkpoint.read import read_checkpoint, read_config, read_hf_config, skeleton
+from moeprune_ext.cli.arguments import Budgeted, Common, Data, Limits, Scored, Streaming
 from moeprune_ext.data.batches import TokenBatch, load_batches
+from moeprune_ext.models.costs import CONTEXT, bytes_of, experts_that_fit
+
+SPARSITY = 0.5  # of the experts go, where no budget is given
 
 
 def load_scores(options: Scored) -> ExpertScores:
@@ -51,14 +56,38 @@ def check_same_model(model: Path, fingerprint: str | None, file: Path | None) ->
 
 
 def constrained(scores: ExpertScores, stats: RoutingStats | None, limits: Limits) -> ExpertScores:
-    """Returns the scores under --min-kept, --min-kept-per-group and --protect-super, which needs statistics."""
+    """Returns the scores under the limits, of which --protect-super needs statistics."""
     if limits.protect_super and stats is None:
         raise ValueError("--protect-super looks for outliers in statistics: give it to `score`, which makes the scores")
     return scores.constrained(
         min_kept=limits.min_kept,
         min_kept_per_group=limits.min_kept_per_group,
+        multiple_of=limits.multiple_of,
+        max_kept=limits.max_kept,
         protect=super_experts(stats) if limits.protect_super and stats is not None else None,
     )
+
+
+def budget(options: Budgeted, model: Path, shapes: Mapping[int, LayerShape]) -> Budget:
+    """Returns the budget of --sparsity, --experts or --fit.
+
+    Args:
+        options: the flags.
+        model: directory; of --fit the configuration says what its weights take, which are not loaded.
+        shapes: {decoder layer: what every plan must respect}, as in the scores under the limits.
+
+    Raises:
+        ValueError: for --fit of a memory that holds no plan, or of quantised weights.
+    """
+    if options.experts is not None:
+        return Kept(options.experts)
+    if options.fit is None:
+        return SPARSITY if options.sparsity is None else options.sparsity
+    config = read_config(model)
+    if any(isinstance(part, dict) and part.get("quantization_config") for part in (config, config.get("text_config"))):
+        raise ValueError(f"{model} holds quantised weights, whose bytes --fit cannot tell; use --experts or --sparsity")
+    empty = skeleton(read_hf_config(model), config)
+    return Kept(experts_that_fit(empty, bytes_of(options.fit), context=options.context or CONTEXT, shapes=shapes))
 
 
 def parse_criterion(text: str) -> str | tuple[int, int, str]:

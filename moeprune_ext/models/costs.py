@@ -1,21 +1,28 @@
-"""What a model costs under a plan: experts stored, bytes of weights, and floating-point operations per token.
+"""What a model costs under a plan: experts stored, bytes of weights and of its KV cache, and operations per token.
 
 Two savings are told apart: fewer experts stored, which is memory, and fewer of them active per token, which is
-arithmetic. Only the sizes of tensors are read, so a model without weights (meta device) will do.
+arithmetic. Only the sizes of tensors are read, so a model without weights (meta device) will do. The other way round,
+`experts_that_fit` says how many experts a given memory holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
 from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.models.layers import MoeLayer, expert_tensors, router_tensors
-from moeprune_ext.models.moe import MoeModel
+from moeprune_ext.models.moe import MoeModel, plain_model, text_config
 
+CONTEXT = 4096  # tokens of the sequence whose KV cache has to fit, unless a user says otherwise (our choice)
+SIZES = {f"{letter}{end}": base**i for i, letter in enumerate("kmgt", 1) for end, base in (("b", 1000), ("ib", 1024))}
+NO_KEYS = ("linear_attention", "conv", "mamba", "moe", "mlp")  # types of layers that hold no keys
 MAP_BYTES = 4  # of an entry of a router's map, and of a bias mapped by it: float32 in a model of any dtype
 
 
@@ -76,6 +83,101 @@ def costs(model: nn.Module | MoeModel, plan: PruningPlan | None = None) -> Costs
         sum(t.nbytes for t in stored if id(t) not in per_expert) + sum(_layer_bytes(*layer) for layer in planned),
         2 * (dense + sum(_layer_weights(*layer, active or layer[0].shape.top_k) for layer in planned)),
     )
+
+
+def kv_cache_bytes(model: nn.Module | MoeModel, context: int) -> int:
+    """Returns the bytes of the keys and values that attention keeps of one sequence, in the model's dtype.
+
+    By the configuration, as transformers caches them: per token and layer 2 x num_key_value_heads x head_dim numbers,
+    or kv_lora_rank + qk_rope_head_dim where attention is latent (MLA). A layer with a sliding window or chunks holds at
+    most that many tokens, a layer without attention none. Approximate: the state of linear attention and convolutions,
+    which does not grow with the text, and the keys of sparse attention's indexers are left out; what a runtime rounds
+    up to blocks, too. What no common name in a configuration tells is not seen: DeepSeek-V4 compresses its keys and
+    holds less than is counted; MiMo-V2's sliding layers have twice as many heads and hold more, in their window.
+
+    Args:
+        model: a transformers model, or the MoeModel made of it; on the meta device, too.
+        context: tokens of the sequence.
+    """
+    config = text_config(model)
+    count = config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or [None] * count
+    numbers = 0
+    for kind, layer in zip(types, getattr(config, "per_layer_config", None) or [config] * count, strict=True):
+        if kind not in NO_KEYS:
+            bounded = kind is None or "sliding" in kind or "chunked" in kind
+            windows = [getattr(layer, name, None) for name in ("sliding_window", "attention_chunk_size")]
+            held = min([context, *(window for window in windows if window and bounded)])
+            numbers += held * _key_value_width(layer)
+    weight: Tensor = plain_model(model).get_input_embeddings().weight
+    return numbers * weight.element_size()
+
+
+def _key_value_width(config: Any) -> int:
+    """Returns the numbers that one token adds to the cache of a layer with this configuration."""
+    if latent := getattr(config, "kv_lora_rank", None):
+        return int(latent + config.qk_rope_head_dim)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    key = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(heads * (key + (getattr(config, "v_head_dim", None) or key)))
+
+
+def experts_that_fit(
+    model: nn.Module | MoeModel,
+    size: int,
+    *,
+    context: int = CONTEXT,
+    shapes: Mapping[int, LayerShape] | None = None,
+) -> int:
+    """Returns the largest number of experts, over all layers, whose model fits into a memory with its KV cache.
+
+    Every pruning plan of that many experts fits, whatever layers they stand in; where experts of layers differ in size,
+    it is counted with the largest. Activations and a runtime's own memory are not counted: leave room for them.
+
+    Args:
+        model: a transformers model, or the MoeModel made of it; on the meta device, too. Weights count in its dtypes.
+        size: bytes.
+        context: tokens of one sequence, see `kv_cache_bytes`.
+        shapes: {decoder layer: LayerShape} with the limits of every plan (`ExpertScores.shapes`); None: the routers'.
+
+    Raises:
+        ValueError: if the fewest experts that can stay do not fit, with the bytes that they need.
+    """
+    moe = MoeModel.of(model)
+    limits = moe.shapes if shapes is None else shapes
+    kept = sum(limits[index].least_kept for index in moe.layers)
+    cache = kv_cache_bytes(moe, context)
+    weights = costs(moe).bytes
+    units: list[tuple[int, int]] = []
+    for index, layer in moe.layers.items():
+        shape = limits[index]
+        weights += _layer_bytes(layer, shape.least_kept, False) - _layer_bytes(layer, shape.num_experts, False)
+        one = _layer_bytes(layer, shape.unit, False) - _layer_bytes(layer, 0, False)
+        units += [(one, shape.unit)] * ((shape.most_kept - shape.least_kept) // shape.unit)
+    if weights + cache > size:
+        raise ValueError(
+            f"{size / 2**30:,.4g} GiB do not hold the model: with the fewest experts that can stay ({kept}) its "
+            f"weights take {weights / 2**30:,.4g} GiB and the KV cache of {context:,} tokens {cache / 2**30:,.4g} GiB"
+        )
+    left = size - weights - cache
+    for one, experts in sorted(units, reverse=True):
+        left -= one
+        if left < 0:
+            break
+        kept += experts
+    return kept
+
+
+def bytes_of(size: str) -> int:
+    """Returns the bytes of a size with its unit: "24GiB" (of 2^30 bytes), "24GB" (of 10^9), "16000 MiB".
+
+    Raises:
+        ValueError: for anything else; also for a number without a unit, which may be meant as bytes or as gigabytes.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]+)", size.strip().lower())
+    if match is None or match[2] not in SIZES or (number := float(match[1]) * SIZES[match[2]]) < 1:
+        raise ValueError(f"{size!r} is not a size with a unit, such as 24GiB, 24GB or 16000MiB")
+    return int(number)
 
 
 def _stored(model: nn.Module) -> Iterator[Tensor]:
