@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,27 @@ def load_scores(options: Scored) -> ExpertScores:
         ValueError: for both or neither of the two, and for scores of another model than the named one, whose weights
             are not loaded.
     """
-    if (options.stats is None) == (options.scores is None):
-        raise ValueError("give either --stats, with a --criterion, or --scores")
-    stats = None
+    if options.scores is None:
+        stats = load_stats(options)
+        return constrained(score_experts(stats, parse_criterion(options.criterion), seed=options.seed), stats, options)
     if options.stats is not None:
-        stats = RoutingStats.load(options.stats)
-        scores = score_experts(stats, parse_criterion(options.criterion), seed=options.seed)
-    elif options.scores is not None:
-        scores = ExpertScores.load(options.scores)
-    scores = constrained(scores, stats, options)
-    check_same_model(options.model, scores.model, options.stats or options.scores)
+        raise ValueError("give either --stats, with a --criterion, or --scores")
+    scores = constrained(ExpertScores.load(options.scores), None, options)
+    check_same_model(options.model, scores.model, options.scores)
     return scores
+
+
+def load_stats(options: Scored) -> RoutingStats:
+    """Loads the statistics of --stats.
+
+    Raises:
+        ValueError: if there are none, and for those of another model than the named one, whose weights are not loaded.
+    """
+    if options.stats is None:
+        raise ValueError("give either --stats, with a --criterion, or --scores")
+    stats = RoutingStats.load(options.stats)
+    check_same_model(options.model, stats.model, options.stats)
+    return stats
 
 
 def check_same_model(model: Path, fingerprint: str | None, file: Path | None) -> None:
@@ -124,6 +135,20 @@ def load_data(options: Data, tokenizer: Any, *, labels: bool = True) -> list[Tok
         batch_size=options.batch_size,
         labels=labels,
     )
+
+
+def load_domains(options: Data, tokenizer: Any) -> dict[str, list[TokenBatch]]:
+    """Loads --data for scoring plans: {domain: batches}, a domain a source; each gets its share of --sequences."""
+    paths = options.data
+    if options.sequences < len(paths):
+        raise ValueError(f"--sequences {options.sequences} is less than one for each of {len(paths)} sources")
+    names = [path.name for path in paths]
+    domains = {}
+    for i, path in enumerate(paths):
+        name = path.name if names.count(path.name) == 1 else str(path)
+        share = options.sequences // len(paths) + (i < options.sequences % len(paths))
+        domains[name] = load_data(replace(options, data=(path,), sequences=share), tokenizer)
+    return domains
 
 
 def write_plan(plan: PruningPlan, out: Path, **about: Any) -> tuple[Any, str]:
