@@ -7,9 +7,9 @@ demo/train.py trained. Ways, each from the best plan of the way before it where 
 
 - uniform REAP, what other tools do;
 - one criterion: the best of all criteria and naee's order, uniform and by the global threshold;
-- per layer, staged: what choose_criterion tries; "taken" says whether the mix passed its test against chance;
-- per layer, twice: the same again from the mix;
-- coordinate steps: layer by layer every order is tried and the best kept, one round from the best criterion.
+- per layer, staged: the mix that choose_criterion tries, taken in any case;
+- coordinate steps: layer by layer every order is tried and the best kept, one round from the best criterion;
+- choose_criterion: takes the mix if it passes its test against chance.
 
 Evaluations count those of the best criterion, which all start from. Gains are over the one criterion, on the held-out
 text, with a paired bootstrap interval over sequences.
@@ -32,7 +32,8 @@ import torch
 from transformers import AutoTokenizer
 
 import moeprune_ext as mp
-from moeprune_ext.allocation.choice import CriterionChoice, Trials, choose_criterion, mix_layers, with_kept
+from moeprune_ext.allocation.choice import CriterionChoice, choose_criterion
+from moeprune_ext.allocation.mixing import Trials, mix_layers, mixed_plan
 from moeprune_ext.allocation.naee import naee_scores
 from moeprune_ext.allocation.selection import gain_of
 from moeprune_ext.artifacts.plan import PruningPlan
@@ -66,26 +67,17 @@ class Way:
     about: str = ""
 
 
-def twice(trials: Trials, base: PruningPlan, orders: Orders) -> PruningPlan:
-    """Returns the plan after two rounds of mix_layers."""
-    for _ in range(2):
-        mix = mix_layers(trials, base, orders)
-        base = with_kept(base, {layer: kept for layer, (_, kept) in mix.items()})
-    return base
-
-
 def staged(trials: Trials, base: PruningPlan, orders: Orders) -> PruningPlan:
-    """Returns the plan after one round of mix_layers."""
-    mix = mix_layers(trials, base, orders)
-    return with_kept(base, {layer: kept for layer, (_, kept) in mix.items()})
+    """Returns the plan after one round of mix_layers, chosen on all sequences."""
+    return mixed_plan(base, mix_layers(trials, base, orders)[0])
 
 
 def coordinate_steps(trials: Trials, base: PruningPlan, orders: Orders) -> PruningPlan:
     """Returns the plan after every layer in turn has taken the order that is best, the others as they are."""
     for layer in base.kept:
         plans = [base] + [
-            with_kept(base, {layer: PruningPlan.from_pruned_counts(scores, base.pruned_counts).kept[layer]})
-            for scores in orders.values()
+            mixed_plan(base, {layer: (name, PruningPlan.from_pruned_counts(scores, base.pruned_counts).kept[layer])})
+            for name, scores in orders.items()
         ]
         trials.score(plans)
         base = max(plans, key=trials.rank)
@@ -113,7 +105,6 @@ def choose(
     few = {name: best[name] for name in list(best)[:3]}
     more: dict[str, Callable[[Trials], PruningPlan]] = {
         "per layer, staged": partial(staged, base=single.plan, orders=few),
-        "per layer, twice": partial(twice, base=single.plan, orders=few),
         "coordinate steps, 4 orders": partial(coordinate_steps, base=single.plan, orders=few),
         "coordinate steps, all orders": partial(coordinate_steps, base=single.plan, orders=best),
     }
@@ -123,8 +114,9 @@ def choose(
         plan = step(trials)
         seconds = single.seconds + time.perf_counter() - start
         ways[name] = Way(plan, single.evaluations + len(trials.values) - 1, seconds)
-    taken = "taken" if package.per_layer else "not taken"
-    ways["choose_criterion"] = Way(package.plan, package.evaluations, package_seconds, f"mix {taken}")
+    gain = "no mix found" if package.gain is None else f"mix gains {package.gain.low:+.4f} to {package.gain.high:+.4f}"
+    about = f"({gain}, {'taken' if package.per_layer else 'not taken'})"
+    ways["choose_criterion"] = Way(package.plan, package.evaluations, package_seconds, about)
     return ways, package
 
 

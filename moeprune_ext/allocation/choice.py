@@ -2,11 +2,9 @@
 
 The choice of the criterion is worth more than a search of the counts, and a few dozen plans decide it. First every
 criterion's plans are scored, uniform and by a global threshold, in one sweep. Then a criterion per layer is tried
-(our choice of how): in the best plan, one layer at a time takes the order of another of the best criteria, all in one
-sweep; the layers that gain most are changed together, the best one, the best two and so on, in another sweep. C
-criteria and L layers take at most 2 C + (orders - 1) L + L evaluations, where coordinate steps take about C L a round.
-The mix is taken only if it gains more than chance over the best single criterion (a paired bootstrap over sequences).
-Orders stay fixed inside a layer, so a search of counts works on top unchanged.
+(mixing.py), and taken if it gains more than chance over the best single one. C criteria and L layers take at most
+2 C + 6 L evaluations and mostly far fewer; coordinate steps take about C L a round. Orders stay fixed inside a layer,
+so a search of counts works on top unchanged.
 """
 
 from __future__ import annotations
@@ -14,17 +12,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from moeprune_ext import distributed
 from moeprune_ext.allocation.budget import order_fingerprint, uniform_plan
+from moeprune_ext.allocation.mixing import Trials, mix_layers, mixed_plan
 from moeprune_ext.allocation.naee import naee_scores
-from moeprune_ext.allocation.selection import gain_of
 from moeprune_ext.allocation.threshold import global_plan
 from moeprune_ext.artifacts.journal import refuse_other
 from moeprune_ext.artifacts.plan import PruningPlan
@@ -32,7 +27,6 @@ from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.stats import RoutingStats
 from moeprune_ext.calibration.criteria import CRITERIA, score_experts
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
-from moeprune_ext.candidates.metrics import to_maximise
 from moeprune_ext.files import finite_or_none, nan_if_none, reading_json, write_json
 from moeprune_ext.intervals import Interval
 
@@ -57,7 +51,8 @@ class CriterionChoice:
         score: of the plan, on the search's text.
         table: a row per criterion and allocation: {"criterion", "allocation" ("uniform" or "global"), "score"}.
         per_layer: {decoder layer: criterion}; None where one criterion serves all layers.
-        gain: of the best mix of criteria over the best single one, positive = better; None where none was tried.
+        gain: of mixes of criteria over the best single one, on sequences that they were not chosen on, positive =
+            better; None where no mix was found.
         evaluations: plans scored.
         notes: what was left out, and why.
     """
@@ -147,9 +142,11 @@ def auto_criterion(
     Raises:
         ValueError: as `choose_criterion`, and for the file of a choice that was made for other settings.
     """
-    orders = [order_fingerprint(limits(score_experts(stats, name))) for name in CRITERIA]
+    scores = [limits(score_experts(stats, name)) for name in CRITERIA]
+    orders = [order_fingerprint(one) for one in scores]
+    capacities = [shape.capacity for shape in scores[0].shapes.values()]
     settings = {"sparsity": sparsity, "fitness": fitness, "objective": objective, "per_layer": per_layer, "seed": seed}
-    request = {**evaluator.identity, **settings, "orders": orders}
+    request = {**evaluator.identity, **settings, "orders": orders, "capacities": capacities}
     path = None if file is None else Path(file)
     if path is not None:
         kept = distributed.from_first(lambda: CriterionChoice.load(path, request) if path.exists() else None)
@@ -228,14 +225,13 @@ def choose_criterion(
     if per_layer:
         standing = {n: max(trials.rank(plan) for other, _, plan in rows if other == n) for n in candidates}
         ranked = sorted((n for n in candidates if n != name), key=lambda n: -standing[n])[: orders - 1]
-        mix = mix_layers(trials, plan, {n: candidates[n] for n in ranked})
+        mix, even, odd = mix_layers(trials, plan, {n: candidates[n] for n in ranked})
         if mix:
-            mixed_plan = with_kept(plan, {layer: kept for layer, (_, kept) in mix.items()})
-            gain = trials.gain(mixed_plan, plan, seed)
-            if gain.above_zero:
-                plan, names = mixed_plan, {layer: mix[layer][0] if layer in mix else name for layer in chosen}
-                values = {layer: candidates[names[layer]][layer] for layer in chosen}
-                chosen = replace(chosen, values_by_layer=values, criterion="auto per layer")
+            gain = trials.gain_elsewhere(plan, mixed_plan(plan, even), mixed_plan(plan, odd), seed)
+        if gain is not None and gain.above_zero:
+            plan, names = mixed_plan(plan, mix), {layer: mix[layer][0] if layer in mix else name for layer in chosen}
+            values = {layer: candidates[names[layer]][layer] for layer in chosen}
+            chosen = replace(chosen, values_by_layer=values, criterion="auto per layer")
     return CriterionChoice(
         scores=chosen,
         plan=replace(plan, criterion=chosen.criterion),
@@ -248,7 +244,6 @@ def choose_criterion(
     )
 
 
-Kept = tuple[tuple[int, ...], ...]
 Row = tuple[str, str, PruningPlan]  # criterion, allocation, plan
 
 
@@ -263,91 +258,3 @@ def _rows(candidates: Mapping[str, ExpertScores], sparsity: float, notes: list[s
                 notes.append(note)
         rows.append((name, "global", global_plan(scores, sparsity)))
     return rows, notes
-
-
-@dataclass
-class Trials:
-    """Plans scored so far, each once.
-
-    Attributes:
-        evaluator: of the search's text.
-        metric: that plans are compared by.
-        objective: "mean" or "worst".
-        values: {experts kept in each layer: score}.
-        sums: {experts kept in each layer: float64 [N], over each sequence}.
-    """
-
-    evaluator: CandidateEvaluator
-    metric: str
-    objective: str
-    values: dict[Kept, float] = field(default_factory=dict)
-    sums: dict[Kept, Tensor] = field(default_factory=dict)
-
-    def score(self, plans: Sequence[PruningPlan]) -> None:
-        """Scores the plans that are new, all in one sweep."""
-        new = {_kept(plan): plan for plan in plans if _kept(plan) not in self.values}
-        if not new:
-            return
-        sums = self.evaluator.sequence_sums(list(new.values()), (self.metric,)).sums[self.metric]
-        # The first process decides for all, since unlike machines may round differently.
-        values = distributed.from_first(
-            lambda: self.evaluator.objective_values(sums, self.metric, self.objective).tolist()
-        )
-        self.values |= zip(new, values, strict=True)
-        self.sums |= zip(new, sums, strict=True)
-
-    def value(self, plan: PruningPlan) -> float:
-        """Returns a plan's score."""
-        return self.values[_kept(plan)]
-
-    def rank(self, plan: PruningPlan) -> float:
-        """Returns a plan's score as something to maximise."""
-        return to_maximise(self.metric, self.value(plan))
-
-    def gain(self, plan: PruningPlan, baseline: PruningPlan, seed: int) -> Interval:
-        """Returns the interval of a plan's gain over another."""
-        pair = torch.stack([self.sums[_kept(plan)], self.sums[_kept(baseline)]])
-        return distributed.from_first(
-            lambda: gain_of(self.evaluator, pair, metric=self.metric, objective=self.objective, seed=seed)
-        )
-
-
-def _kept(plan: PruningPlan) -> Kept:
-    return tuple(tuple(ids) for ids in plan.kept.values())
-
-
-def with_kept(plan: PruningPlan, kept: Mapping[int, list[int]]) -> PruningPlan:
-    return replace(plan, kept={**plan.kept, **kept})
-
-
-def mix_layers(
-    trials: Trials, base: PruningPlan, others: Mapping[str, ExpertScores]
-) -> dict[int, tuple[str, list[int]]]:
-    """Finds the layers of a plan that had better follow another criterion.
-
-    Args:
-        trials: scores plans.
-        base: the plan; every layer loses as many experts afterwards.
-        others: the other criteria, the best first.
-
-    Returns:
-        {decoder layer: (criterion, experts kept)}; empty where no single change is for the better.
-    """
-    changes: dict[tuple[int, tuple[int, ...]], str] = {}
-    for name, scores in others.items():
-        for layer, kept in PruningPlan.from_pruned_counts(scores, base.pruned_counts).kept.items():
-            if kept != base.kept[layer]:
-                changes.setdefault((layer, tuple(kept)), name)
-    plans = {change: with_kept(base, {change[0]: list(change[1])}) for change in changes}
-    trials.score(list(plans.values()))
-    gains = {change: trials.rank(plan) - trials.rank(base) for change, plan in plans.items()}
-    best: dict[int, tuple[int, tuple[int, ...]]] = {}  # {layer: its change that gains most}
-    for change in sorted((change for change in gains if gains[change] > 0), key=lambda change: -gains[change]):
-        best.setdefault(change[0], change)
-    mixes = [
-        {layer: (changes[change], list(change[1])) for layer, change in list(best.items())[:count]}
-        for count in range(1, len(best) + 1)
-    ]
-    mixed = [with_kept(base, {layer: kept for layer, (_, kept) in mix.items()}) for mix in mixes]
-    trials.score(mixed)
-    return max(zip(mixes, mixed, strict=True), key=lambda pair: trials.rank(pair[1]))[0] if mixes else {}
