@@ -49,11 +49,14 @@ class SearchResult:
             that a race dropped), "token_evaluations" and "token_evaluations_saved" (scored positions, over all plans),
             "best", "best_pruned", "mean" (of the plans scored on all tokens), "nan" (plans whose logits had a NaN row,
             ranked last)}.
+        finalists: the last elites, best first, of those with scores; `plan` is the first of them. A choice among them
+            on text that was not searched on is more honest (selection.py).
     """
 
     plan: PruningPlan
     score: float
     history: list[dict[str, Any]]
+    finalists: list[PruningPlan] = field(default_factory=list)
 
 
 def evolve(
@@ -62,6 +65,7 @@ def evolve(
     sparsity: Budget = EvolveSettings.sparsity,
     *,
     fitness: str = EvolveSettings.fitness,
+    objective: str = EvolveSettings.objective,
     population: int = EvolveSettings.population,
     generations: int = EvolveSettings.generations,
     elites: int = EvolveSettings.elites,
@@ -83,6 +87,7 @@ def evolve(
         scores: {layer: [E]}, higher = keep; the order in which a layer loses experts.
         sparsity: share of the experts to remove, or `Kept`.
         fitness: "esap", "kl_qp", "kl_pq", "nll", "accept" or "top1_agree"; KL and nll are minimised.
+        objective: "mean" over all text, or "worst": the mean of the evaluator's domain where it is worst.
         population: plans per generation. The defaults make population + (generations - 1) * (population - elites) =
             1,404 evaluations; repeated plans are served from a cache. Where more plans and patterns are given than fit,
             the first of them are taken (our choice).
@@ -110,6 +115,7 @@ def evolve(
     settings = EvolveSettings(
         sparsity=sparsity,
         fitness=fitness,
+        objective=objective,
         population=population,
         generations=generations,
         elites=elites,
@@ -122,7 +128,10 @@ def evolve(
         seed=seed,
     )
     scores = ExpertScores.wrap(scores, shapes=evaluator.shapes, model=evaluator.fingerprint)
-    return search(evaluator, SearchSpace.of(scores, settings, init_plans), out=out, progress=progress)
+    result = search(evaluator, SearchSpace.of(scores, settings, init_plans), out=out, progress=progress)
+    if out is not None and distributed.is_first():
+        result.plan.save(Path(out) / "plan.json")
+    return result
 
 
 @dataclass(frozen=True)
@@ -211,7 +220,7 @@ def search(
     out: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> SearchResult:
-    """Searches a space; see `evolve`."""
+    """Searches a space; see `evolve`. Writes no plan.json: the caller may choose another of the finalists."""
     check_scores(space.scores, evaluator.shapes, evaluator.fingerprint)
     settings = space.settings
     journal = Journal(Path(out), space.recorded(evaluator)) if out is not None else None
@@ -237,13 +246,11 @@ def search(
             history.append(_summary(generation, record, ranked, archive, space))
             bar.update()
             bar.set_postfix_str(f"best {archive.scores[ranked[0]]:.5f}")
-    best = survivors[0]
-    if math.isnan(archive.scores[best]) or best in archive.dropped:
+    best = [n for n in survivors if n not in archive.dropped and not math.isnan(archive.scores[n])]
+    if not best:
         raise ValueError("every candidate gave NaN logits; use a dtype with more range, such as bfloat16 or float32")
-    plan = space.plan(best)
-    if journal is not None and distributed.is_first():
-        plan.save(journal.folder / "plan.json")
-    return SearchResult(plan, archive.scores[best], history)
+    finalists = [space.plan(counts) for counts in best]
+    return SearchResult(finalists[0], archive.scores[best[0]], history, finalists)
 
 
 @dataclass
@@ -286,7 +293,7 @@ def _scored(evaluator: CandidateEvaluator, space: SearchSpace, candidates: list[
     """Scores candidates on every token and returns the generation's record."""
     fitness = space.settings.fitness
     plans = [space.plan(counts) for counts in candidates]
-    values = [getattr(result, fitness) for result in evaluator.evaluate(plans, (fitness,))] if plans else []
+    values = evaluator.fitness(plans, fitness, space.settings.objective) if plans else []
     return {
         "scores": [[list(counts), _none_if_nan(value)] for counts, value in zip(candidates, values, strict=True)],
         "token_evaluations": len(candidates) * sum(evaluator.weights(fitness)),

@@ -7,7 +7,7 @@ from typing import Any
 
 from moeprune_ext.allocation.budget import Budget
 from moeprune_ext.allocation.patterns import DEFAULT_PATTERNS
-from moeprune_ext.candidates.metrics import METRICS
+from moeprune_ext.candidates.metrics import METRICS, OBJECTIVES
 
 FIDELITIES = ("full", "race")
 
@@ -31,6 +31,10 @@ class EvolveSettings:
     fitness: str = field(
         default="esap", metadata={"help": "what plans are compared by: esap, kl_qp, kl_pq, nll, accept or top1_agree"}
     )
+    objective: str = field(
+        default="mean",
+        metadata={"help": "of the fitness: its mean over all text, or over the worst domain's", "choices": OBJECTIVES},
+    )
     population: int = field(default=32, metadata={"help": "plans per generation"})
     generations: int = field(default=50, metadata={"help": "generations, the first one included"})
     elites: int = field(default=4, metadata={"help": "plans that survive a generation"})
@@ -52,6 +56,10 @@ class EvolveSettings:
             raise ValueError(f"unknown fidelity {self.fidelity!r}; choose from {', '.join(FIDELITIES)}")
         if not 0 < self.race_level < 0.5:
             raise ValueError(f"race_level is the chance of a wrong drop, above 0 and below 0.5; got {self.race_level}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {self.objective!r}; choose from {', '.join(OBJECTIVES)}")
+        if self.objective == "worst" and self.fidelity == "race":
+            raise ValueError("a race compares means over all sequences; with objective worst use fidelity full")
         if self.fitness not in METRICS:
             raise ValueError(f"unknown fitness {self.fitness!r}; choose from {', '.join(METRICS)}")
         if min(self.population, self.generations, self.elites) < 1 or self.elites > self.population:

@@ -36,12 +36,13 @@ def check_known(folder: Path, known: Mapping[str, Any]) -> None:
 
     def check() -> None:
         if (recorded := recorded_settings(folder)) is not None:
-            _refuse_other(folder, recorded, known)
+            refuse_other(folder, recorded, known)
 
     distributed.from_first(check)
 
 
-def _refuse_other(folder: Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def refuse_other(folder: Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming what differs, unless what a directory's file records agrees with the settings."""
     differing = [name for name, value in settings.items() if not _same(name, recorded.get(name), value)]
     if differing:
         changes = "; ".join(f"{name}: {recorded.get(name)!r} there, {settings[name]!r} now" for name in differing)
@@ -82,7 +83,7 @@ class Journal:
         if recorded is None:
             write_json(self.folder / SETTINGS, settings, indent=1)
             return {}
-        _refuse_other(self.folder, recorded, settings | {name: None for name in recorded if name not in settings})
+        refuse_other(self.folder, recorded, settings | {name: None for name in recorded if name not in settings})
         return self._read()
 
     def _read(self) -> dict[int, dict[str, Any]]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import lcm
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,9 +166,9 @@ class ExpertScores(Mapping[int, Tensor]):
             raise ValueError(f"scores and the model's MoE layers differ at layers {missing}")
         return cls(values, dict(shapes), None, model)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, beside the target and then renamed."""
-        content = {
+    def as_json(self) -> dict[str, Any]:
+        """Returns everything as JSON values."""
+        return {
             "format": FORMAT,
             "criterion": self.criterion,
             "model": self.model,
@@ -175,16 +176,24 @@ class ExpertScores(Mapping[int, Tensor]):
             "scores": {str(layer): values.tolist() for layer, values in self.items()},
             "protected": {str(layer): sorted(ids) for layer, ids in self.protected.items()},
         }
-        write_json(path, content)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ExpertScores:
+        """Reads what `as_json` returned."""
+        values = {int(k): torch.tensor(v, dtype=torch.float64) for k, v in content["scores"].items()}
+        shapes = {int(k): LayerShape(**v) for k, v in content["shapes"].items()}
+        protected = {int(k): frozenset(map(int, v)) for k, v in content.get("protected", {}).items()}
+        return cls(values, shapes, content.get("criterion"), content.get("model"), protected)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON, beside the target and then renamed."""
+        write_json(path, self.as_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertScores:
         """Reads scores; raises ValueError if the file holds none."""
         with reading_json(path, FORMAT, "file of expert scores") as content:
-            values = {int(k): torch.tensor(v, dtype=torch.float64) for k, v in content["scores"].items()}
-            shapes = {int(k): LayerShape(**v) for k, v in content["shapes"].items()}
-            protected = {int(k): frozenset(map(int, v)) for k, v in content.get("protected", {}).items()}
-            return cls(values, shapes, content.get("criterion"), content.get("model"), protected)
+            return cls.from_json(content)
 
 
 def pruning_order(values: Tensor, n_group: int = 1, protected: frozenset[int] = frozenset()) -> list[int]:

@@ -69,6 +69,11 @@ def score_experts(
 def _triple(criterion: str | tuple[int, int, str]) -> tuple[str, tuple[int, int, str]]:
     """Returns a criterion's name and its triple; raises ValueError if there is no such criterion."""
     if isinstance(criterion, str):
+        if criterion == "auto":
+            raise ValueError(
+                "criterion auto is chosen by scoring plans on text, which `search` does; name a criterion here: "
+                f"{', '.join(CRITERIA)}"
+            )
         if criterion not in CRITERIA:
             raise ValueError(
                 f"unknown criterion {criterion!r}; choose one of {', '.join([*CRITERIA, 'random'])}, or a triple "

@@ -28,10 +28,18 @@ from moeprune_ext import distributed
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.candidates.engine import Engine, EngineOptions, Values
-from moeprune_ext.candidates.metrics import METRICS, NEXT_TOKEN, CandidateScore, SequenceSums
+from moeprune_ext.candidates.metrics import (
+    METRICS,
+    NEXT_TOKEN,
+    OBJECTIVES,
+    CandidateScore,
+    SequenceSums,
+    domain_means,
+    objective_value,
+)
 from moeprune_ext.candidates.sweep import LayerSweep
 from moeprune_ext.candidates.whole import WholeForwards
-from moeprune_ext.data.batches import as_batches, data_fingerprint, split_sequences
+from moeprune_ext.data.batches import TokenBatch, as_domains, data_fingerprint, split_sequences
 from moeprune_ext.models.active import fewer_active
 from moeprune_ext.models.apply import check_plan
 from moeprune_ext.models.layers import MoeLayer
@@ -51,7 +59,7 @@ class CandidateEvaluator:
 
     Args:
         model: a transformers model, or the MoeModel made of it.
-        batches: see data.batches.as_batches.
+        batches: see data.batches.as_domains: batches, or {domain: batches}.
         memory_budget: bytes beyond the model's own weights, on the model's device: the candidates' hidden states, what
             a layer needs to run, one layer's merged experts where candidates merge, a chunk of logits, and the
             teacher's hidden states.
@@ -70,13 +78,15 @@ class CandidateEvaluator:
     Attributes:
         moe: the model.
         sequences: the batches' sequences, [1, S] each.
+        domains: {domain: its sequences' numbers}; one domain, "all", where the data came in none.
         positions: attended and labelled positions.
         method: how candidates are run, and why.
         identity: what scores depend on beside the plans, as JSON values.
 
     Raises:
-        ValueError: for a model without MoE layers or with a router that cannot be masked, for no data, when the
-            teacher's own logits are NaN, and for a memory_budget that cannot hold one sequence, with the numbers.
+        ValueError: for a model without MoE layers or with a router that cannot be masked, for no data, for a domain
+            with no position to score, when the teacher's own logits are NaN, and for a memory_budget that cannot hold
+            one sequence, with the numbers.
     """
 
     def __init__(
@@ -98,11 +108,19 @@ class CandidateEvaluator:
             raise ValueError(f"least_units must be at least 1, got {least_units}")
         EngineOptions(memory_budget, teacher_cache, router)  # refused before the model is looked at
         self.moe = MoeModel.of(model)
-        self.sequences = split_sequences(as_batches(batches, self.moe.vocab_size))
+        self.sequences: list[TokenBatch] = []
+        self.domains: dict[str, list[int]] = {}
+        for name, its_batches in as_domains(batches, self.moe.vocab_size).items():
+            first = len(self.sequences)
+            self.sequences += split_sequences(its_batches)
+            self.domains[name] = list(range(first, len(self.sequences)))
         self.scored_positions = [int(sequence.scored.sum()) for sequence in self.sequences]
         self.positions = sum(self.scored_positions)
         if self.positions == 0:
             raise ValueError("there is nothing to score: no position is both attended and labelled")
+        for name, numbers in self.domains.items():
+            if not any(self.scored_positions[number] for number in numbers):
+                raise ValueError(f"domain {name} has no position that is both attended and labelled; leave it out")
         self.predicted_positions = [int((s.next_token_labels >= 0).sum()) for s in self.sequences]
         self.data_fingerprint = data_fingerprint(self.sequences)
         longest = max(sequence.input_ids.shape[1] for sequence in self.sequences)
@@ -147,6 +165,8 @@ class CandidateEvaluator:
         return {
             "model": self.fingerprint,
             "data": self.data_fingerprint,
+            # None for one domain, which is all of the data.
+            "domains": {name: len(its) for name, its in self.domains.items()} if len(self.domains) > 1 else None,
             "dtype": str(next(self.moe.model.parameters()).dtype),
             "method": self._engine.about,
             "accept_seed": seed,
@@ -210,6 +230,44 @@ class CandidateEvaluator:
             )
             for row in range(len(plans))
         ]
+
+    def fitness(self, plans: Sequence[PruningPlan], metric: str = "esap", objective: str = "mean") -> list[float]:
+        """Returns what plans are compared by: a metric's mean, or that of the domain where it is worst.
+
+        Args:
+            plans: of this model.
+            metric: as in `evaluate`.
+            objective: "mean" or "worst".
+
+        Raises:
+            ValueError: as `evaluate`, and for an unknown objective.
+        """
+        self.check_objective(metric, objective)
+        return self.objective_values(self.sequence_sums(plans, (metric,)).sums[metric], metric, objective).tolist()
+
+    def objective_values(self, sums: Tensor, metric: str, objective: str = "mean") -> Tensor:
+        """As `fitness`, float64 [C], of sums [C, N] over all sequences."""
+        self.check_objective(metric, objective)
+        return objective_value(metric, objective, sums, self._weights(metric), self.domains)
+
+    def check_objective(self, metric: str, objective: str) -> None:
+        """Raises ValueError for an objective that is unknown, or that a domain has no position for."""
+        if objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {objective!r}; choose from {', '.join(OBJECTIVES)}")
+        if objective == "worst" and metric in NEXT_TOKEN:
+            for name, numbers in self.domains.items():
+                if not any(self.predicted_positions[number] for number in numbers):
+                    raise ValueError(
+                        f"domain {name} has no position whose next token is labelled, which {metric} needs"
+                    )
+
+    def by_domain(self, plans: Sequence[PruningPlan], metric: str = "esap") -> list[dict[str, float]]:
+        """Returns each plan's {domain: token-weighted mean}; see `evaluate`."""
+        means = domain_means(self.sequence_sums(plans, (metric,)).sums[metric], self._weights(metric), self.domains)
+        return [{name: float(values[row]) for name, values in means.items()} for row in range(len(plans))]
+
+    def _weights(self, metric: str) -> Tensor:
+        return torch.tensor(self.weights(metric), dtype=torch.float64)
 
     def sequence_sums(
         self,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 METRICS = ("esap", "kl_pq", "kl_qp", "top1_agree", "accept", "nll", "label_top1")
 NEXT_TOKEN = ("nll", "label_top1")  # at positions whose next token is labelled; the teacher is not looked at
 LOWER_IS_BETTER = frozenset({"kl_pq", "kl_qp", "nll"})
+OBJECTIVES = ("mean", "worst")  # over all sequences together, or the worst domain's mean
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,35 @@ class SequenceSums:
 
     sums: dict[str, Tensor]
     nan_rows: Tensor
+
+
+def domain_means(sums: Tensor, weights: Tensor, domains: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Returns {domain: [...]}, the token-weighted mean over its sequences.
+
+    Args:
+        sums: float64 [..., N], a metric's sum over each sequence.
+        weights: float64 [..., N], the positions behind each sum.
+        domains: {domain: its sequences' numbers}.
+    """
+    return {
+        name: sums[..., list(numbers)].sum(-1) / weights[..., list(numbers)].sum(-1)
+        for name, numbers in domains.items()
+    }
+
+
+def objective_value(
+    metric: str, objective: str, sums: Tensor, weights: Tensor, domains: Mapping[str, Sequence[int]]
+) -> Tensor:
+    """Returns what plans are compared by, [...]; NaN where a sum that counts is NaN.
+
+    Args:
+        metric: of METRICS.
+        objective: "mean": over all sequences; "worst": the worst domain's mean, the greatest where lower is better.
+        sums: see domain_means.
+        weights: see domain_means.
+        domains: see domain_means.
+    """
+    if objective == "mean":
+        return sums.sum(-1) / weights.sum(-1)
+    means = torch.stack(list(domain_means(sums, weights, domains).values()))
+    return means.amax(0) if metric in LOWER_IS_BETTER else means.amin(0)

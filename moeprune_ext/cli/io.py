@@ -20,7 +20,8 @@ from moeprune_ext.calibration.criteria import score_experts, super_experts
 from moeprune_ext.checkpoint.load import load
 from moeprune_ext.checkpoint.read import read_checkpoint, read_config, read_hf_config, skeleton
 from moeprune_ext.cli.arguments import Budgeted, Common, Data, Limits, Scored, Streaming
-from moeprune_ext.data.batches import TokenBatch, load_batches
+from moeprune_ext.data.batches import TokenBatch
+from moeprune_ext.data.batches import load_domains as read_domains
 from moeprune_ext.models.costs import CONTEXT, bytes_of, experts_that_fit
 
 SPARSITY = 0.5  # of the experts go, where no budget is given
@@ -33,17 +34,27 @@ def load_scores(options: Scored) -> ExpertScores:
         ValueError: for both or neither of the two, and for scores of another model than the named one, whose weights
             are not loaded.
     """
-    if (options.stats is None) == (options.scores is None):
-        raise ValueError("give either --stats, with a --criterion, or --scores")
-    stats = None
+    if options.scores is None:
+        stats = load_stats(options)
+        return constrained(score_experts(stats, parse_criterion(options.criterion), seed=options.seed), stats, options)
     if options.stats is not None:
-        stats = RoutingStats.load(options.stats)
-        scores = score_experts(stats, parse_criterion(options.criterion), seed=options.seed)
-    elif options.scores is not None:
-        scores = ExpertScores.load(options.scores)
-    scores = constrained(scores, stats, options)
-    check_same_model(options.model, scores.model, options.stats or options.scores)
+        raise ValueError("give either --stats, with a --criterion, or --scores")
+    scores = constrained(ExpertScores.load(options.scores), None, options)
+    check_same_model(options.model, scores.model, options.scores)
     return scores
+
+
+def load_stats(options: Scored) -> RoutingStats:
+    """Loads the statistics of --stats.
+
+    Raises:
+        ValueError: if there are none, and for those of another model than the named one, whose weights are not loaded.
+    """
+    if options.stats is None:
+        raise ValueError("give either --stats, with a --criterion, or --scores")
+    stats = RoutingStats.load(options.stats)
+    check_same_model(options.model, stats.model, options.stats)
+    return stats
 
 
 def check_same_model(model: Path, fingerprint: str | None, file: Path | None) -> None:
@@ -151,15 +162,15 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def load_data(options: Data, tokenizer: Callable[[], Any], *, labels: bool = True) -> list[TokenBatch]:
-    """Loads --data as batches, and says on stderr what was recognised.
+def load_domains(options: Data, tokenizer: Callable[[], Any], *, labels: bool = True) -> dict[str, list[TokenBatch]]:
+    """Loads --data as {domain: batches}, a domain a source, and says on stderr what was recognised.
 
     Args:
         options: the sources, and how much of them.
         tokenizer: loads the model's tokenizer; called only if a source needs it.
         labels: False where every token counts, as in calibration.
     """
-    return load_batches(
+    return read_domains(
         options.data,
         tokenizer,
         sequence_length=options.sequence_length,
@@ -168,6 +179,11 @@ def load_data(options: Data, tokenizer: Callable[[], Any], *, labels: bool = Tru
         labels=labels,
         say=_say if distributed.is_first() else None,
     )
+
+
+def load_data(options: Data, tokenizer: Callable[[], Any], *, labels: bool = True) -> list[TokenBatch]:
+    """As `load_domains`, of all sources one after the other."""
+    return [batch for batches in load_domains(options, tokenizer, labels=labels).values() for batch in batches]
 
 
 def _say(line: str) -> None:

@@ -91,6 +91,27 @@ def as_batches(batches: Iterable[Any], vocab_size: int | None = None) -> list[To
     return checked
 
 
+def as_domains(batches: Iterable[Any], vocab_size: int | None = None) -> dict[str, list[TokenBatch]]:
+    """Checks data that may come in domains; all of it is the domain "all" where it does not.
+
+    Args:
+        batches: {domain: what as_batches accepts}, or what as_batches accepts. A mapping with `input_ids` is one batch.
+        vocab_size: see as_batches.
+
+    Raises:
+        ValueError: as as_batches, naming the domain.
+    """
+    if not isinstance(batches, Mapping) or "input_ids" in batches or not batches:
+        return {"all": as_batches(batches, vocab_size)}
+    domains = {}
+    for name, its_batches in batches.items():
+        try:
+            domains[str(name)] = as_batches(its_batches, vocab_size)
+        except ValueError as error:
+            raise ValueError(f"domain {name}: {error}") from None
+    return domains
+
+
 def without_padding(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
     """Leaves out rows that are all padding, columns of padding at either end, and batches that are all padding."""
     trimmed = []

@@ -230,7 +230,9 @@ def test_streamed_calibration_and_raced_search(work, capsys, tmp_path):
         assert result[name] == sum(line[name] for line in lines)
 
 
-def test_every_setting_of_a_search_is_a_flag(work, capsys, tmp_path):
+@pytest.mark.parametrize("fixed", ["objective", "fidelity"])  # the two others cannot go together
+def test_every_setting_of_a_search_is_a_flag(work, capsys, tmp_path, fixed):
+    others = {"objective": {"fidelity": "race"}, "fidelity": {"objective": "worst"}}[fixed]
     settings = EvolveSettings(
         sparsity=0.25,
         fitness="kl_pq",
@@ -241,12 +243,12 @@ def test_every_setting_of_a_search_is_a_flag(work, capsys, tmp_path):
         max_steps=1,
         max_attempts=8,
         init_patterns=("up", "alt"),
-        fidelity="race",
         race_level=0.1,
         seed=7,
+        **others,
     )
     values = dataclasses.asdict(settings)
-    assert all(value != getattr(EvolveSettings, name) for name, value in values.items())
+    assert [name for name, value in values.items() if value == getattr(EvolveSettings, name)] == [fixed]
     flags = [["--" + name.replace("_", "-"), *(v if isinstance(v, tuple) else [v])] for name, v in values.items()]
     data = ["--data", work / "text.txt", "--sequence-length", 32, "--sequences", 8]
     search = ["search", work / "model", "--stats", work / "stats.safetensors", *data, *sum(flags, [])]
