@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from moeprune_ext import distributed
+from moeprune_ext.allocation.budget import Budget, uniform_plan
+from moeprune_ext.allocation.threshold import global_plan
 from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.candidates.metrics import LOWER_IS_BETTER, domain_means, objective_value, to_maximise
 from moeprune_ext.data.batches import TokenBatch, split_sequences
@@ -63,6 +66,29 @@ def split_held_out(
         held[max(held, key=lambda name: len(sequences[name]) - held[name])] += 1
     searched = {name: its[: len(its) - held[name]] for name, its in sequences.items()}
     return searched, {name: its[len(its) - held[name] :] for name, its in sequences.items()}
+
+
+def simple_plans(scores: ExpertScores, sparsity: Budget, best: PruningPlan | None = None) -> dict[str, PruningPlan]:
+    """Returns the plans that no search is needed for, the simplest first.
+
+    Args:
+        scores: the order in which layers lose experts.
+        sparsity: the budget.
+        best: the best plan of a choice among criteria, if there was one.
+
+    Returns:
+        "uniform", where every layer can give its share, and "global": `best` where it is another plan, or else what
+        stands in for the uniform plan.
+    """
+    plans = {}
+    try:
+        plans["uniform"] = uniform_plan(scores, sparsity)
+    except ValueError:  # some layer cannot give the uniform share
+        if best is None:
+            plans["global"] = global_plan(scores, sparsity)
+    if best is not None and best not in plans.values():
+        plans["global"] = best
+    return plans
 
 
 @dataclass(frozen=True)

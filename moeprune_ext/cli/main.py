@@ -22,6 +22,7 @@ from moeprune_ext.cli.arguments import add_flags, read_flags
 # Each verb is the file of that name: EXAMPLE, Options (its flags) and run(options) -> (a result for JSON, a text). Only
 # the file of the verb that is asked for is imported, so that `moeprune --help` does not wait for torch.
 VERBS = {
+    "prune": "the whole way to the best pruned checkpoint: calibrate, choose, search, repair, measure; resumes OUT",
     "demo": "everything, on the embedded model, in about a minute on two cores",
     "info": "MoE layers, experts, router kind, memory by part, what pruning would save",
     "calibrate": "one pass over text: routing and activation statistics of every expert",
@@ -34,7 +35,15 @@ VERBS = {
     "eval": "accuracy on task files, perplexity on text",
 }
 
-SHARED = ("calibrate", "score", "search", "allocate", "grape", "eep")  # verbs whose work several processes share
+SHARED = (
+    "prune",
+    "calibrate",
+    "score",
+    "search",
+    "allocate",
+    "grape",
+    "eep",
+)  # verbs whose work several processes share
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from moeprune_ext import distributed
-from moeprune_ext.allocation.budget import Budget, uniform_plan
+from moeprune_ext.allocation.budget import Budget
 from moeprune_ext.allocation.choice import CriterionChoice, auto_criterion
 from moeprune_ext.allocation.evolve import SearchResult, SearchSpace, search
-from moeprune_ext.allocation.selection import LEAST_HELD_OUT, Domains, HeldOut, rank_held_out, split_held_out
+from moeprune_ext.allocation.selection import (
+    LEAST_HELD_OUT,
+    Domains,
+    HeldOut,
+    rank_held_out,
+    simple_plans,
+    split_held_out,
+)
 from moeprune_ext.allocation.settings import EvolveSettings
-from moeprune_ext.allocation.threshold import global_plan
 from moeprune_ext.artifacts.journal import check_known, recorded_settings
 from moeprune_ext.artifacts.plan import PruningPlan
-from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.stats import RoutingStats
 from moeprune_ext.calibration.criteria import CRITERIA
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
@@ -69,7 +74,7 @@ def run(options: Options) -> tuple[Any, str]:
     if stats is not None:
         choice = _choice(options, evaluator, stats, budget)
         scores = choice.scores
-    simple = _simple_plans(scores, budget, choice)
+    simple = simple_plans(scores, budget, choice.plan if choice else None)
     if choice is not None:
         joining = [simple["global"]] if "global" in simple else []
         space = SearchSpace.of(scores, settings, [*init_plans, *joining][: settings.population])
@@ -161,19 +166,6 @@ def _choice(options: Options, evaluator: CandidateEvaluator, stats: RoutingStats
         file=options.out / CHOICE,
         progress=distributed.is_first(),
     )
-
-
-def _simple_plans(scores: ExpertScores, budget: Budget, choice: CriterionChoice | None) -> dict[str, PruningPlan]:
-    """Returns the plans that no search is needed for, the simplest first."""
-    plans = {}
-    try:
-        plans["uniform"] = uniform_plan(scores, budget)
-    except ValueError:  # some layer cannot give the uniform share; the search needs no uniform plan
-        if choice is None:
-            plans["global"] = global_plan(scores, budget)
-    if choice is not None and choice.plan not in plans.values():
-        plans["global"] = choice.plan
-    return plans
 
 
 def _shown(options: Options, found: _Found) -> tuple[Any, str]:

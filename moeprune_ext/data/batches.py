@@ -128,6 +128,18 @@ def split_sequences(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
     return without_padding([batch.part(slice(row, row + 1)) for batch, rows in wanted for row in rows])
 
 
+def joined(batches: Sequence[TokenBatch], tokens: int) -> list[TokenBatch]:
+    """Joins neighbouring batches of equal length, each of at most `tokens` tokens unless one already has more."""
+    groups: list[list[TokenBatch]] = []
+    for batch in batches:
+        size = sum(part.input_ids.numel() for part in groups[-1]) if groups else 0
+        alike = bool(groups) and groups[-1][0].input_ids.shape[1] == batch.input_ids.shape[1]
+        if not alike or size + batch.input_ids.numel() > tokens:
+            groups.append([])
+        groups[-1].append(batch)
+    return [_joined(group) for group in groups]
+
+
 def _as_batch(item: Any, number: int, vocab_size: int | None) -> TokenBatch:
     tensors = vars(item) if isinstance(item, TokenBatch) else item if isinstance(item, Mapping) else {"input_ids": item}
     ids = tensors.get("input_ids")

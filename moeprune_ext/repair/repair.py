@@ -25,7 +25,7 @@ from tqdm import tqdm
 from moeprune_ext import distributed
 from moeprune_ext.artifacts.journal import Journal
 from moeprune_ext.artifacts.plan import HasPlan, Merge, PruningPlan, plan_of
-from moeprune_ext.data.batches import TokenBatch, as_batches, data_fingerprint, without_padding
+from moeprune_ext.data.batches import TokenBatch, as_batches, data_fingerprint, joined, without_padding
 from moeprune_ext.files import replacing
 from moeprune_ext.models.apply import check_plan
 from moeprune_ext.models.experts import PairOutputs
@@ -39,6 +39,7 @@ from moeprune_ext.repair.walk import Walk, walk_of
 
 RIDGES = (0.01, 0.1, 1.0)  # strengths that "auto" chooses from, for each layer
 TARGETS = ("layer", "hidden")
+TOKENS_AT_ONCE = 2048  # in one call of a layer, unless a sequence is longer
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _ridges(ridge: str | float | Sequence[float]) -> tuple[float, ...]:
 
 
 def _texts(moe: MoeModel, batches: Iterable[Any], held_out: Iterable[Any] | None) -> tuple[list[TokenBatch], ...]:
-    """Returns the batches to fit and those that judge, [1, S] each."""
+    """Returns the batches to fit and those that judge."""
 
     def rows(batches: Iterable[Any]) -> list[TokenBatch]:
         checked = without_padding(as_batches(batches, moe.vocab_size))
@@ -168,11 +169,11 @@ def _texts(moe: MoeModel, batches: Iterable[Any], held_out: Iterable[Any] | None
 
     fit = rows(batches)
     if held_out is not None:
-        return fit, rows(held_out)
+        return joined(fit, TOKENS_AT_ONCE), joined(rows(held_out), TOKENS_AT_ONCE)
     if len(fit) < 2:
         raise ValueError("repair needs held-out text to choose its strength: give two sequences at least, or held_out")
     end = len(fit) - max(1, len(fit) // 4)
-    return fit[:end], fit[end:]
+    return joined(fit[:end], TOKENS_AT_ONCE), joined(fit[end:], TOKENS_AT_ONCE)
 
 
 class _Finished:
