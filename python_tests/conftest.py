@@ -28,6 +28,7 @@ FAST = {
     "test_data.py",
     "test_eep_candidates.py",
     "test_golden.py",
+    "test_intervals.py",
     "test_layouts.py",
     "test_masked_router.py",
     "test_merging.py",

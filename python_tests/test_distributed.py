@@ -114,6 +114,9 @@ def test_the_command_line_under_torchrun_prints_once_and_refuses_once(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert mp.PruningPlan.load(result["plan"]).sparsity == 0.5
+    assert torchrun(1, *search, "-o", tmp_path / "alone").returncode == 0
+    for name in ("choice.json", "history.jsonl", "plan.json"):
+        assert (tmp_path / "run" / name).read_text() == (tmp_path / "alone" / name).read_text(), name
     refused = torchrun(2, *search, "-o", tmp_path / "run", "--seed", 5, restarts=0)
     assert refused.returncode != 0 and "seed: 0 there, 5 now" in refused.stderr and refused.stdout == ""
 

@@ -119,7 +119,6 @@ def auto_criterion(
     *,
     fitness: str = "esap",
     objective: str = "mean",
-    per_layer: bool = True,
     limits: Limits = _unlimited,
     seed: int = 0,
     file: str | os.PathLike[str] | None = None,
@@ -128,14 +127,13 @@ def auto_criterion(
     """As `choose_criterion`, with naee's order, which is measured on the evaluator's text; kept in a file.
 
     Args:
-        evaluator: see `choose_criterion`, as all but the last two.
-        stats: of the same model.
-        sparsity: share of the experts to remove.
-        fitness: what plans are compared by.
-        objective: "mean" or "worst".
-        per_layer: whether to try a criterion per layer.
-        limits: makes scores of a criterion stricter.
-        seed: also draws naee's sample.
+        evaluator: see `choose_criterion`, as those below.
+        stats: see there.
+        sparsity: see there.
+        fitness: see there.
+        objective: see there.
+        limits: see there.
+        seed: see there; also draws naee's sample.
         file: where the choice is kept; one that is there is taken instead of measuring again.
         progress: whether to show progress bars on stderr.
 
@@ -146,7 +144,7 @@ def auto_criterion(
     orders = [order_fingerprint(one) for one in scores]
     capacities = [shape.capacity for shape in scores[0].shapes.values()]
     budget = asdict(sparsity) if isinstance(sparsity, Kept) else sparsity
-    settings = {"sparsity": budget, "fitness": fitness, "objective": objective, "per_layer": per_layer, "seed": seed}
+    settings = {"sparsity": budget, "fitness": fitness, "objective": objective, "seed": seed}
     request = {**evaluator.identity, **settings, "orders": orders, "capacities": capacities}
     path = None if file is None else Path(file)
     if path is not None:
@@ -165,7 +163,6 @@ def auto_criterion(
         more_scores=more,
         fitness=fitness,
         objective=objective,
-        per_layer=per_layer,
         limits=limits,
         seed=seed,
         notes=notes,
@@ -185,7 +182,6 @@ def choose_criterion(
     objective: str = "mean",
     per_layer: bool = True,
     limits: Limits = _unlimited,
-    orders: int = ORDERS,
     seed: int = 0,
     notes: Sequence[str] = (),
 ) -> CriterionChoice:
@@ -201,9 +197,8 @@ def choose_criterion(
         more_scores: of other criteria, such as `naee_scores`.
         fitness: what plans are compared by, a metric of the evaluator.
         objective: "mean" or "worst": over all sequences, or in the worst domain.
-        per_layer: whether to try a criterion per layer.
+        per_layer: whether to try a criterion per layer, among the ORDERS best ones.
         limits: makes scores of a criterion stricter, as ExpertScores.constrained does.
-        orders: criteria that a layer may choose among, the best ones.
         seed: of the bootstrap that compares the mix with the single criterion.
         notes: what the caller left out, for the record.
 
@@ -225,7 +220,7 @@ def choose_criterion(
     chosen, names, gain = replace(candidates[name], criterion=f"auto: {name}"), None, None
     if per_layer:
         standing = {n: max(trials.rank(plan) for other, _, plan in rows if other == n) for n in candidates}
-        ranked = sorted((n for n in candidates if n != name), key=lambda n: -standing[n])[: orders - 1]
+        ranked = sorted((n for n in candidates if n != name), key=lambda n: -standing[n])[: ORDERS - 1]
         mix, even, odd = mix_layers(trials, plan, {n: candidates[n] for n in ranked})
         if mix:
             gain = trials.gain_elsewhere(plan, mixed_plan(plan, even), mixed_plan(plan, odd), seed)

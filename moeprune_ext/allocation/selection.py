@@ -103,10 +103,10 @@ class HeldOut:
         domains: {plan's name: {domain: ESAP}}.
         baseline: name of the simpler plan.
         best: name of the plan that scores best.
-        winner: name of the plan chosen: the best, or the baseline where the interval of the gain includes 0.
-        gain: of the best plan over the baseline, positive = better. The interval is of the pair and does not count that
+        winner: name of the plan chosen: the best, or a simpler one where the interval of the gain over it includes 0.
+        gain: of the winner over the baseline, or of the best where that is the winner; positive = better. The interval is of the pair and does not count that
             the best was chosen on the same sequences.
-        says: the outcome, in one sentence.
+        says: how it was chosen, in a sentence for every step.
     """
 
     metric: str
@@ -149,19 +149,22 @@ def rank_held_out(
     plans: Mapping[str, PruningPlan],
     *,
     baseline: str = "uniform",
+    simple: Sequence[str] = (),
     metric: str = "esap",
     objective: str = "mean",
     seed: int = 0,
 ) -> HeldOut:
-    """Ranks plans on held-out text and chooses one: the best, unless its gain over the baseline may be chance.
+    """Ranks plans on held-out text and chooses one: the best, unless its gain over a simpler one may be chance.
 
+    The best of the simple plans must gain over the baseline, and the best of all others over what was chosen so far.
     The interval is a paired bootstrap over sequences, token-weighted; with objective "worst" each domain's sequences
     are drawn among themselves.
 
     Args:
         evaluator: of the held-out sequences.
         plans: {name: plan}, the baseline among them.
-        baseline: name of the simpler plan.
+        baseline: name of the simplest plan.
+        simple: names of plans that are simpler than those not named.
         metric: that plans are compared by.
         objective: "mean" or "worst".
         seed: of the bootstrap.
@@ -184,9 +187,23 @@ def rank_held_out(
         if math.isnan(scores[best]):
             raise ValueError("every plan gives NaN logits on the held-out text; use a dtype with more range")
         esap = domain_means(scored["esap"], _positions(evaluator, "esap"), evaluator.domains)
-        pair = scored[metric][[names.index(best), names.index(baseline)]]
-        gain = gain_of(evaluator, pair, metric=metric, objective=objective, seed=seed)
-        chosen = best if gain.above_zero or not math.isfinite(scores[baseline]) else baseline
+        rank = {name: to_maximise(metric, score) for name, score in scores.items()}
+
+        def gain_over(name: str, other: str) -> Interval:
+            pair = scored[metric][[names.index(name), names.index(other)]]
+            return gain_of(evaluator, pair, metric=metric, objective=objective, seed=seed)
+
+        chosen, sentences = baseline, []
+        for rung in (simple, [name for name in names if name not in (baseline, *simple)]):
+            candidate = max([name for name in rung if name in names], key=lambda name: rank[name], default=chosen)
+            if candidate == chosen:
+                continue
+            gain = gain_over(candidate, chosen)
+            better = gain.above_zero or not math.isfinite(scores[chosen])
+            winner = candidate if better else chosen
+            sentences.append(_sentence(candidate, winner, chosen, gain, metric, len(evaluator.sequences)))
+            chosen = winner
+        gain = gain_over(best if chosen == baseline else chosen, baseline)
         return HeldOut(
             metric=metric,
             objective=objective,
@@ -197,7 +214,7 @@ def rank_held_out(
             best=best,
             winner=chosen,
             gain=gain,
-            says=_sentence(best, chosen, baseline, gain, metric, len(evaluator.sequences)),
+            says=" ".join(sentences) or f"There is no other plan than {baseline}.",
         )
 
     return distributed.from_first(judge)
@@ -238,10 +255,10 @@ def _positions(evaluator: CandidateEvaluator, metric: str) -> Tensor:
 
 def _sentence(best: str, chosen: str, baseline: str, gain: Interval, metric: str, sequences: int) -> str:
     where = f"on {sequences} held-out sequences"
-    if best == baseline:
-        return f"No plan is better than {baseline} {where}: it is kept."
     if not math.isfinite(gain.value):
         return f"{baseline} has no finite {metric} {where}: {best} is chosen."
+    if gain.value <= 0:
+        return f"{best} is not better than {baseline} {where}: {baseline} is kept."
     interval = f"95 % interval {gain.low:+.4f} to {gain.high:+.4f}"
     if chosen == baseline:
         return (

@@ -87,7 +87,13 @@ def run(options: Options) -> tuple[Any, str]:
         evaluator, baseline = evaluator_of(held_out), next(iter(simple))
         metric, objective = compared
         ranking = rank_held_out(
-            evaluator, plans, baseline=baseline, metric=metric, objective=objective, seed=options.seed
+            evaluator,
+            plans,
+            baseline=baseline,
+            simple=list(simple)[1:],
+            metric=metric,
+            objective=objective,
+            seed=options.seed,
         )
         plan, note = plans[ranking.winner], ranking.says
     found = _Found(plan, outcome, choice, ranking, uniform, evaluator.by_domain([plan])[0], note, method)

@@ -207,6 +207,7 @@ class Run:
             source.judge,
             plans,
             baseline=next(iter(simple)),
+            simple=list(simple)[1:],
             metric=settings.search.fitness,
             objective=settings.search.objective,
             seed=settings.search.seed,

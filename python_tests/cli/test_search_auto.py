@@ -70,14 +70,14 @@ def test_the_plan_written_is_the_winner_on_text_that_was_not_searched_on(work, c
         held_out["best"] == held_out["baseline"] or held_out["gain"]["low"] > 0
     )
     assert result["domains"] == pytest.approx(held_out["domains"][held_out["winner"]], abs=1e-6)
-    assert set(result["domains"]) == {"code.txt", "arithmetic.txt"}
+    assert set(result["domains"]) == {"code", "arithmetic"}
     assert held_out["scores"][held_out["winner"]] == pytest.approx(min(result["domains"].values()), abs=1e-6)
     assert [16 - len(ids) for ids in plan.kept.values()] and plan.sparsity == 0.5
     searched = json.loads((work / "run" / "search.json").read_text())
-    assert searched["domains"] == {"code.txt": 6, "arithmetic.txt": 6} and searched["objective"] == "worst"
+    assert searched["domains"] == {"code": 6, "arithmetic": 6} and searched["objective"] == "worst"
     main(list(map(str, [*asked(work), "--objective", "worst", "-o", work / "run"])))
     shown = capsys.readouterr().out
-    assert "esap of the worst domain" in shown and "ESAP on held-out text: code.txt 0." in shown
+    assert "esap of the worst domain" in shown and "ESAP on held-out text: code 0." in shown
     assert result["note"] in shown
 
 
@@ -114,7 +114,7 @@ def test_little_text_is_searched_on_whole_and_the_result_says_so(work, capsys, t
     off = run(capsys, *asked(work, sequences=16), *share, "-o", tmp_path / "off")
     assert off["held_out"] is None and off["note"].startswith("Nothing is held out")
     searched = json.loads((tmp_path / "off" / "search.json").read_text())
-    assert searched["domains"] == {"code.txt": 8, "arithmetic.txt": 8}
+    assert searched["domains"] == {"code": 8, "arithmetic": 8}
 
 
 def test_a_layer_that_cannot_give_the_uniform_share_leaves_a_global_baseline(work, capsys, tmp_path):
