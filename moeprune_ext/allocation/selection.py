@@ -104,8 +104,8 @@ class HeldOut:
         baseline: name of the simpler plan.
         best: name of the plan that scores best.
         winner: name of the plan chosen: the best, or a simpler one where the interval of the gain over it includes 0.
-        gain: of the winner over the baseline, or of the best where that is the winner; positive = better. The interval is of the pair and does not count that
-            the best was chosen on the same sequences.
+        gain: of the winner over the baseline, or of the best where that is the winner; positive = better. The interval
+            is of the pair and does not count that the best was chosen on the same sequences.
         says: how it was chosen, in a sentence for every step.
     """
 

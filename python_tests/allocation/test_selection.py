@@ -138,7 +138,7 @@ def test_a_gain_that_may_be_chance_is_not_taken(evaluator, scores):
     result = rank_held_out(evaluator, plans)
     assert (result.winner == "uniform") == (result.best == "uniform" or result.gain.low <= 0)
     same = {"uniform": plans["uniform"], "search 1": plans["uniform"]}
-    assert rank_held_out(evaluator, same).says.startswith("No plan is better than uniform")
+    assert rank_held_out(evaluator, same).says.startswith("search 1 is not better than uniform")
     few = mp.CandidateEvaluator(evaluator.model, [random_tokens(2, 6, 3)])
     chances = [rank_held_out(few, {"uniform": plans["uniform"], name: plan}) for name, plan in near.items()]
     kept = [result for result in chances if result.best != "uniform" and result.winner == "uniform"]
