@@ -33,6 +33,7 @@ FAST = {
     "test_masked_router.py",
     "test_merging.py",
     "test_plan.py",
+    "test_progress.py",
     "test_router_map.py",
     "test_sources.py",
 }

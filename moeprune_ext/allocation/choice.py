@@ -29,6 +29,7 @@ from moeprune_ext.calibration.criteria import CRITERIA, score_experts
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.files import finite_or_none, nan_if_none, reading_json, write_json
 from moeprune_ext.intervals import Interval
+from moeprune_ext.progress import View
 
 FORMAT = "moeprune.choice/1"
 ORDERS = 4  # criteria whose orders a layer may take
@@ -122,7 +123,7 @@ def auto_criterion(
     limits: Limits = _unlimited,
     seed: int = 0,
     file: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | View = False,
 ) -> CriterionChoice:
     """As `choose_criterion`, with naee's order, which is measured on the evaluator's text; kept in a file.
 
@@ -135,7 +136,7 @@ def auto_criterion(
         limits: see there.
         seed: see there; also draws naee's sample.
         file: where the choice is kept; one that is there is taken instead of measuring again.
-        progress: whether to show progress bars on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
 
     Raises:
         ValueError: as `choose_criterion`, and for the file of a choice that was made for other settings.

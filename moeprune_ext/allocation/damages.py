@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from tqdm import tqdm
 
 from moeprune_ext.allocation.budget import Budget, check_same_model, check_scores, in_units, order_fingerprint
 from moeprune_ext.artifacts.plan import PruningPlan
@@ -27,6 +26,7 @@ from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.candidates.metrics import METRICS, to_maximise
 from moeprune_ext.files import finite_or_none, reading_json, write_json
+from moeprune_ext.progress import View, bar
 
 PLANS_AT_ONCE = 256  # measured in one sweep; more would hide the progress of a large model's hours (our choice)
 FORMAT = "moeprune.damages/1"
@@ -138,7 +138,7 @@ def damages(
     *,
     fitness: str = "esap",
     steps: int | None = None,
-    progress: bool = False,
+    progress: bool | View = False,
 ) -> Damages:
     """Prunes each layer alone to each count that it can lose, and measures what that costs.
 
@@ -149,7 +149,7 @@ def damages(
         fitness: any of the evaluator's metrics.
         steps: counts measured per layer beside 0, at most, evenly spaced up to the layer's capacity; None: every count.
             48 layers that can lose 120 experts are 5,761 evaluations, 577 with steps=12.
-        progress: whether to show a progress bar on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
 
     Returns:
         The damages, for `dp_plan`.
@@ -167,11 +167,11 @@ def damages(
     alone = [{layer: count} for layer, pruned in counts.items() for count in pruned[1:]]
     plans = [PruningPlan.from_pruned_counts(unlimited, pruned_counts) for pruned_counts in [{}, *alone]]
     values: list[float] = []
-    with tqdm(total=len(plans), desc=f"damages {fitness}", unit="plan", disable=not progress) as bar:
+    with bar(progress, f"damages {fitness}", len(plans), "plan") as line:
         for start in range(0, len(plans), PLANS_AT_ONCE):
             measured = evaluator.evaluate(plans[start : start + PLANS_AT_ONCE], (fitness,))
             values += [to_maximise(fitness, getattr(score, fitness)) for score in measured]
-            bar.update(len(measured))
+            line.advance(len(measured))
     unpruned, rest = values[0], iter(values[1:])
     lost = {layer: [0.0, *(unpruned - next(rest) for _ in pruned[1:])] for layer, pruned in counts.items()}
     order = order_fingerprint(scores)

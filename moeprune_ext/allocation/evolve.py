@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moeprune_ext import distributed
 from moeprune_ext.allocation.budget import Budget, check_scores, counts_of, in_units, order_fingerprint
@@ -36,6 +35,7 @@ from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.candidates.metrics import LOWER_IS_BETTER, to_maximise
 from moeprune_ext.files import nan_if_none
+from moeprune_ext.progress import View, bar
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def evolve(
     race_level: float = EvolveSettings.race_level,
     seed: int = EvolveSettings.seed,
     out: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | View = False,
 ) -> SearchResult:
     """Finds the non-uniform plan of best fitness at the uniform plan's budget.
 
@@ -106,7 +106,7 @@ def evolve(
         seed: same seed and machine: same plan, whatever the number of processes.
         out: directory for `search.json` (settings), `history.jsonl` (every score, one line a generation) and
             `plan.json`; a directory with a history is resumed.
-        progress: whether to show a progress bar on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
 
     Raises:
         ValueError: before any evaluation, for settings or a budget that cannot be, and for the directory of another
@@ -218,7 +218,7 @@ def search(
     space: SearchSpace,
     *,
     out: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | View = False,
 ) -> SearchResult:
     """Searches a space; see `evolve`. Writes no plan.json: the caller may choose another of the finalists."""
     check_scores(space.scores, evaluator.shapes, evaluator.fingerprint)
@@ -227,13 +227,12 @@ def search(
     archive = _Archive(settings.fitness)
     history: list[dict[str, Any]] = []
     survivors: list[Counts] = []
-    with tqdm(total=settings.generations, desc=f"evolve {settings.fitness}", unit="gen", disable=not progress) as bar:
+    with bar(progress, f"evolve {settings.fitness}", settings.generations, "gen") as line:
         for generation in range(settings.generations):
             members = space.members(generation, survivors)
             record = journal.records.get(generation) if journal is not None else None
             if record is None:
                 candidates = [counts for counts in dict.fromkeys(members) if counts not in archive.scores]
-                bar.set_postfix_str(f"{len(candidates)} candidates")
                 if settings.fidelity == "race":
                     record = _raced(evaluator, space, archive, candidates, survivors)
                 else:
@@ -244,8 +243,8 @@ def search(
             ranked = sorted(dict.fromkeys(members), key=archive.rank)
             survivors = ranked[: settings.elites]
             history.append(_summary(generation, record, ranked, archive, space))
-            bar.update()
-            bar.set_postfix_str(f"best {archive.scores[ranked[0]]:.5f}")
+            line.note(f"best {archive.scores[ranked[0]]:.4f}")
+            line.advance()
     best = [n for n in survivors if n not in archive.dropped and not math.isnan(archive.scores[n])]
     if not best:
         raise ValueError("every candidate gave NaN logits; use a dtype with more range, such as bfloat16 or float32")

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moeprune_ext import distributed
 from moeprune_ext.allocation.budget import Budget, Units, check_scores, in_units
@@ -29,6 +28,7 @@ from moeprune_ext.models.layers import MoeLayer, expert_tensors
 from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.patches import evaluating
 from moeprune_ext.ops.backend import row_chunks
+from moeprune_ext.progress import View, track
 
 SIMILARITIES = ("cka", "weights")
 WHO = ("groups", "scores")
@@ -48,7 +48,7 @@ def grape(
     who: str = "groups",
     merge: bool = False,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | View = False,
 ) -> PruningPlan:
     """Makes a plan that spends the uniform plan's budget where experts are most alike. Source: arXiv 2604.06542.
 
@@ -63,7 +63,7 @@ def grape(
         who: see `plan_from_similarity`.
         merge: see `plan_from_similarity`.
         seed: draws the sample of tokens.
-        progress: whether to show progress bars on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
 
     Raises:
         ValueError: before any work, for scores of another model, and for what the two functions refuse.
@@ -97,7 +97,7 @@ def expert_similarity(
     similarity: str = "cka",
     tokens: int = 1024,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | View = False,
 ) -> dict[int, Tensor]:
     """Measures how alike every two experts of a layer are.
 
@@ -116,7 +116,7 @@ def expert_similarity(
             "weights": all of an expert's weights, by their cosine; needs no data.
         tokens: attended positions that experts are run on, the same for all; all where there are fewer.
         seed: draws the positions.
-        progress: whether to show progress bars on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
 
     Returns:
         {decoder layer: float64 [E, E]}, symmetric, at most 1, with a diagonal of 1.
@@ -138,7 +138,7 @@ def expert_similarity(
     indices = list(layers)
     tables = {i: torch.zeros(2 * (layer.shape.num_experts,), dtype=torch.float64) for i, layer in layers.items()}
     with evaluating(moe.model):
-        for number in tqdm(distributed.own_share(len(layers)), desc="similarity", unit="layer", disable=not progress):
+        for number in track(progress, distributed.own_share(len(layers)), "similarity", "layer"):
             layer = layers[indices[number]]
             moe.make_resident(layer.index)
             cka = similarity == "cka"

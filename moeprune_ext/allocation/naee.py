@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moeprune_ext import distributed
 from moeprune_ext.allocation.budget import Budget, uniform_counts, unscored
@@ -34,6 +33,7 @@ from moeprune_ext.models.routers import RoutedLayer, routed_layer
 from moeprune_ext.models.slicing import check_slicing
 from moeprune_ext.ops.backend import row_chunks
 from moeprune_ext.ops.masked_router import masked_router
+from moeprune_ext.progress import View, track
 
 EXHAUSTIVE = 20_000  # subsets of one layer up to which all are tried
 CHUNK_BYTES = 256 * 2**20  # of expert outputs, or of gate weights under many masks, alive at a time
@@ -48,7 +48,7 @@ def naee_plan(
     *,
     tokens: int = 1024,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | View = False,
 ) -> PruningPlan:
     """Makes the plan that removes the same share of every layer's experts and keeps each layer's best subset.
 
@@ -69,7 +69,7 @@ def naee_plan(
         sparsity: share of the experts to remove, in [0, 1), or `Kept`.
         tokens: attended positions to judge on; all where there are fewer.
         seed: draws the positions.
-        progress: whether to show progress bars on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
 
     Raises:
         ValueError: before any work, for a sparsity that cannot be, or a router that cannot be run under many masks.
@@ -86,7 +86,7 @@ def naee_subsets(
     *,
     tokens: int = 1024,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | View = False,
 ) -> PruningPlan:
     """As `naee_plan`, for other counts, such as `uniform_counts` of scores under a user's limits.
 
@@ -116,7 +116,12 @@ def naee_subsets(
 
 
 def naee_scores(
-    model: nn.Module | MoeModel, batches: Iterable[Any], *, tokens: int = 1024, seed: int = 0, progress: bool = False
+    model: nn.Module | MoeModel,
+    batches: Iterable[Any],
+    *,
+    tokens: int = 1024,
+    seed: int = 0,
+    progress: bool | View = False,
 ) -> ExpertScores:
     """Scores experts by the order in which greedy backward elimination removes them, for any allocation (our choice).
 
@@ -155,7 +160,7 @@ def _by_layer(
     batches: Iterable[Any],
     tokens: int,
     seed: int,
-    progress: bool,
+    progress: bool | View,
     judge: Callable[[int, SubsetErrors], Tensor],
 ) -> dict[int, Tensor]:
     """Judges every layer's experts.
@@ -165,7 +170,7 @@ def _by_layer(
         batches: see `as_batches`.
         tokens: attended positions of the sample.
         seed: draws the sample.
-        progress: whether to show progress bars on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
         judge: (decoder layer, errors of its subsets) -> float64 [E].
 
     Returns:
@@ -189,7 +194,7 @@ def _by_layer(
     judged = {index: torch.zeros(shape.num_experts, dtype=torch.float64) for index, shape in moe.shapes.items()}
     problem: ValueError | None = None
     with evaluating(moe.model):
-        for number in tqdm(distributed.own_share(len(layers)), desc="naee", unit="layer", disable=not progress):
+        for number in track(progress, distributed.own_share(len(layers)), "naee", "layer"):
             index = indices[number]
             moe.make_resident(index)
             try:

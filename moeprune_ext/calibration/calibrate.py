@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moeprune_ext import distributed
 from moeprune_ext.artifacts.stats import RoutingStats
@@ -26,11 +25,12 @@ from moeprune_ext.models.replay import replay_of_streamed, run_batches
 from moeprune_ext.models.scratch import Scratch
 from moeprune_ext.ops.backend import row_chunks
 from moeprune_ext.ops.routing_moments import routing_moments_
+from moeprune_ext.progress import View, bar
 
 PAIRS_AT_ONCE = 65_536  # routed pairs whose outputs [pairs, H] are alive at a time: 0.5 GB at H = 4096 in bfloat16
 
 
-def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: bool = False) -> RoutingStats:
+def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: bool | View = False) -> RoutingStats:
     """Runs the model over `batches` once and gathers RoutingStats of every MoE layer.
 
     Memory beside the model's own: 9 float64 per expert, and expert outputs of PAIRS_AT_ONCE routed pairs. Streamed
@@ -42,7 +42,7 @@ def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: 
     Args:
         model: a transformers model or a MoeModel; it is left as it was.
         batches: see `as_batches`. Attended positions count, label masks do not.
-        progress: whether to show a progress bar on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
 
     Returns:
         The statistics, for `score_experts`.
@@ -65,8 +65,8 @@ def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: 
     with evaluating(moe.model), ExitStack() as stack:
         for index, layer in layers.items():
             stack.enter_context(intercepted(layer.experts, tables[index].observe))
-        bar = stack.enter_context(tqdm(total=len(own_batches), desc="calibrate", unit="batch", disable=not progress))
-        run_batches(moe, replay, own_batches, bar, before=attend)
+        line = stack.enter_context(bar(progress, "calibrate", len(own_batches), "batch"))
+        run_batches(moe, replay, own_batches, line, before=attend)
     moments = {index: distributed.sum_(table.moments.cpu()) for index, table in tables.items()}
     broken = [index for index, table in moments.items() if not bool(torch.isfinite(table).all())]
     if broken:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.models.experts import PairOutputs
@@ -22,6 +21,7 @@ from moeprune_ext.models.layers import MoeLayer
 from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.patches import ExpertsFunction, evaluating, intercepted, replaced_forward
 from moeprune_ext.models.replay import replay_of_streamed, run_batches
+from moeprune_ext.progress import View, bar
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def sample_layers(
     tokens: int,
     *,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | View = False,
 ) -> dict[int, LayerSample]:
     """Runs the model over the batches once and keeps what some layers get at a sample of positions.
 
@@ -64,7 +64,7 @@ def sample_layers(
         tokens: positions to draw, without replacement, from all attended positions; all where there are fewer. They
             stay in order, and do not depend on how the sequences are batched and padded.
         seed: draws the positions.
-        progress: whether to show a progress bar on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
 
     Returns:
         {decoder layer: its sample}.
@@ -79,8 +79,8 @@ def sample_layers(
         for index, layer in layers.items():
             stack.enter_context(replaced_forward(layer.router, recorders[index].router))
             stack.enter_context(intercepted(layer.experts, recorders[index].experts))
-        bar = stack.enter_context(tqdm(total=len(used), desc="sample", unit="batch", disable=not progress))
-        run_batches(moe, replay, [batch for batch, _ in used], bar)
+        line = stack.enter_context(bar(progress, "sample", len(used), "batch"))
+        run_batches(moe, replay, [batch for batch, _ in used], line)
     return {index: recorder.sample() for index, recorder in recorders.items()}
 
 

@@ -32,6 +32,7 @@ from moeprune_ext.data.tasks import Task, make_task
 from moeprune_ext.demo import corpus
 from moeprune_ext.demo.tasks import arithmetic_records, word_order_records, write_tasks
 from moeprune_ext.evaluate import accuracy, perplexity
+from moeprune_ext.progress import View
 from moeprune_ext.tables import markdown_table
 
 SPARSITIES = (0.25, 0.5)
@@ -116,14 +117,14 @@ def load_demo() -> tuple[PreTrainedModel, Any]:
 
 
 def run_demo(
-    out: Path, *, seed: int = 0, progress: bool = False, say: Callable[[str], None] = lambda _: None
+    out: Path, *, seed: int = 0, progress: bool | View = False, say: Callable[[str], None] = lambda _: None
 ) -> list[DemoRow]:
     """Runs the flow and returns the table's rows.
 
     Args:
         out: directory for statistics, plans, checkpoints and tasks.
         seed: seed of the texts, the tasks and the searches.
-        progress: whether to show progress bars on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
         say: called with a line of text after each step.
     """
     started = time.perf_counter()

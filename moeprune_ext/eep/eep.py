@@ -31,6 +31,7 @@ from moeprune_ext.models.apply import check_active, check_mappable, full_plan
 from moeprune_ext.models.layers import MoeLayer
 from moeprune_ext.models.merging import MapRouter, mapped_layer
 from moeprune_ext.models.moe import MoeModel
+from moeprune_ext.progress import View
 
 PLAN, PRUNED_PLAN, RESULT = "plan.json", "pruned_plan.json", "result.json"
 
@@ -132,7 +133,7 @@ def eep(
     length_normalized: bool = EepSettings.length_normalized,
     seed: int = EepSettings.seed,
     out: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | View = False,
     **options: Any,
 ) -> EepResult:
     """Searches the experts, then the merges, with which the model does a task best (arXiv 2407.00945).
@@ -165,7 +166,7 @@ def eep(
         seed: of the splits and the search.
         out: a directory for plan.json (the best), pruned_plan.json (the best mask), result.json (what each is worth),
             and the search's files; a directory with a history is resumed.
-        progress: whether to show progress bars on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
         **options: see CandidateEvaluator; memory_budget holds for the split being scored. `**PAPER` sets what the paper
             does.
 

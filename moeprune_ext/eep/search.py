@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from moeprune_ext.artifacts.journal import Journal
 from moeprune_ext.artifacts.plan import PruningPlan
@@ -39,6 +38,7 @@ from moeprune_ext.eep.operators import (
 )
 from moeprune_ext.eep.settings import EepSettings
 from moeprune_ext.files import finite_or_none, nan_if_none
+from moeprune_ext.progress import View, bar
 
 MAX_ATTEMPTS = 32  # draws of a child until one is new; a small space of masks may have no new one left (our choice)
 ROUNDING = 1e-9  # 0.27 and 0.24 are 3 points apart, though not in floating point
@@ -106,7 +106,7 @@ def search(
     validate: Evaluate | None = None,
     identity: Mapping[str, Any] | None = None,
     out: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | View = False,
 ) -> SearchOutcome:
     """Searches masks, then merges, that score highest.
 
@@ -127,7 +127,7 @@ def search(
             killed. Where merge_iters cut a call short, more of them score its rest in a call of its own: scores that
             depend on their company in the last bits, as our evaluator's, then equal those of one longer search only up
             to rounding.
-        progress: whether to show a progress bar on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
 
     Raises:
         ValueError: before any evaluation, for settings that cannot be and for a directory of another search; and at the
@@ -150,16 +150,17 @@ def search(
     history: list[dict[str, Any]] = []
     masks_scored = 0
     total = settings.prune_iters + settings.merge_iters
-    with tqdm(total=total, desc="eep", unit="candidate", disable=not progress) as bar:
+    with bar(progress, "eep", total, "candidate") as line:
         for call, (phase, numbers) in enumerate(_calls(settings)):
             children = population.children(phase, numbers, starts)
-            bar.set_postfix_str(f"{phase}: {len(children)} candidates")
             fitness = _score_call(evaluate, children, call, phase, journal)
             population.add(children, fitness)
             if phase != "merge":
                 masks_scored = len(population.candidates)
             history.append(_summary(call, phase, fitness, population))
-            bar.update(len(numbers))
+            if (best := history[-1]["best"]) is not None:
+                line.note(f"best {best:.4f}")
+            line.advance(len(numbers))
     return _choose(population, masks_scored, validate, history)
 
 

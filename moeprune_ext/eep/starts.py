@@ -24,6 +24,7 @@ from moeprune_ext.data.tasks import Task, answer_batches
 from moeprune_ext.eep.operators import Layout, criterion_mask
 from moeprune_ext.files import read_json, write_json
 from moeprune_ext.models.moe import MoeModel
+from moeprune_ext.progress import View
 
 STARTS = "starts.json"
 
@@ -38,7 +39,7 @@ def starting_masks(
     *,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | View = False,
 ) -> dict[str, Mask]:
     """Makes the masks that every criterion would keep on a task's prompts and right answers.
 
@@ -49,7 +50,7 @@ def starting_masks(
         seed: of naee's sample.
         out: a directory that keeps them, so that a search that goes on does not calibrate again; into that of a search
             that has begun, which may be another, nothing is written.
-        progress: whether to show progress bars on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
 
     Returns:
         {criterion: {decoder layer: ids of the experts kept}}: naee's first, where layers share nothing and its router
@@ -66,7 +67,7 @@ def starting_masks(
     file = Path(out) / STARTS if out is not None else None
     if (stored := distributed.from_first(lambda: _read_starts(file, about))) is not None:
         return stored
-    progress = progress and distributed.is_first()
+    progress = progress if distributed.is_first() else False
     stats = calibrate(moe, batches, progress=progress)
     masks = {name: criterion_mask(layout, score_experts(stats, name)) for name in CRITERIA}
     naee = _naee_mask(moe, batches, layout, seed, progress)
@@ -89,7 +90,9 @@ def _read_starts(file: Path | None, about: dict[str, Any]) -> dict[str, Mask] | 
         raise ValueError(f"{file} is damaged ({error}); remove it") from None
 
 
-def _naee_mask(moe: MoeModel, batches: list[TokenBatch], layout: Layout, seed: int, progress: bool) -> Mask | None:
+def _naee_mask(
+    moe: MoeModel, batches: list[TokenBatch], layout: Layout, seed: int, progress: bool | View
+) -> Mask | None:
     """Returns naee's mask.
 
     None where layers share a mask, keep fewer than the router selects, or the router cannot be run alone.

@@ -39,6 +39,7 @@ from moeprune_ext.files import finite_or_none, write_json, write_text
 from moeprune_ext.models.apply import full_plan
 from moeprune_ext.models.costs import costs
 from moeprune_ext.models.moe import MoeModel
+from moeprune_ext.progress import View
 from moeprune_ext.tables import markdown_table
 
 RANDOM_MASKS = 5
@@ -87,7 +88,7 @@ def eep_table(
     out: str | os.PathLike[str],
     valid: Task | None = None,
     test: Task | None = None,
-    progress: bool = False,
+    progress: bool | View = False,
     **options: Any,
 ) -> list[TableRow]:
     """Makes the rows of the table; table.json, table.md and every search's directory are written to `out`.
@@ -102,7 +103,7 @@ def eep_table(
         out: a directory.
         valid: see `eep`.
         test: see `eep`.
-        progress: whether to show progress bars on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
         **options: see CandidateEvaluator.
 
     Raises:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.models.moe import MoeModel, decoder_layers
 from moeprune_ext.models.patches import evaluating, replaced_forward
+from moeprune_ext.progress import Bar
 
 # How far a replayed forward may be from the model's own, relative to its largest logit. In half precision the products
 # of another batch size round differently.
@@ -316,7 +316,7 @@ def run_batches(
     moe: MoeModel,
     replay: Replay | None,
     batches: Sequence[TokenBatch],
-    bar: tqdm,
+    line: Bar,
     *,
     before: Callable[[TokenBatch], None] = lambda batch: None,
 ) -> None:
@@ -327,7 +327,7 @@ def run_batches(
         replay: from `replay_of_streamed`. With it all batches go through one layer, then through the next, so that each
             layer is brought in once; their hidden states wait in host memory.
         batches: of tokens.
-        bar: of progress.
+        line: of progress.
         before: called ahead of a batch, or of its part in a layer.
     """
     device = moe.device
@@ -336,7 +336,7 @@ def run_batches(
         for batch in batches:
             before(batch)
             backbone(**batch.model_inputs(device), use_cache=False)
-            bar.update()
+            line.advance()
         return
     states: list[Tensor] = []
     inputs: list[LayerInputs] = []
@@ -344,10 +344,9 @@ def run_batches(
         captured = replay.inputs(batch.model_inputs(device))
         states.append(captured.hidden.cpu())
         inputs.append(replace(captured, hidden=states[-1]))
-    bar.reset(total=len(replay.layers))
-    bar.unit = "layer"
+    line.reset(len(replay.layers), "layer")
     for index in range(len(replay.layers)):
         for number, batch in enumerate(batches):
             before(batch)
             states[number] = replay.run(index, states[number].to(device), inputs[number]).cpu()
-        bar.update()
+        line.advance()

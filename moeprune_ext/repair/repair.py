@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moeprune_ext import distributed
 from moeprune_ext.artifacts.journal import Journal
@@ -33,6 +32,7 @@ from moeprune_ext.models.layers import MoeLayer, masked
 from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.patches import ExpertsFunction, Observe, evaluating
 from moeprune_ext.models.slicing import check_slicing
+from moeprune_ext.progress import View, track
 from moeprune_ext.repair.fit import LayerRows, Refit, refit
 from moeprune_ext.repair.sequential import Chooser
 from moeprune_ext.repair.walk import Walk, walk_of
@@ -82,7 +82,7 @@ def repair(
     sequential: bool = False,
     criterion: str | Mapping[int, str] | None = None,
     out: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | View = False,
 ) -> RepairResult:
     """Refits the down projections of a pruned model's experts, so that its layers give what the full model's gave.
 
@@ -107,7 +107,7 @@ def repair(
         sequential: whether to choose the experts anew, see above.
         criterion: by which to choose, for all layers or by layer; None: the plan's.
         out: directory for what is finished, layer by layer; a repair that finds it goes on.
-        progress: whether to show a progress bar on stderr.
+        progress: whether to show progress on stderr, or the View to show it on.
 
     Returns:
         The repaired plan, with errors layer by layer.
@@ -217,11 +217,11 @@ class _Run:
     chooser: Chooser | None
 
     def layers(
-        self, plan: PruningPlan, pruned: Sequence[int], finished: _Finished | None, progress: bool
+        self, plan: PruningPlan, pruned: Sequence[int], finished: _Finished | None, progress: bool | View
     ) -> RepairResult:
         """Repairs layer by layer."""
         kept_by_layer, merges, done = dict(plan.kept), {}, {}
-        for index in tqdm(pruned, desc="repair", unit="layer", disable=not progress):
+        for index in track(progress, pruned, "repair", "layer"):
             before = finished.layer(index) if finished is not None else None
             if before is not None:
                 kept, layer_repair, down = before
