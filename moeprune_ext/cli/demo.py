@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from moeprune_ext.checkpoint.export import check_new_folder
 from moeprune_ext.cli.arguments import Common, flag
+from moeprune_ext.progress import View
 
 EXAMPLE = "moeprune demo"
 
@@ -28,23 +28,16 @@ def run(options: Options) -> tuple[Any, str]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    if options.out is not None:
-        check_new_folder(options.out)
-        rows = run_demo(options.out, seed=options.seed, progress=True, say=say)
-        files = (
-            f"\nStatistics, plans, checkpoints and tasks are in {options.out}; the embedded model is {demo_folder()}."
-        )
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = run_demo(Path(folder), seed=options.seed, progress=True, say=say)
-        files = ""
+    files = ""
+    with View() as view, tempfile.TemporaryDirectory() as folder:
+        if options.out is not None:
+            check_new_folder(options.out)
+            files = f"\nStatistics, plans, checkpoints, tasks: {options.out}; the embedded model: {demo_folder()}."
+        rows = run_demo(options.out or Path(folder), seed=options.seed, progress=view, say=view.say)
     text = (
         f"\n{format_table(rows)}\n\n"
         "ESAP: acceptance of the pruned model as a draft for the full one, on held-out text; ppl: perplexity;\n"
         "arithmetic: token-exact match on held-out problems; word order: four-way multiple choice; MB: weights on disk."
-        f"{files}\nNext, on your own model:  moeprune info /path/to/model"
+        f"{files}\nNext, on your own model:  moeprune prune /path/to/model --sparsity 0.5 --data text.jsonl -o pruned"
     )
     return as_json(rows), text

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from moeprune_ext.models.routers import ROUTERS
 from moeprune_ext.pipeline.prune import PruneResult, open_source, prune_to, report_text
 from moeprune_ext.pipeline.run import FOLDER
 from moeprune_ext.pipeline.settings import REPAIRS, SEQUENTIAL, PruneSettings, SearchSettings, TextSizes
+from moeprune_ext.progress import View
 from moeprune_ext.tables import markdown_table
 
 EXAMPLE = "moeprune prune MODEL --sparsity 0.5 --data text.jsonl -o OUT"
@@ -73,10 +73,18 @@ def run(options: Options) -> tuple[Any, str]:
         **{name: getattr(options, name) for name in limits},
     )
 
-    def say(line: str) -> None:
-        if distributed.is_first():
-            print(line, file=sys.stderr)
+    with View() as view:
+        first = distributed.is_first()
+        results = _run(options, settings, view if first else False, view.say if first else lambda line: None)
+    if len(results) == 1:
+        return results[0].as_json(), report_text(results[0])
+    return [result.as_json() for result in results], _sizes(results)
 
+
+def _run(
+    options: Options, settings: PruneSettings, progress: bool | View, say: Callable[[str], None]
+) -> list[PruneResult]:
+    """Runs all budgets, one after the other."""
     source = open_source(
         options.model,
         options.data,
@@ -85,15 +93,11 @@ def run(options: Options) -> tuple[Any, str]:
         shared=options.out / FOLDER,
         sequence_length=options.sequence_length,
         loader=lambda: io.load_model(options.model, options),
-        progress=distributed.is_first(),
+        progress=progress,
         say=say,
     )
     shapes = settings.limited(unscored({i: layer.shape for i, layer in source.checkpoint.layers.items()}), None).shapes
-    budgets = _budgets(options, shapes)
-    results = [prune_to(source, budget, out) for budget, out in budgets.items()]
-    if len(results) == 1:
-        return results[0].as_json(), report_text(results[0])
-    return [result.as_json() for result in results], _sizes(results)
+    return [prune_to(source, budget, out) for budget, out in _budgets(options, shapes).items()]
 
 
 def _budgets(options: Options, shapes: Mapping[int, Any]) -> dict[Budget, Path]:

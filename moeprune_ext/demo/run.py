@@ -1,8 +1,9 @@
-"""`moeprune demo`: the whole flow on the embedded model, ending in one table.
+"""`moeprune demo`: `moeprune prune` on the embedded model, beside what other tools do, ending in one table.
 
-The model is calibrated on the calibration split and its experts are scored by REAP. At 25 % and 50 % sparsity the
-uniform plan and EvoESAP's are exported to disk, loaded again, and measured on text that neither training nor
-calibration nor search has seen. ESAP is the evaluator's on that text: a plan's score is its checkpoint's score.
+At 25 % and 50 % sparsity: the uniform plan by REAP, EvoESAP by REAP as published, and `prune`, which chooses the
+criterion by measurement, searches, and repairs. All see the same text. Every row is a checkpoint on disk, loaded again
+and measured on text that neither training nor calibration nor search has seen. ESAP is the evaluator's on that text: a
+plan's score is its checkpoint's score.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file, files
 from itertools import islice
 from pathlib import Path
@@ -20,25 +21,30 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from moeprune_ext.allocation.budget import uniform_plan
-from moeprune_ext.allocation.evolve import evolve
+from moeprune_ext.allocation.evolve import SearchSpace, search
 from moeprune_ext.artifacts.plan import PruningPlan
-from moeprune_ext.calibration.calibrate import calibrate
-from moeprune_ext.calibration.criteria import score_experts
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.checkpoint.export import export
 from moeprune_ext.checkpoint.load import load
-from moeprune_ext.data.batches import TokenBatch, pack
+from moeprune_ext.checkpoint.read import read_checkpoint
+from moeprune_ext.data.batches import TokenBatch, joined, pack, split_sequences
 from moeprune_ext.data.tasks import Task, make_task
 from moeprune_ext.demo import corpus
 from moeprune_ext.demo.tasks import arithmetic_records, word_order_records, write_tasks
 from moeprune_ext.evaluate import accuracy, perplexity
+from moeprune_ext.pipeline.prune import prune_to
+from moeprune_ext.pipeline.run import Source
+from moeprune_ext.pipeline.settings import PruneSettings, SearchSettings
+from moeprune_ext.pipeline.texts import Texts
 from moeprune_ext.progress import View
 from moeprune_ext.tables import markdown_table
 
 SPARSITIES = (0.25, 0.5)
 SEQUENCE_LENGTH = 256
-CALIBRATION_SEQUENCES, SEARCH_SEQUENCES, HELD_OUT_SEQUENCES = 16, 4, 8  # per domain
+# Per domain. The benches take as much text, but from the `calibration` split alone, as the first version of the demo.
+CALIBRATION_SEQUENCES, SEARCH_SEQUENCES, HELD_OUT_SEQUENCES = 16, 4, 8
 POPULATION, GENERATIONS = 16, 8
+FITTED_SEQUENCES, SEARCHED_SEQUENCES, CHOOSING_SEQUENCES = 32, 6, 4  # per domain, of the demo itself
 PROBLEMS, QUESTIONS = 300, 120
 
 
@@ -116,6 +122,21 @@ def load_demo() -> tuple[PreTrainedModel, Any]:
     return load(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def demo_texts(tokenizer: Any, seed: int = 0) -> Texts:
+    """Returns the demo's text: no module or problem is in two of training text, search, and test."""
+    chosen = _rows(domain_batches(tokenizer, "calibration", SEARCHED_SEQUENCES + CHOOSING_SEQUENCES, seed))
+    return Texts(
+        calibration=_rows(domain_batches(tokenizer, "train", FITTED_SEQUENCES, seed)),
+        search={domain: rows[:SEARCHED_SEQUENCES] for domain, rows in chosen.items()},
+        held_out={domain: rows[SEARCHED_SEQUENCES:] for domain, rows in chosen.items()},
+        test=_rows(domain_batches(tokenizer, "evaluation", HELD_OUT_SEQUENCES, seed)),
+    )
+
+
+def _rows(domains: dict[str, list[TokenBatch]]) -> dict[str, list[TokenBatch]]:
+    return {domain: split_sequences(batches) for domain, batches in domains.items()}
+
+
 def run_demo(
     out: Path, *, seed: int = 0, progress: bool | View = False, say: Callable[[str], None] = lambda _: None
 ) -> list[DemoRow]:
@@ -124,7 +145,7 @@ def run_demo(
     Args:
         out: directory for statistics, plans, checkpoints and tasks.
         seed: seed of the texts, the tasks and the searches.
-        progress: whether to show progress on stderr, or the View to show it on.
+        progress: whether to show bars on stderr, or the View to show them in.
         say: called with a line of text after each step.
     """
     started = time.perf_counter()
@@ -135,48 +156,48 @@ def run_demo(
     folder = demo_folder()
     model, tokenizer = load_demo()
     step(f"loaded the embedded model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-
-    calibration = domain_batches(tokenizer, "calibration", CALIBRATION_SEQUENCES, seed)
-    stats = calibrate(model, [batch for batches in calibration.values() for batch in batches], progress=progress)
-    stats.save(out / "stats.safetensors")
-    scores = score_experts(stats, "reap")
-    step(f"calibrated on {stats.tokens:,} tokens of code, prose and arithmetic; scored experts by REAP")
-
-    search_data = domain_batches(tokenizer, "calibration", SEARCH_SEQUENCES, seed + 1)
-    searcher = CandidateEvaluator(model, [batch for batches in search_data.values() for batch in batches])
-    held_out = domain_batches(tokenizer, "evaluation", HELD_OUT_SEQUENCES, seed)
-    judge = CandidateEvaluator(model, [batch for batches in held_out.values() for batch in batches])
+    search_settings = SearchSettings(population=POPULATION, generations=GENERATIONS, seed=seed)
+    # One target, because trying them all would take the demo's time twice.
+    settings = PruneSettings(search=search_settings, repair="hidden", sequential="off")
+    source = Source(
+        checkpoint=read_checkpoint(folder),
+        load=lambda: model,
+        texts=demo_texts(tokenizer, seed),
+        settings=settings,
+        shared=out,
+        progress=progress,
+        say=step,
+    )
     arithmetic = arithmetic_task(tokenizer, PROBLEMS, seed)
     word_order = word_order_task(tokenizer, QUESTIONS, seed)
 
     def measure(name: str, candidate: PreTrainedModel, plan: PruningPlan, checkpoint: Path) -> DemoRow:
         return DemoRow(
             model=name,
-            esap=_esap(judge, plan),
-            perplexity={domain: perplexity(candidate, batches) for domain, batches in held_out.items()},
+            esap=_esap(source.reporter, plan),
+            perplexity={domain: perplexity(candidate, joined(b, 2048)) for domain, b in source.texts.test.items()},
             exact_match=accuracy(candidate, arithmetic),
             multiple_choice=accuracy(candidate, word_order),
             experts=sum(len(ids) for ids in plan.kept.values()),
             megabytes=sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 1e6,
         )
 
+    scores = source.scores("reap")
     rows = [measure("full", model, PruningPlan.from_pruned_counts(scores, {}), folder)]
     for sparsity in SPARSITIES:
-        percent = f"{sparsity:.0%}"
-        search = evolve(
-            searcher,
-            scores,
-            sparsity,
-            population=POPULATION,
-            generations=GENERATIONS,
-            seed=seed,
-            out=out / f"search-{percent[:-1]}",
+        percent = f"{100 * sparsity:.0f}"
+        found = search(
+            source.searcher,
+            SearchSpace.of(scores, replace(search_settings, sparsity=sparsity)),
+            out=out / f"search-{percent}",
             progress=progress,
         )
-        step(f"searched at {percent}: kept per layer {[len(ids) for ids in search.plan.kept.values()]}")
-        for kind, plan in (("uniform", uniform_plan(scores, sparsity)), ("EvoESAP", search.plan)):
-            checkpoint = export(folder, plan, out / f"{kind.lower()}-{percent[:-1]}")
-            rows.append(measure(f"{kind} {percent}", load(checkpoint, dtype=torch.float32), plan, checkpoint))
+        step(f"EvoESAP by REAP at {percent}%: kept per layer {[len(ids) for ids in found.plan.kept.values()]}")
+        for name, plan in (("uniform REAP", uniform_plan(scores, sparsity)), ("EvoESAP by REAP", found.plan)):
+            checkpoint = export(folder, plan, out / f"{name.replace(' ', '-').lower()}-{percent}")
+            rows.append(measure(f"{name} {percent}%", load(checkpoint, dtype=torch.float32), plan, checkpoint))
+        pruned = prune_to(source, sparsity, out / f"prune-{percent}")
+        rows.append(measure(f"prune {percent}%", load(pruned.out, dtype=torch.float32), pruned.plan, pruned.out))
     write_tasks(out / "tasks", seed)
     step("exported, loaded again and measured")
     return rows

@@ -24,6 +24,7 @@ from moeprune_ext.pipeline.measure import Measured, format_table
 from moeprune_ext.pipeline.run import FOLDER, Run, Source
 from moeprune_ext.pipeline.settings import PruneSettings, TextSizes
 from moeprune_ext.pipeline.texts import split_texts
+from moeprune_ext.progress import View
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def prune_checkpoint(
     dtype: str | torch.dtype = "auto",
     stream: str | None = None,
     seed: int = 0,
-    progress: Any = False,
+    progress: bool | View = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> PruneResult:
     """Makes the best pruned checkpoint of a size, and measures it: the whole way, resumable.
@@ -138,7 +139,7 @@ def open_source(
     shared: Path,
     sequence_length: int,
     loader: Callable[[], Any],
-    progress: Any = False,
+    progress: bool | View = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Source:
     """Reads what runs to any budget share; the model's weights are not loaded yet.

@@ -35,6 +35,7 @@ from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.pipeline.measure import Measured, measure
 from moeprune_ext.pipeline.settings import PruneSettings
 from moeprune_ext.pipeline.texts import Domains, Texts, flat
+from moeprune_ext.progress import View
 from moeprune_ext.repair.repair import repair
 
 FOLDER = "moeprune"  # of a run's products, inside its output directory
@@ -59,7 +60,7 @@ class Source:
     texts: Texts
     settings: PruneSettings
     shared: Path
-    progress: Any = False
+    progress: bool | View = False
     say: Callable[[str], None] = lambda line: None
 
     @cached_property

@@ -37,7 +37,7 @@ from moeprune_ext.repair.fit import LayerRows, Refit, refit
 from moeprune_ext.repair.sequential import Chooser
 from moeprune_ext.repair.walk import Walk, walk_of
 
-RIDGES = (0.01, 0.1, 1.0)  # strengths that "auto" chooses from, for each layer
+RIDGES = (0.001, 0.01, 0.1, 1.0)  # strengths that "auto" chooses from, for each layer
 TARGETS = ("layer", "hidden")
 TOKENS_AT_ONCE = 2048  # in one call of a layer, unless a sequence is longer
 
