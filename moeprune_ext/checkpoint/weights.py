@@ -139,8 +139,8 @@ class PlannedWeights:
         merge = self.plan.merges[role.layer]
         if merge.down is None or role.is_router or role.path.rpartition(".")[2] != DOWN:
             return None
-        # Where both layouts are known, transformers transposes what does not fit (its Transpose with check_dims).
-        down = merge.down if not role.transposed or merge.down.shape[1:] == stored.shape else merge.down.transpose(1, 2)
+        transposed = merge.down.shape[1:] != stored.shape if role.transposed is None else role.transposed
+        down = merge.down.transpose(1, 2) if transposed else merge.down
         if down.shape[1:] != stored.shape:
             raise ValueError(
                 f"layer {role.layer}: a repaired down projection is {tuple(down.shape[1:])}, the stored one "
