@@ -66,6 +66,7 @@ class Refit:
     judged: tuple[float, float]
 
 
+@torch.no_grad()
 def refit(experts: Any, kept: Sequence[int], rows: LayerRows, ridges: Sequence[float], passes: int) -> Refit:
     """Refits the down projections of a layer's kept experts. Under torchrun all processes' rows count.
 

@@ -124,6 +124,8 @@ def repair(
     if passes < 1:
         raise ValueError(f"passes must be at least 1, got {passes}")
     check_plan(plan, moe.layers, moe.fingerprint)
+    if plan.repaired_layers:
+        raise ValueError("this plan is repaired already; repair the plan that it was made of (its `unrepaired`)")
     if plan.merges or plan.active is not None:
         raise ValueError("repair takes a pruning plan: one that merges experts, or lowers how many are active, cannot")
     fit, judge = _texts(moe, batches, held_out)
