@@ -249,8 +249,8 @@ def _model_card(result: _Result, size: int) -> str:
         if plan.repaired_layers:
             changed += (
                 f" In {len(plan.repaired_layers)} layers the kept experts' down projections were refitted by ridge "
-                "least squares, without gradients, so that the layers give again what they gave before; no other weight "
-                "was changed."
+                "least squares, without gradients, so that the layers give again what they gave before; no other "
+                "weight was changed."
             )
         changed = changed.strip() or "No weight was retrained or changed."
     if plan.active is not None:
