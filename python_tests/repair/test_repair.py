@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import every_model
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import moeprune_ext as mp
 from moeprune_ext.allocation.naee import naee_subsets
 from moeprune_ext.artifacts.plan import Merge
+from moeprune_ext.checkpoint.read import _is_transposed
 from moeprune_ext.models.patches import intercepted
 
 TOKENS = random_tokens(24, 24, seed=1)
@@ -436,3 +438,35 @@ def test_the_command_line_exports_a_repaired_plan_whose_weights_are_in_the_check
     )
     assert same(mp.PruningPlan.load(tmp_path / "out" / "pruning_plan.json"), plan)
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_transposed_stored_projections_are_written_as_they_are_stored(tmp_path):
+    """Qwen3-VL's hub checkpoints hold every expert's matrices transposed; transformers turns them on loading."""
+    model = every_model.tiny("qwen3_vl_moe")
+    tokens = every_model.tokens(24, 24, seed=5)
+    plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [tokens])), 0.5)
+    repaired = mp.repair(model, plan, [tokens]).plan
+    score = mp.CandidateEvaluator(model, [SCORED]).evaluate([repaired])[0].esap
+    model.save_pretrained(tmp_path / "full")
+    file = tmp_path / "full" / "model.safetensors"
+    stored = load_file(file)
+    name = next(name for name in stored if name.endswith("experts.down_proj"))
+    for turned in (False, True):
+        if turned:
+            stored = {k: v.transpose(1, 2).contiguous() if "mlp.experts" in k else v for k, v in stored.items()}
+            save_file(stored, file, metadata={"format": "pt"})
+        out = mp.export(tmp_path / "full", repaired, tmp_path / f"out-{turned}")
+        assert load_file(out / "model.safetensors")[name].shape[1:] == stored[name].shape[1:]
+        assert score == pytest.approx(esap(model, mp.load(out)), abs=1e-5)
+
+
+def test_whether_a_stored_tensor_is_turned_is_read_off_the_conversion():
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    def turned(*operations):
+        return _is_transposed(("a", WeightConverter("a", "b", operations=list(operations))))
+
+    assert _is_transposed(None) is False
+    assert turned(Transpose(1, 2)) is True  # whatever the shape
+    assert turned(Transpose(1, 2, check_dims=True)) is None  # where the shape does not fit
+    assert turned(Transpose(1, 2), Transpose(1, 2)) is False
