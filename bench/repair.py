@@ -34,7 +34,7 @@ from moeprune_ext.allocation.naee import naee_scores
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.demo.run import CALIBRATION_SEQUENCES, PROBLEMS, SEQUENCE_LENGTH, arithmetic_task, load_demo
-from moeprune_ext.repair.repair import RIDGES, RepairResult, repair
+from moeprune_ext.repair.repair import PASSES, RIDGES, RepairResult, repair
 from moeprune_ext.tables import markdown_table
 
 CRITERIA = ("reap", "seer", "naee", "weighted_ean", "man", "frequency")
@@ -74,6 +74,7 @@ class Size:
             "forwards": forwards * 2.0 * (pairs * 3 * self.hidden * self.inner + self.tokens * self.dense),
             "activations": passes * 2 * pairs * 4.0 * self.hidden * self.inner,
             "H_e": passes * pairs * 2.0 * self.inner**2,
+            "rounding": pairs * 6.0 * self.hidden * self.inner,
             "right-hand sides and residuals": passes * ridges * pairs * 4.0 * self.hidden * self.inner,
             "Cholesky and solves": passes
             * ridges
@@ -286,10 +287,10 @@ def cost_text(device: str) -> str:
     rate = 8 * 2 * 2048**3 / (time.perf_counter() - start + float(a[0, 0]) * 0)
     rows = []
     for name, size, element in (("the small copy", SMALL, 4), ("Qwen3-30B-A3B", QWEN3_30B, 2)):
-        flops, held = size.flops(len(RIDGES), 2, 3), size.bytes(len(RIDGES), element)
+        flops, held = size.flops(len(RIDGES), PASSES, 3), size.bytes(len(RIDGES), element)
         rows += [[name, what, f"{value:.3g} FLOP"] for what, value in {**flops, "in all": sum(flops.values())}.items()]
         rows += [[name, what, f"{value / 2**20:,.0f} MiB"] for what, value in held.items()]
-    counted = sum(SMALL.flops(len(RIDGES), 2, 3).values())
+    counted = sum(SMALL.flops(len(RIDGES), PASSES, 3).values())
     return (
         f"{markdown_table(['model', 'what', 'counted'], rows)}\n\n"
         f"Measured on the small copy ({device}): {seconds:.1f} s, "

@@ -39,6 +39,7 @@ from moeprune_ext.repair.sequential import Chooser
 from moeprune_ext.repair.walk import Walk, walk_of
 
 RIDGES = (0.01, 0.1, 1.0)  # strengths that "auto" chooses from, for each layer
+PASSES = 3
 TARGETS = ("layer", "hidden")
 
 
@@ -78,7 +79,7 @@ def repair(
     ridge: str | float | Sequence[float] = "auto",
     held_out: Iterable[Any] | None = None,
     target: str = "layer",
-    passes: int = 2,
+    passes: int = PASSES,
     sequential: bool = False,
     criterion: str | Mapping[int, str] | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -86,9 +87,9 @@ def repair(
 ) -> RepairResult:
     """Refits the down projections of a pruned model's experts, so that its layers give what the full model's gave.
 
-    Source of the idea of layer-by-layer least squares: GPTQ and MergeMoE (arXiv 2510.14436); the method is ours
-    (docs: methods). Weights are fitted in float32 with normal equations in float64, whatever the model's dtype, and
-    rounded to it before the next layer is fitted. Biases and shared experts stay as they are.
+    Source of the idea of layer-by-layer least squares: GPTQ and MergeMoE (arXiv 2510.14436); the method is ours.
+    Weights are fitted in float32 with normal equations in float64, whatever the model's dtype, and rounded to the dtype
+    that they are stored in before the next layer is fitted. Biases and shared experts stay as they are.
 
     Memory for a layer of N positions: (1 + ridges) x N x H float32 and N x H of the model's dtype, and for each ridge
     the down projections of its kept experts in float32. On the host: all batches' hidden states, twice with
@@ -118,42 +119,60 @@ def repair(
             projection is not known, unknown settings, or too little text.
     """
     moe, plan = MoeModel.of(model), plan_of(plan)
-    ridges = _ridges(ridge)
-    if target not in TARGETS:
-        raise ValueError(f"target is {target!r}; choose from {', '.join(TARGETS)}")
-    if passes < 1:
-        raise ValueError(f"passes must be at least 1, got {passes}")
-    check_plan(plan, moe.layers, moe.fingerprint)
-    if plan.repaired_layers:
-        raise ValueError("this plan is repaired already; repair the plan that it was made of (its `unrepaired`)")
-    if plan.merges or plan.active is not None:
-        raise ValueError("repair takes a pruning plan: one that merges experts, or lowers how many are active, cannot")
+    fitting = _Settings(_ridges(ridge), target, passes)
+    _check(plan, moe)
     fit, judge = _texts(moe, batches, held_out)
     pruned = [index for index, count in plan.pruned_counts.items() if count]
     if not pruned:
         return RepairResult(plan)
     check_slicing(moe.layers)
     chooser = Chooser(plan, criterion, fit) if sequential else None
+    if distributed.world()[1] > len(fit) + len(judge):
+        raise ValueError(f"{distributed.world()[1]} processes cannot share {len(fit) + len(judge)} sequences")
+    own = distributed.own_share(len(fit) + len(judge))
+    texts = [(fit + judge)[number] for number in own]
     settings = {
         "model": moe.fingerprint,
         "plan": {str(layer): ids for layer, ids in plan.kept.items()},
         "data": data_fingerprint(fit),
         "held_out": data_fingerprint(judge),
         "dtype": str(next(moe.model.parameters()).dtype),
-        "ridges": list(ridges),
-        "target": target,
-        "passes": passes,
         "sequential": None if chooser is None else chooser.recorded,
+        **asdict(fitting),
+        "ridges": list(fitting.ridges),
     }
-    if distributed.world()[1] > len(fit) + len(judge):
-        raise ValueError(f"{distributed.world()[1]} processes cannot share {len(fit) + len(judge)} sequences")
-    own = distributed.own_share(len(fit) + len(judge))
-    texts = [(fit + judge)[number] for number in own]
     with evaluating(moe.model):
         walk = walk_of(moe, texts, pruned, target == "hidden")
         journal = _Finished(Path(out), settings) if out is not None else None
-        run = _Run(moe, walk, texts, own, len(fit), ridges, passes, target, chooser)
-        return run.layers(plan, pruned, journal, progress)
+        return _Run(moe, walk, texts, own, len(fit), fitting, chooser).layers(plan, pruned, journal, progress)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How layers are fitted; the attributes are arguments of `repair`."""
+
+    ridges: tuple[float, ...]
+    target: str
+    passes: int
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target is {self.target!r}; choose from {', '.join(TARGETS)}")
+        if self.passes < 1:
+            raise ValueError(f"passes must be at least 1, got {self.passes}")
+
+
+def _check(plan: PruningPlan, moe: MoeModel) -> None:
+    """Refuses (ValueError) a plan that cannot be repaired."""
+    check_plan(plan, moe.layers, moe.fingerprint)
+    if plan.repaired_layers:
+        raise ValueError("this plan is repaired already; repair the plan that it was made of (its `unrepaired`)")
+    if plan.merges:
+        raise ValueError("this plan merges experts; repair takes one that keeps experts as they are")
+    if plan.active is not None:
+        raise ValueError(
+            f"this plan lowers how many experts are active to {plan.active}; repair takes one that leaves it"
+        )
 
 
 def _ridges(ridge: str | float | Sequence[float]) -> tuple[float, ...]:
@@ -224,9 +243,7 @@ class _Run:
         texts: this process's batches.
         numbers: of them among all processes'.
         fitted: so many of those are fitted; the others judge.
-        ridges: to try.
-        passes: over the experts.
-        target: what is matched.
+        settings: how layers are fitted.
         chooser: of the experts; None: the plan's stay.
     """
 
@@ -235,9 +252,7 @@ class _Run:
     texts: Sequence[TokenBatch]
     numbers: Sequence[int]
     fitted: int
-    ridges: Sequence[float]
-    passes: int
-    target: str
+    settings: _Settings
     chooser: Chooser | None
 
     def layers(
@@ -249,7 +264,7 @@ class _Run:
             before = finished.layer(index) if finished is not None else None
             if before is not None:
                 kept, layer_repair, down = before
-                if self.target == "hidden":
+                if self.settings.target == "hidden":
                     self.walk.full(index)
             else:
                 kept, fitted = self._layer(index, plan.kept[index])
@@ -272,19 +287,19 @@ class _Run:
         layer = self.moe.layers[index]
         missed = _Missed(self.texts)
         if self.chooser is not None:
-            then = missed.add_wanted if self.target == "layer" else _only_run
+            then = missed.add_wanted if self.settings.target == "layer" else _only_run
             observe = self.chooser.observing(layer, self.texts, self.numbers, then)
             self.walk.look(index, observe, nullcontext)
             kept = self.chooser.choose(layer, len(kept))
-        elif self.target == "layer":
+        elif self.settings.target == "layer":
             self.walk.look(index, missed.add_wanted, nullcontext)
-        if self.target == "layer":
+        if self.settings.target == "layer":
             self.walk.look(index, missed.take_given, lambda: masked(layer, kept))
         else:
             self.walk.look(index, missed.take_inputs, lambda: masked(layer, kept), missed.take_state)
             self.walk.full(index, missed.add_state)
         rows = missed.rows([number < self.fitted for number in self.numbers])
-        return kept, refit(layer.experts, kept, rows, self.ridges, self.passes)
+        return kept, refit(layer.experts, kept, rows, self.settings.ridges, self.settings.passes)
 
 
 def _only_run(original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

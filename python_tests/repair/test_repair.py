@@ -276,7 +276,7 @@ def test_a_directory_of_other_settings_is_refused_by_name(tmp_path):
     for changed, name in (
         (dict(target="hidden"), "target"),
         (dict(ridge=0.5), "ridges"),
-        (dict(passes=3), "passes"),
+        (dict(passes=5), "passes"),
         (dict(sequential=True), "sequential"),
         (dict(held_out=[SCORED]), "held_out"),
     ):
