@@ -27,6 +27,7 @@ FAST = {
     "test_criteria.py",
     "test_data.py",
     "test_eep_candidates.py",
+    "test_fit.py",
     "test_golden.py",
     "test_layouts.py",
     "test_masked_router.py",
