@@ -171,11 +171,11 @@ def missed(result: RepairResult, which: str) -> str:
 def settings_table(bench: Bench, criteria: Sequence[str], fit: Sequence[TokenBatch]) -> str:
     """Targets, ridges and passes at 50 %."""
     trials: list[dict[str, Any]] = [
-        dict(target=target, ridge=ridge, passes=2)
+        dict(target=target, ridge=ridge, passes=PASSES)
         for target in ("layer", "hidden")
-        for ridge in (0.0001, 0.001, 0.01, 0.1, 1.0, "auto")
+        for ridge in (0.001, 0.01, 0.1, 1.0, "auto")
     ]
-    trials += [dict(target=target, ridge="auto", passes=n) for target in ("layer", "hidden") for n in (1, 4)]
+    trials += [dict(target="hidden", ridge="auto", passes=n) for n in (1, 2, 6)]
     rows = []
     for criterion in criteria:
         plan = bench.uniform(criterion, 0.5)

@@ -9,6 +9,8 @@ with H_e = sum_t g_t,e^2 h_t,e h_t,e^T. Gauss-Seidel passes over the experts sol
 residual that the others leave. No step raises the penalised sum, so the squared residual of the fitted rows never
 rises. Rows that are not fitted choose the ridge, and whether the layer is repaired at all (our method).
 
+A row's weight, by which g and r are multiplied, is the caller's (repair.py).
+
 The new weights are rounded to the dtype that the layer's are stored in (`stored_dtype`), so that an export holds the
 very numbers that were judged.
 """
@@ -36,8 +38,8 @@ class LayerRows:
     Attributes:
         hidden: [N, H], the experts' input.
         ids: int64 [N, K], numbers of experts in the module.
-        weights: [N, K], their gate weights.
-        residual: float32 [N, H].
+        weights: [N, K], their gate weights, times the row's weight.
+        residual: float32 [N, H], times the row's weight.
         fitted: bool [N], rows that are fitted; the others judge.
     """
 

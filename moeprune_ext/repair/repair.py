@@ -1,8 +1,9 @@
 """Repairs a pruned model without gradients: kept experts' down projections are refitted, layer by layer, in order.
 
 Each layer is fitted on what the pruned and so far repaired layers before it give, so that later layers also make up for
-what earlier ones lost. The result is a plan whose merges hold the new down projections: it is scored, applied and
-exported like any other, and its export is a stock checkpoint. What is fitted: fit.py; how layers are reached: walk.py.
+what earlier ones lost. Layers behind normalise hidden states, so a position's error counts relative to the hidden state
+there. The result is a plan whose merges hold the new down projections: it is scored, applied and exported like any
+other, and its export is a stock checkpoint. What is fitted: fit.py; how layers are reached: walk.py.
 
 With sequential=True a layer's experts are also scored on that input, and chosen anew at the plan's counts, as
 llm-compressor does with REAP. One pass over the layers does all three: score, choose, repair.
@@ -49,7 +50,8 @@ class LayerRepair:
 
     Attributes:
         ridge: its strength; None where no refit was better on held-out text.
-        fitted: squared error of the output on the text that is fitted, before and after.
+        fitted: squared error of the output on the text that is fitted, relative to the mean square of the hidden state
+            at each position, before and after.
         held_out: the same on held-out text, which chose the ridge.
     """
 
@@ -87,9 +89,11 @@ def repair(
 ) -> RepairResult:
     """Refits the down projections of a pruned model's experts, so that its layers give what the full model's gave.
 
-    Source of the idea of layer-by-layer least squares: GPTQ and MergeMoE (arXiv 2510.14436); the method is ours.
-    Weights are fitted in float32 with normal equations in float64, whatever the model's dtype, and rounded to the dtype
-    that they are stored in before the next layer is fitted. Biases and shared experts stay as they are.
+    Source of the idea of layer-by-layer least squares: GPTQ and MergeMoE (arXiv 2510.14436); the method is ours. Each
+    position's error is divided by the root mean square of the hidden state that the full layer gives there, except in
+    models whose hidden states are not known. Weights are fitted in float32 with normal equations in float64, whatever
+    the model's dtype, and rounded to the dtype that they are stored in before the next layer is fitted. Biases and
+    shared experts stay as they are.
 
     Memory for a layer of N positions: (1 + ridges) x N x H float32 and N x H of the model's dtype, and for each ridge
     the down projections of its kept experts in float32. On the host: all batches' hidden states, twice with
@@ -289,10 +293,10 @@ class _Run:
         if self.chooser is not None:
             then = missed.add_wanted if self.settings.target == "layer" else _only_run
             observe = self.chooser.observing(layer, self.texts, self.numbers, then)
-            self.walk.look(index, observe, nullcontext)
+            self.walk.look(index, observe, nullcontext, missed.take_size)
             kept = self.chooser.choose(layer, len(kept))
         elif self.settings.target == "layer":
-            self.walk.look(index, missed.add_wanted, nullcontext)
+            self.walk.look(index, missed.add_wanted, nullcontext, missed.take_size)
         if self.settings.target == "layer":
             self.walk.look(index, missed.take_given, lambda: masked(layer, kept))
         else:
@@ -320,6 +324,7 @@ class _Missed:
         self._residual = torch.empty(0)
         self._inputs: list[tuple[Tensor, Tensor, Tensor]] = []
         self._wanted = 0
+        self._sizes: dict[int, Tensor] = {}  # {number of a batch: float32 [n, 1]}
 
     def add_wanted(self, original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Replaces the experts' forward in the full layer."""
@@ -347,13 +352,25 @@ class _Missed:
 
     def add_state(self, number: int, output: Tensor) -> None:
         """Adds the full model's hidden state."""
+        self.take_size(number, output)
         self._add(number, output.flatten(0, -2), 1)
+
+    def take_size(self, number: int, output: Tensor) -> None:
+        """Measures what the full layer gives: the root mean square of each position's hidden state."""
+        rows = self._attended[number].to(output.device)
+        if output.shape[:-1].numel() == len(rows):  # otherwise hidden states are no rows of positions
+            self._sizes[number] = output.flatten(0, -2)[rows].float().square().mean(-1, keepdim=True).sqrt()
 
     def rows(self, is_fitted: Sequence[bool]) -> LayerRows:
         """Returns all of it; `is_fitted`: whether each batch is fitted."""
         lengths = [part.stop - part.start for part in self._slices]
         fitted = torch.tensor(is_fitted).repeat_interleave(torch.tensor(lengths))
         hidden, ids, weights = (torch.cat(parts) for parts in zip(*self._inputs, strict=True))
+        if len(self._sizes) == len(self._slices):
+            sizes = torch.cat([self._sizes[number] for number in range(len(self._slices))])
+            scale = torch.where(sizes > 0, sizes.reciprocal(), 0)
+            weights = weights.float() * scale
+            self._residual *= scale
         return LayerRows(hidden, ids, weights, self._residual, fitted.to(hidden.device))
 
     def _add(self, number: int, output: Tensor, sign: int) -> None:

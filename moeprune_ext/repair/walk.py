@@ -12,13 +12,13 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.models.apply import planned
-from moeprune_ext.models.moe import MoeModel
-from moeprune_ext.models.patches import ExpertsFunction, Observe, intercepted
+from moeprune_ext.models.moe import MoeModel, decoder_layers
+from moeprune_ext.models.patches import ExpertsFunction, Observe, intercepted, replaced_forward
 from moeprune_ext.models.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay
 from moeprune_ext.repair.checks import check_experts, check_passes_through
 
@@ -40,7 +40,7 @@ class Walk(Protocol):
             index: of a decoder layer with experts.
             observe: (original, hidden, ids, weights) in the place of the experts' forward.
             context: what else holds meanwhile, such as a mask.
-            then: gets the decoder layer's outputs, where `walk_of` was asked for states.
+            then: gets the decoder layer's outputs; not called where the decoder layers are not known.
         """
 
     def full(self, index: int, then: Then = _no_more) -> None:
@@ -134,7 +134,7 @@ class ReplayWalk:
 
 
 class _Reached(Exception):
-    """Ends a forward behind the layer that is looked at."""
+    """Ends a forward where it has been looked at."""
 
 
 class WholeWalk:
@@ -143,21 +143,36 @@ class WholeWalk:
     def __init__(self, moe: MoeModel, batches: Sequence[TokenBatch]) -> None:
         self._moe, self._batches = moe, batches
         self._done: list[PruningPlan] = []
+        try:
+            self._decoder: Sequence[nn.Module] | None = list(decoder_layers(moe)[1])
+        except ValueError:
+            self._decoder = None
 
     def look(self, index: int, observe: Observe, context: Context, then: Then = _no_more) -> None:
         """See Walk."""
 
+        number = 0
+
         def and_end(original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             observe(original, hidden, ids, weights)
+            raise _Reached
+
+        def layer_and_end(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+            output = original(*args, **kwargs)
+            then(number, output if isinstance(output, Tensor) else output[0])
             raise _Reached
 
         backbone: Any = getattr(self._moe.model, "base_model", self._moe.model)
         with ExitStack() as stack:
             for plan in self._done:
                 stack.enter_context(planned(self._moe.layers, plan))
-            stack.enter_context(intercepted(self._moe.layers[index].experts, and_end))
+            if self._decoder is None:
+                stack.enter_context(intercepted(self._moe.layers[index].experts, and_end))
+            else:
+                stack.enter_context(replaced_forward(self._decoder[index], layer_and_end))
+                stack.enter_context(intercepted(self._moe.layers[index].experts, observe))
             stack.enter_context(context())
-            for batch in self._batches:
+            for number, batch in enumerate(self._batches):  # noqa: B007, which `layer_and_end` reads
                 with suppress(_Reached):
                     backbone(**batch.model_inputs(self._moe.device), use_cache=False)
 
