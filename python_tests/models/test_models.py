@@ -37,6 +37,8 @@ NOT_GREEN = {
     | {"dbrx", "longcat_flash", "qwen3_omni_moe"},
     "5.23": {"dbrx", "diffusion_gemma", "dots3_note", "ernie4_5_vl_moe", "inkling_mm_model", "jetmoe", "llama4"}
     | {"llama4_text", "nemo_speechlm", "qwen3_omni_moe"},
+    "5.24": {"dbrx", "diffusion_gemma", "dots3_note", "ernie4_5_vl_moe", "hy_v4_vl", "jetmoe", "llama4", "llama4_text"}
+    | {"nemo_speechlm", "qwen3_omni_moe"},
 }
 VERSION = ".".join(transformers.__version__.split(".")[:2])
 STEPS = ("calibrate", "mask", "prune", "export uniform", "export uneven", "stream", "fewer active", "merge", "repair")
