@@ -10,9 +10,10 @@ A name is imported when it is first used, so that `import moeprune_ext` does not
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Loaded now, because loading it later would put the package in the place of the function `eep`.
-import_module("moeprune_ext.eep")
-del globals()["eep"]
+# Loaded now, because loading them later would put packages in the place of the functions of the same names.
+for _package in ("eep", "repair"):
+    import_module(f"moeprune_ext.{_package}")
+    del globals()[_package]
 
 if TYPE_CHECKING:
     from moeprune_ext.allocation.budget import Kept as Kept
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from moeprune_ext.ops.overlap import overlap_from_hidden as overlap_from_hidden
     from moeprune_ext.ops.reference import RouterSpec as RouterSpec
     from moeprune_ext.ops.routing_moments import routing_moments_ as routing_moments_
+    from moeprune_ext.repair.repair import RepairResult as RepairResult
+    from moeprune_ext.repair.repair import repair as repair
 
     __version__: str
 
@@ -63,6 +66,7 @@ _MODULES = {
     "Kept": "allocation.budget",
     "MoeModel": "models.moe",
     "PruningPlan": "artifacts.plan",
+    "RepairResult": "repair.repair",
     "RouterSpec": "ops.reference",
     "RoutingStats": "artifacts.stats",
     "SearchResult": "allocation.evolve",
@@ -87,6 +91,7 @@ _MODULES = {
     "perplexity": "evaluate",
     "prune_": "checkpoint.prune",
     "reference": "ops.reference",
+    "repair": "repair.repair",
     "routing_moments_": "ops.routing_moments",
     "score_experts": "calibration.criteria",
     "super_experts": "calibration.criteria",

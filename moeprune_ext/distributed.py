@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,15 @@ def maximum_(tensor: Tensor) -> Tensor:
     if world()[1] > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
+
+
+def gathered(value: T) -> list[T]:
+    """Returns every process's value, in order of rank; a value is small and can be pickled between the processes."""
+    if world()[1] == 1:
+        return [value]
+    values: list[Any] = [None] * world()[1]
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_first(function: Callable[[], T]) -> T:

@@ -27,6 +27,7 @@ FAST = {
     "test_criteria.py",
     "test_data.py",
     "test_eep_candidates.py",
+    "test_fit.py",
     "test_golden.py",
     "test_intervals.py",
     "test_layouts.py",

@@ -132,3 +132,39 @@ def test_eep_finds_the_same_by_any_number_of_processes(tmp_path):
         assert json.loads(done.stdout)["evaluations"] == 8
     for name in ("starts.json", "search.json", "history.jsonl", "plan.json", "result.json"):
         assert (tmp_path / "1" / name).read_text() == (tmp_path / "2" / name).read_text(), name
+
+
+REPAIR = f"""
+import sys
+sys.path.insert(0, {TESTS!r})
+from pathlib import Path
+import moeprune_ext as mp
+from moeprune_ext import distributed
+from tiny_models import random_tokens, tiny_model
+
+out, target, criterion = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+distributed.join()
+model, text = tiny_model("gpt_oss"), [random_tokens(10, 24, 7), random_tokens(3, 17, 8)]
+plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, text), "reap"), 0.5)
+settings = dict(target=target, sequential=True, criterion=criterion, out=out)
+result = mp.repair(model, plan, text, **settings)
+assert mp.repair(model, plan, text, **settings).plan.merges == result.plan.merges
+if distributed.is_first():
+    result.plan.save(out / "plan.json")
+distributed.leave()
+"""
+
+
+@pytest.mark.parametrize(("target", "criterion"), [("layer", "naee"), ("hidden", "seer")])
+def test_repair_is_the_same_by_any_number_of_processes(tmp_path, target, criterion):
+    script = tmp_path / "repair.py"
+    script.write_text(REPAIR)
+    plans = []
+    for processes in (1, 2):
+        done = torchrun(processes, script, tmp_path / str(processes), target, criterion)
+        assert done.returncode == 0, done.stderr
+        plans.append(mp.PruningPlan.load(tmp_path / str(processes) / "plan.json"))
+    one, two = plans
+    assert one.kept == two.kept and one.repaired_layers == two.repaired_layers != []
+    for layer in one.repaired_layers:
+        torch.testing.assert_close(one.merges[layer].down, two.merges[layer].down, rtol=1e-4, atol=1e-5)

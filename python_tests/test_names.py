@@ -11,8 +11,9 @@ import pytest
     [
         "pass",
         "import moeprune_ext; moeprune_ext.reference.overlap",
-        "import moeprune_ext.eep",
+        "import moeprune_ext.eep, moeprune_ext.repair",
         "from moeprune_ext.eep.search import search",
+        "from moeprune_ext.repair.walk import walk_of",
         "import moeprune_ext.eep.table, moeprune_ext.allocation.grape",
         "from moeprune_ext.cli.main import main",
     ],
@@ -27,7 +28,8 @@ assert set(names) <= set(dir(mp)) and names["__version__"] == mp.build_info()["v
 modules = [name for name, value in names.items() if type(value) is type(sys)]
 assert modules == ["reference"], modules
 from moeprune_ext.eep.search import search
-assert callable(mp.eep) and not hasattr(mp, "nonsense")
+from moeprune_ext.repair.fit import refit
+assert callable(mp.eep) and callable(mp.repair) and not hasattr(mp, "nonsense")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

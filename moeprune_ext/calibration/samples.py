@@ -72,7 +72,9 @@ def sample_layers(
     Raises:
         ValueError: for a model that does not hand every position to its experts.
     """
-    used = [(batch, rows) for batch, rows in zip(batches, _choose(batches, tokens, seed), strict=True) if len(rows)]
+    used = [
+        (batch, rows) for batch, rows in zip(batches, choose_positions(batches, tokens, seed), strict=True) if len(rows)
+    ]
     recorders = {index: _Recorder(layer, used) for index, layer in layers.items()}
     replay = replay_of_streamed(moe, used[0][0])
     with evaluating(moe.model), ExitStack() as stack:
@@ -84,8 +86,8 @@ def sample_layers(
     return {index: recorder.sample() for index, recorder in recorders.items()}
 
 
-def _choose(batches: Sequence[TokenBatch], tokens: int, seed: int) -> list[Tensor]:
-    """Returns the sample's positions in each flattened batch, ascending."""
+def choose_positions(batches: Sequence[TokenBatch], tokens: int, seed: int) -> list[Tensor]:
+    """Draws attended positions, as `sample_layers` does: those of each flattened batch, ascending."""
     attended = [batch.attention_mask.flatten().nonzero()[:, 0] for batch in batches]
     lengths = [len(positions) for positions in attended]
     generator = torch.Generator().manual_seed(seed)

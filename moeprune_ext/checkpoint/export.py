@@ -52,7 +52,7 @@ def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
     """Writes the pruned or merged checkpoint of a model directory to a new directory.
 
     Written are weights in the source's shards and names, config.json, the tokenizer and other files as they are, the
-    plan (pruning_plan.json), and a model card.
+    plan (pruning_plan.json; a repair's weights are among the others), and a model card.
 
     Args:
         source: a Hugging Face directory with safetensors weights, or an earlier export.
@@ -190,7 +190,8 @@ def _write(folder: Path, result: _Result, config: dict[str, Any]) -> None:
             shutil.copyfile(file, folder / file.name)
     if CONFIG_KEY in config:
         shutil.copyfile(modeling.__file__, folder / "modeling.py")
-    result.plan.save(folder / "pruning_plan.json")
+    # A repair's weights are in the shards; loaders that read every safetensors file must not find them twice.
+    result.plan.unrepaired.save(folder / "pruning_plan.json")
     (folder / "README.md").write_text(_model_card(result, size))
 
 
@@ -244,7 +245,14 @@ def _model_card(result: _Result, size: int) -> str:
     else:
         how = f"criterion {plan.criterion or 'unknown'}"
         merges = sum(merge.sums for merge in plan.merges.values())
-        changed = f"{merges} experts are averages of merged ones." if merges else "No weight was retrained or changed."
+        changed = f"{merges} experts are averages of merged ones." if merges else ""
+        if plan.repaired_layers:
+            changed += (
+                f" In {len(plan.repaired_layers)} layers the kept experts' down projections were refitted by ridge "
+                "least squares, without gradients, so that the layers give again what they gave before; no other "
+                "weight was changed."
+            )
+        changed = changed.strip() or "No weight was retrained or changed."
     if plan.active is not None:
         changed += f" Every token is given to {plan.active} experts."
     rows = "\n".join(f"| {i} | {layers[i].shape.num_experts} | {n} |" for i, n in result.counts.items())

@@ -40,7 +40,8 @@ class Role:
         axis: the axis that counts experts.
         trailing: slices beyond the experts', which stay.
         is_router: whether it belongs to the routing decision.
-        transposed: whether a matrix of an expert may be stored as the transpose of the parameter's.
+        transposed: whether a matrix of an expert is stored as the transpose of the parameter's; None: where it does
+            not fit otherwise.
     """
 
     layer: int
@@ -49,7 +50,7 @@ class Role:
     axis: int = 0
     trailing: int = 0
     is_router: bool = False
-    transposed: bool = False
+    transposed: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -287,10 +288,18 @@ def _role(name: str, path: str, shape: Sequence[int], layer: MoeLayer) -> Role |
     return None
 
 
-def _is_transposed(converted: tuple[str, Any] | None) -> bool:
-    """Tells whether transformers transposes a stored tensor on loading; `converted` as `renaming` returns it."""
+def _is_transposed(converted: tuple[str, Any] | None) -> bool | None:
+    """Tells whether transformers transposes a stored tensor on loading.
+
+    Args:
+        converted: as `renaming` returns it.
+
+    Returns:
+        None for one that it transposes where the shape does not fit.
+    """
     operations = [] if converted is None else converted[1].operations
-    return any(type(operation).__name__ == "Transpose" for operation in operations)
+    transposes = [operation for operation in operations if type(operation).__name__ == "Transpose"]
+    return None if any(getattr(one, "check_dims", False) for one in transposes) else bool(len(transposes) % 2)
 
 
 def _check_roles(roles: Mapping[str, Role], layers: Mapping[int, MoeLayer]) -> None:

@@ -37,7 +37,8 @@ class Siblings:
             dtype, role = stored.get_dtype(), roles[name]
             if dtype not in ("F64", "F32", "F16", "BF16"):
                 raise ValueError(
-                    f"{name} is stored as {dtype}: quantised experts cannot be merged; dequantise them first"
+                    f"{name} is stored as {dtype}: quantised experts cannot be merged or repaired; dequantise them "
+                    "first"
                 )
             if role.expert is not None:
                 self._names.setdefault((role.layer, numbered(name, "*")), {})[role.expert] = name
@@ -139,8 +140,8 @@ class PlannedWeights:
         merge = self.plan.merges[role.layer]
         if merge.down is None or role.is_router or role.path.rpartition(".")[2] != DOWN:
             return None
-        # Where both layouts are known, transformers transposes what does not fit (its Transpose with check_dims).
-        down = merge.down if not role.transposed or merge.down.shape[1:] == stored.shape else merge.down.transpose(1, 2)
+        transposed = merge.down.shape[1:] != stored.shape if role.transposed is None else role.transposed
+        down = merge.down.transpose(1, 2) if transposed else merge.down
         if down.shape[1:] != stored.shape:
             raise ValueError(
                 f"layer {role.layer}: a repaired down projection is {tuple(down.shape[1:])}, the stored one "

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from moeprune_ext.artifacts.plan import HasPlan, Merge, PruningPlan, Treatment, plan_of
 from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.models.active import fewer_active
+from moeprune_ext.models.experts import DOWN
 from moeprune_ext.models.layers import MoeLayer, masked
 from moeprune_ext.models.merging import MapRouter, MergedExperts, mapped_layer, merged
 from moeprune_ext.models.moe import MoeModel
@@ -109,6 +110,8 @@ def check_plan(
                 f"layer {index}: the plan was made for {made_for} experts, the model has {shape.num_experts}"
             )
         merge = plan.merges.get(index)
+        if merge is not None and merge.down is not None:
+            _check_down(layers[index], merge.down)
         if merge is not None and merge.router is not None:
             _check_map(layers[index], shape, merge, map_router)
         else:
@@ -130,6 +133,17 @@ def _check_kept(index: int, shape: LayerShape, kept: Sequence[int]) -> None:
                 f"layer {index}: its router chooses among {shape.n_group} groups, which must keep equally many "
                 f"experts, but the plan keeps {per_group}"
             )
+
+
+def _check_down(layer: MoeLayer, down: Tensor) -> None:
+    """Refuses (ValueError) a repair's weights that are not laid out as a layer's own."""
+    own = getattr(layer.experts, DOWN, None)
+    if own is None or own.ndim != 3 or own.shape[1:] != down.shape[1:]:
+        raise ValueError(
+            f"layer {layer.index}: the plan's new down projections are {tuple(down.shape[1:])}, those of "
+            f"{type(layer.experts).__name__} {'unknown' if own is None else tuple(own.shape[1:])}; repair this model's "
+            "own plan"
+        )
 
 
 def _check_map(layer: MoeLayer, shape: LayerShape, merge: Merge, map_router: MapRouter) -> None:

@@ -1,8 +1,9 @@
 """Repairs a pruned model without gradients: kept experts' down projections are refitted, layer by layer, in order.
 
 Each layer is fitted on what the pruned and so far repaired layers before it give, so that later layers also make up for
-what earlier ones lost. The result is a plan whose merges hold the new down projections: it is scored, applied and
-exported like any other, and its export is a stock checkpoint. What is fitted: fit.py; how layers are reached: walk.py.
+what earlier ones lost. Layers behind normalise hidden states, so a position's error counts relative to the hidden state
+there. The result is a plan whose merges hold the new down projections: it is scored, applied and exported like any
+other, and its export is a stock checkpoint. What is fitted: fit.py; how layers are reached: walk.py.
 
 With sequential=True a layer's experts are also scored on that input, and chosen anew at the plan's counts, as
 llm-compressor does with REAP. One pass over the layers does all three: score, choose, repair.
@@ -14,10 +15,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,17 +30,17 @@ from moeprune_ext.artifacts.plan import HasPlan, Merge, PruningPlan, plan_of
 from moeprune_ext.data.batches import TokenBatch, as_batches, data_fingerprint, joined, without_padding
 from moeprune_ext.files import replacing
 from moeprune_ext.models.apply import check_plan
-from moeprune_ext.models.experts import PairOutputs
-from moeprune_ext.models.layers import MoeLayer, masked
+from moeprune_ext.models.layers import masked
 from moeprune_ext.models.moe import MoeModel
-from moeprune_ext.models.patches import ExpertsFunction, Observe, evaluating
+from moeprune_ext.models.patches import ExpertsFunction, evaluating
 from moeprune_ext.models.slicing import check_slicing
 from moeprune_ext.progress import View, track
 from moeprune_ext.repair.fit import LayerRows, Refit, refit
 from moeprune_ext.repair.sequential import Chooser
 from moeprune_ext.repair.walk import Walk, walk_of
 
-RIDGES = (0.001, 0.01, 0.1, 1.0)  # strengths that "auto" chooses from, for each layer
+RIDGES = (0.01, 0.1, 1.0)  # strengths that "auto" chooses from, for each layer
+PASSES = 3
 TARGETS = ("layer", "hidden")
 TOKENS_AT_ONCE = 2048  # in one call of a layer, unless a sequence is longer
 
@@ -48,7 +51,8 @@ class LayerRepair:
 
     Attributes:
         ridge: its strength; None where no refit was better on held-out text.
-        fitted: squared error of the output on the text that is fitted, before and after.
+        fitted: squared error of the output on the text that is fitted, relative to the mean square of the hidden state
+            at each position, before and after.
         held_out: the same on held-out text, which chose the ridge.
     """
 
@@ -78,7 +82,7 @@ def repair(
     ridge: str | float | Sequence[float] = "auto",
     held_out: Iterable[Any] | None = None,
     target: str = "layer",
-    passes: int = 2,
+    passes: int = PASSES,
     sequential: bool = False,
     criterion: str | Mapping[int, str] | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -86,13 +90,16 @@ def repair(
 ) -> RepairResult:
     """Refits the down projections of a pruned model's experts, so that its layers give what the full model's gave.
 
-    Source of the idea of layer-by-layer least squares: GPTQ and MergeMoE (arXiv 2510.14436); the method is ours
-    (docs: methods). Weights are fitted in float32 with normal equations in float64, whatever the model's dtype, and
-    rounded to it before the next layer is fitted. Biases and shared experts stay as they are.
+    Source of the idea of layer-by-layer least squares: GPTQ and MergeMoE (arXiv 2510.14436); the method is ours. Each
+    position's error is divided by the root mean square of the hidden state that the full layer gives there, except in
+    models whose hidden states are not known. Weights are fitted in float32 with normal equations in float64, whatever
+    the model's dtype, and rounded to the dtype that they are stored in before the next layer is fitted. Biases and
+    shared experts stay as they are.
 
-    Memory for a layer of N positions: (2 + ridges) x N x H float32, and for each ridge the down projections of its kept
-    experts in float32. On the host: all batches' hidden states, twice with target="hidden". Streamed layers visit the
-    device once. Under torchrun the batches are dealt out, and normal equations are added up.
+    Memory for a layer of N positions: (1 + ridges) x N x H float32 and N x H of the model's dtype, and for each ridge
+    the down projections of its kept experts in float32. On the host: all batches' hidden states, twice with
+    target="hidden". Streamed layers visit the device once, besides the checks on a few tokens. Under torchrun the
+    batches are dealt out, and normal equations are added up.
 
     Args:
         model: a transformers model or a MoeModel; it is left as it was.
@@ -100,11 +107,11 @@ def repair(
         batches: text to fit, see `as_batches`; label masks do not count.
         ridge: penalty relative to the mean squared input of an expert's down projection; "auto" or a sequence: for each
             layer the one that misses least on held-out text, or no repair where none misses less than before.
-        held_out: that text; None: the last quarter of the sequences of `batches`, which are not fitted then.
+        held_out: that text; None: every fourth sequence of `batches`, which is not fitted then.
         target: "layer": what the full layer computes of the same input. "hidden": the full model's hidden state behind
             the layer, which also corrects what earlier layers lost.
         passes: Gauss-Seidel passes over a layer's experts.
-        sequential: whether to choose the experts anew, see above.
+        sequential: whether to choose the experts anew, see above. The counts stay; what a plan protects does not.
         criterion: by which to choose, for all layers or by layer; None: the plan's.
         out: directory for what is finished, layer by layer; a repair that finds it goes on.
         progress: whether to show progress on stderr, or the View to show it on.
@@ -117,40 +124,60 @@ def repair(
             projection is not known, unknown settings, or too little text.
     """
     moe, plan = MoeModel.of(model), plan_of(plan)
-    ridges = _ridges(ridge)
-    if target not in TARGETS:
-        raise ValueError(f"target is {target!r}; choose from {', '.join(TARGETS)}")
-    if passes < 1:
-        raise ValueError(f"passes must be at least 1, got {passes}")
-    check_plan(plan, moe.layers, moe.fingerprint)
-    if plan.merges or plan.active is not None:
-        raise ValueError("repair takes a pruning plan: one that merges experts, or lowers how many are active, cannot")
+    fitting = _Settings(_ridges(ridge), target, passes)
+    _check(plan, moe)
     fit, judge = _texts(moe, batches, held_out)
     pruned = [index for index, count in plan.pruned_counts.items() if count]
     if not pruned:
         return RepairResult(plan)
     check_slicing(moe.layers)
-    chooser = Chooser(moe, plan, criterion) if sequential else None
+    chooser = Chooser(plan, criterion, fit) if sequential else None
+    if distributed.world()[1] > len(fit) + len(judge):
+        raise ValueError(f"{distributed.world()[1]} processes cannot share {len(fit) + len(judge)} sequences")
+    own = distributed.own_share(len(fit) + len(judge))
+    texts = [(fit + judge)[number] for number in own]
     settings = {
         "model": moe.fingerprint,
         "plan": {str(layer): ids for layer, ids in plan.kept.items()},
         "data": data_fingerprint(fit),
         "held_out": data_fingerprint(judge),
         "dtype": str(next(moe.model.parameters()).dtype),
-        "ridges": list(ridges),
-        "target": target,
-        "passes": passes,
         "sequential": None if chooser is None else chooser.recorded,
+        **asdict(fitting),
+        "ridges": list(fitting.ridges),
     }
-    journal = _Finished(Path(out), settings) if out is not None else None
-    if distributed.world()[1] > len(fit) + len(judge):
-        raise ValueError(f"{distributed.world()[1]} processes cannot share {len(fit) + len(judge)} sequences")
-    own = distributed.own_share(len(fit) + len(judge))
-    texts = [(fit + judge)[number] for number in own]
-    is_fitted = [number < len(fit) for number in own]
     with evaluating(moe.model):
-        run = _Run(moe, walk_of(moe, texts, target == "hidden"), texts, is_fitted, ridges, passes, target, chooser)
-        return run.layers(plan, pruned, journal, progress)
+        walk = walk_of(moe, texts, pruned, target == "hidden")
+        journal = _Finished(Path(out), settings) if out is not None else None
+        return _Run(moe, walk, texts, own, len(fit), fitting, chooser).layers(plan, pruned, journal, progress)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How layers are fitted; the attributes are arguments of `repair`."""
+
+    ridges: tuple[float, ...]
+    target: str
+    passes: int
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target is {self.target!r}; choose from {', '.join(TARGETS)}")
+        if self.passes < 1:
+            raise ValueError(f"passes must be at least 1, got {self.passes}")
+
+
+def _check(plan: PruningPlan, moe: MoeModel) -> None:
+    """Refuses (ValueError) a plan that cannot be repaired."""
+    check_plan(plan, moe.layers, moe.fingerprint)
+    if plan.repaired_layers:
+        raise ValueError("this plan is repaired already; repair the plan that it was made of (its `unrepaired`)")
+    if plan.merges:
+        raise ValueError("this plan merges experts; repair takes one that keeps experts as they are")
+    if plan.active is not None:
+        raise ValueError(
+            f"this plan lowers how many experts are active to {plan.active}; repair takes one that leaves it"
+        )
 
 
 def _ridges(ridge: str | float | Sequence[float]) -> tuple[float, ...]:
@@ -172,8 +199,9 @@ def _texts(moe: MoeModel, batches: Iterable[Any], held_out: Iterable[Any] | None
         return joined(fit, TOKENS_AT_ONCE), joined(rows(held_out), TOKENS_AT_ONCE)
     if len(fit) < 2:
         raise ValueError("repair needs held-out text to choose its strength: give two sequences at least, or held_out")
-    end = len(fit) - max(1, len(fit) // 4)
-    return joined(fit[:end], TOKENS_AT_ONCE), joined(fit[end:], TOKENS_AT_ONCE)
+    judge = fit[3::4] or fit[-1:]
+    rest = [batch for batch in fit if not any(batch is other for other in judge)]
+    return joined(rest, TOKENS_AT_ONCE), joined(judge, TOKENS_AT_ONCE)
 
 
 class _Finished:
@@ -189,8 +217,7 @@ class _Finished:
         if record is None:
             return None
         done = LayerRepair(record["ridge"], tuple(record["fitted"]), tuple(record["held_out"]))
-        down = load_file(self._file(index))["down"] if done.ridge is not None else None
-        return record["kept"], done, down
+        return record["kept"], done, self._down(index) if done.ridge is not None else None
 
     def add(self, index: int, kept: Sequence[int], done: LayerRepair, down: Tensor | None) -> None:
         """Writes what became of a layer."""
@@ -199,21 +226,39 @@ class _Finished:
                 save_file({"down": down.cpu().contiguous()}, beside)
         self._journal.append({"generation": index, "kept": list(kept), **asdict(done)})
 
+    def _down(self, index: int) -> Tensor:
+        file = self._file(index)
+        try:
+            return load_file(file)["down"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"{file} is missing or damaged ({error}); remove {self._folder} and repair again"
+            ) from None
+
     def _file(self, index: int) -> Path:
         return self._folder / f"layer-{index}.safetensors"
 
 
 @dataclass
 class _Run:
-    """One walk over the layers."""
+    """One walk over the layers.
+
+    Attributes:
+        moe: the model.
+        walk: over its layers.
+        texts: this process's batches.
+        numbers: of them among all processes'.
+        fitted: so many of those are fitted; the others judge.
+        settings: how layers are fitted.
+        chooser: of the experts; None: the plan's stay.
+    """
 
     moe: MoeModel
     walk: Walk
     texts: Sequence[TokenBatch]
-    is_fitted: Sequence[bool]
-    ridges: Sequence[float]
-    passes: int
-    target: str
+    numbers: Sequence[int]
+    fitted: int
+    settings: _Settings
     chooser: Chooser | None
 
     def layers(
@@ -225,9 +270,8 @@ class _Run:
             before = finished.layer(index) if finished is not None else None
             if before is not None:
                 kept, layer_repair, down = before
-                if self.target == "hidden":
-                    for _ in self.walk.full(index):
-                        pass
+                if self.settings.target == "hidden":
+                    self.walk.full(index)
             else:
                 kept, fitted = self._layer(index, plan.kept[index])
                 layer_repair = LayerRepair(fitted.ridge, fitted.fitted, fitted.judged)
@@ -238,82 +282,101 @@ class _Run:
             count = plan.num_experts[index]
             if down is not None:
                 merges[index] = Merge.as_they_are(kept, count, down)
-            alone = {index: merges[index]} if index in merges else {}
-            self.walk.leave(index, PruningPlan({index: kept}, {index: count}, merges=alone))
-        return RepairResult(replace(plan, kept=kept_by_layer, merges=merges), done)
+            if index != pruned[-1]:
+                alone = {index: merges[index]} if index in merges else {}
+                self.walk.leave(index, PruningPlan({index: kept}, {index: count}, merges=alone))
+        criterion = plan.criterion if self.chooser is None else self.chooser.criterion
+        return RepairResult(replace(plan, kept=kept_by_layer, merges=merges, criterion=criterion), done)
 
     def _layer(self, index: int, kept: list[int]) -> tuple[list[int], Refit]:
         """Chooses a layer's experts, if that is asked for, and refits them."""
         layer = self.moe.layers[index]
-        wanted = _Recorder(index, self.texts)
-        observe: Observe = wanted.observe
+        missed = _Missed(self.texts)
         if self.chooser is not None:
-            observe = self.chooser.observing(layer, self.texts, self.is_fitted, wanted.observe)
-        for number, _ in self.walk.look(index, observe, nullcontext):
-            wanted.end(number)
-        self._check_known(layer)
-        if self.chooser is not None:
+            then = missed.add_wanted if self.settings.target == "layer" else _only_run
+            observe = self.chooser.observing(layer, self.texts, self.numbers, then)
+            self.walk.look(index, observe, nullcontext, missed.take_size)
             kept = self.chooser.choose(layer, len(kept))
-        got = _Recorder(index, self.texts, keep_inputs=True)
-        behind: list[Tensor] = []
-        for number, output in self.walk.look(index, got.observe, lambda: masked(layer, kept)):
-            got.end(number)
-            if self.target == "hidden" and output is not None:
-                behind.append(_attended(output, self.texts[number]).float())
-        if self.target == "hidden":
-            full = [_attended(output, self.texts[number]).float() for number, output in self.walk.full(index)]
-            residual = torch.cat(full) - torch.cat(behind)
+        elif self.settings.target == "layer":
+            self.walk.look(index, missed.add_wanted, nullcontext, missed.take_size)
+        if self.settings.target == "layer":
+            self.walk.look(index, missed.take_given, lambda: masked(layer, kept))
         else:
-            residual = torch.cat(wanted.outputs) - torch.cat(got.outputs)
-        lengths = [int(batch.attention_mask.sum()) for batch in self.texts]
-        fitted = torch.cat([torch.full((n,), fits) for n, fits in zip(lengths, self.is_fitted, strict=True)])
-        hidden, ids, weights = (torch.cat(parts) for parts in zip(*got.inputs, strict=True))
-        rows = LayerRows(hidden, ids, weights, residual, fitted.to(hidden.device))
-        return kept, refit(layer.experts, kept, rows, self.ridges, self.passes)
-
-    def _check_known(self, layer: MoeLayer) -> None:
-        """Refuses (ValueError) experts whose down projection is not known; the layer is resident."""
-        if not PairOutputs(layer).is_standard or getattr(layer.experts, "has_post_expert_norm", False):
-            raise ValueError(
-                f"{type(layer.experts).__name__} (layer {layer.index}) does not end in a down projection of the known "
-                "layout, so it cannot be repaired; export the plan as it is"
-            )
+            self.walk.look(index, missed.take_inputs, lambda: masked(layer, kept), missed.take_state)
+            self.walk.full(index, missed.add_state)
+        rows = missed.rows([number < self.fitted for number in self.numbers])
+        return kept, refit(layer.experts, kept, rows, self.settings.ridges, self.settings.passes)
 
 
-def _attended(output: Tensor, batch: TokenBatch) -> Tensor:
-    """Returns the rows of attended positions: [n, H]."""
-    return output.reshape(-1, output.shape[-1])[batch.attention_mask.flatten().to(output.device)]
+def _only_run(original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Leaves the experts' forward as it is."""
+    return original(hidden, ids, weights)
 
 
-class _Recorder:
-    """Keeps the attended rows of what one layer's experts give, and what they are given.
+class _Missed:
+    """What the pruned layer's output misses, and what its experts are given, at the attended positions of all batches.
 
-    Attributes:
-        outputs: float32 [n, H] of each batch.
-        inputs: hidden [n, H], ids [n, K] and weights [n, K] of each batch, if they are wanted.
+    Each method that takes something is called for one batch after the other.
     """
 
-    def __init__(self, index: int, texts: Sequence[TokenBatch], keep_inputs: bool = False) -> None:
-        self._index, self._texts, self._keep_inputs = index, texts, keep_inputs
-        self.outputs: list[Tensor] = []
-        self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, texts: Sequence[TokenBatch]) -> None:
+        self._attended = [batch.attention_mask.flatten() for batch in texts]
+        ends = torch.tensor([0, *(int(rows.sum()) for rows in self._attended)]).cumsum(0).tolist()
+        self._slices = [slice(start, end) for start, end in pairwise(ends)]
+        self._residual = torch.empty(0)
+        self._inputs: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._wanted = 0
+        self._sizes: dict[int, Tensor] = {}  # {number of a batch: float32 [n, 1]}
 
-    def observe(self, original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Replaces the experts' forward."""
+    def add_wanted(self, original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Replaces the experts' forward in the full layer."""
         output = original(hidden, ids, weights)
-        number = len(self.outputs)
-        batch = self._texts[number] if number < len(self._texts) else None
-        if batch is None or len(ids) != batch.attention_mask.numel():
-            raise ValueError(
-                f"layer {self._index}: the experts are not given every position once; this model cannot be repaired"
-            )
-        rows = batch.attention_mask.flatten().to(output.device)
-        self.outputs.append(output[rows].float())
-        if self._keep_inputs:
-            self.inputs.append((hidden[rows], ids[rows], weights[rows]))
+        self._add(self._wanted, output, 1)
+        self._wanted += 1
         return output
 
-    def end(self, number: int) -> None:
-        """Checks that the batch of this number has been seen."""
-        if len(self.outputs) != number + 1:
-            raise ValueError(f"layer {self._index}: its experts were not called; this model cannot be repaired")
+    def take_given(self, original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Replaces the experts' forward in the pruned layer."""
+        number = len(self._inputs)
+        output = self.take_inputs(original, hidden, ids, weights)
+        self._add(number, output, -1)
+        return output
+
+    def take_inputs(self, original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Replaces the experts' forward in the pruned layer, whose output is not looked at."""
+        rows = self._attended[len(self._inputs)].to(hidden.device)
+        self._inputs.append((hidden[rows], ids[rows], weights[rows]))
+        return original(hidden, ids, weights)
+
+    def take_state(self, number: int, output: Tensor) -> None:
+        """Takes a hidden state of the pruned model, [1, S, H], away from what is missed."""
+        self._add(number, output.flatten(0, -2), -1)
+
+    def add_state(self, number: int, output: Tensor) -> None:
+        """Adds the full model's hidden state."""
+        self.take_size(number, output)
+        self._add(number, output.flatten(0, -2), 1)
+
+    def take_size(self, number: int, output: Tensor) -> None:
+        """Measures what the full layer gives: the root mean square of each position's hidden state."""
+        rows = self._attended[number].to(output.device)
+        if output.shape[:-1].numel() == len(rows):  # otherwise hidden states are no rows of positions
+            self._sizes[number] = output.flatten(0, -2)[rows].float().square().mean(-1, keepdim=True).sqrt()
+
+    def rows(self, is_fitted: Sequence[bool]) -> LayerRows:
+        """Returns all of it; `is_fitted`: whether each batch is fitted."""
+        lengths = [part.stop - part.start for part in self._slices]
+        fitted = torch.tensor(is_fitted).repeat_interleave(torch.tensor(lengths))
+        hidden, ids, weights = (torch.cat(parts) for parts in zip(*self._inputs, strict=True))
+        if len(self._sizes) == len(self._slices):
+            sizes = torch.cat([self._sizes[number] for number in range(len(self._slices))])
+            scale = torch.where(sizes > 0, sizes.reciprocal(), 0)
+            weights = weights.float() * scale
+            self._residual *= scale
+        return LayerRows(hidden, ids, weights, self._residual, fitted.to(hidden.device))
+
+    def _add(self, number: int, output: Tensor, sign: int) -> None:
+        if not len(self._residual):
+            self._residual = output.new_zeros(self._slices[-1].stop, output.shape[-1], dtype=torch.float32)
+        rows = self._attended[number].to(output.device)
+        self._residual[self._slices[number]] += sign * output[rows].float()

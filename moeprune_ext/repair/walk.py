@@ -7,80 +7,80 @@ that ends at that layer's experts: half of the model for the average layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.models.apply import planned
-from moeprune_ext.models.moe import MoeModel
-from moeprune_ext.models.patches import ExpertsFunction, Observe, intercepted
+from moeprune_ext.models.moe import MoeModel, decoder_layers
+from moeprune_ext.models.patches import ExpertsFunction, Observe, intercepted, replaced_forward
 from moeprune_ext.models.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay
+from moeprune_ext.repair.checks import check_experts, check_passes_through
 
 Context = Callable[[], AbstractContextManager[Any]]
+Then = Callable[[int, Tensor], None]  # number of a batch, and a decoder layer's output [B, S, H]
+
+
+def _no_more(number: int, output: Tensor) -> None:
+    """Does nothing with a decoder layer's output."""
 
 
 class Walk(Protocol):
-    """Visits layers in order; called in eval mode without gradients.
+    """Visits layers in order; called in eval mode without gradients."""
 
-    Attributes:
-        has_states: whether a layer's output, and the unpruned model's states, are known.
-    """
-
-    has_states: bool
-
-    def look(self, index: int, observe: Observe, context: Context) -> Iterator[tuple[int, Tensor | None]]:
+    def look(self, index: int, observe: Observe, context: Context, then: Then = _no_more) -> None:
         """Gives the layer its input, batch by batch.
 
         Args:
             index: of a decoder layer with experts.
             observe: (original, hidden, ids, weights) in the place of the experts' forward.
             context: what else holds meanwhile, such as a mask.
-
-        Yields:
-            Number of the batch, after its experts have run, and the decoder layer's output [B, S, H] or None.
+            then: gets the decoder layer's outputs; not called where the decoder layers are not known.
         """
 
-    def full(self, index: int) -> Iterator[tuple[int, Tensor]]:
-        """Runs the layer on the unpruned model's states and yields (number of the batch, output [B, S, H])."""
+    def full(self, index: int, then: Then = _no_more) -> None:
+        """Runs the layer on the unpruned model's states, where `walk_of` was asked for them."""
 
     def leave(self, index: int, plan: PruningPlan) -> None:
         """Goes on behind the layer, as it is under a plan of that layer alone."""
 
 
-def walk_of(moe: MoeModel, batches: Sequence[TokenBatch], with_full: bool) -> Walk:
+def walk_of(moe: MoeModel, batches: Sequence[TokenBatch], layers: Sequence[int], with_full: bool) -> Walk:
     """Finds how a model can be walked.
 
     Args:
         moe: the model.
         batches: this process's.
-        with_full: whether the unpruned model's states are wanted, too.
+        layers: to be looked at.
+        with_full: whether decoder layers' outputs are wanted, the pruned model's and the unpruned one's.
 
     Raises:
-        ValueError: where they are wanted and cannot be had.
+        ValueError: where they are wanted, and cannot be had or say nothing of the experts.
     """
-    tokens = batches[0].part(slice(0, 1)).input_ids[:, batches[0].attention_mask[0]][:, :TRIED_TOKENS]
+    tokens = batches[0].input_ids[:, batches[0].attention_mask[0]][:, :TRIED_TOKENS]
+    check_experts(moe, layers, tokens)
     try:
         replay = Replay(moe)
         replay.check({"input_ids": tokens.to(moe.device)})
-        return ReplayWalk(moe, replay, batches, with_full)
     except NotReplayable as reason:
         if with_full:
             raise ValueError(
                 f"{type(moe.model).__name__} cannot be run layer by layer ({reason}), so the full model's hidden "
                 'states are not known beside the pruned one\'s; use target="layer"'
             ) from None
-    return WholeWalk(moe, batches)
+        return WholeWalk(moe, batches)
+    if with_full:
+        check_passes_through(moe, layers, replay, tokens)
+    return ReplayWalk(moe, replay, batches, with_full)
 
 
 class ReplayWalk:
     """Walks layer by layer. Memory: the batches' hidden states on the host, twice with the unpruned model's."""
-
-    has_states = True
 
     def __init__(self, moe: MoeModel, replay: Replay, batches: Sequence[TokenBatch], with_full: bool) -> None:
         self._moe, self._replay, self._at = moe, replay, 0
@@ -92,75 +92,93 @@ class ReplayWalk:
             self._inputs.append(replace(captured, hidden=self._states[-1]))
         self._full = list(self._states) if with_full else None
 
-    def look(self, index: int, observe: Observe, context: Context) -> Iterator[tuple[int, Tensor | None]]:
+    def look(self, index: int, observe: Observe, context: Context, then: Then = _no_more) -> None:
         """See Walk."""
         self._reach(index)
         with intercepted(self._moe.layers[index].experts, observe), context():
-            yield from self._run(index, self._states)
+            self._run(index, self._states, then)
 
-    def full(self, index: int) -> Iterator[tuple[int, Tensor]]:
+    def full(self, index: int, then: Then = _no_more) -> None:
         """See Walk."""
         assert self._full is not None
-        for number, output in self._run(index, self._full):
-            self._full[number] = output.cpu()
-            yield number, output
+        self._reach(index)
+        self._advance(index, self._full, then)
 
     def leave(self, index: int, plan: PruningPlan) -> None:
         """See Walk."""
         self._reach(index)
         with planned(self._moe.layers, plan):
-            for number, output in self._run(index, self._states):
-                self._states[number] = output.cpu()
+            self._advance(index, self._states)
         self._at = index + 1
 
     def _reach(self, index: int) -> None:
-        """Runs the layers in between, which have no experts."""
+        """Runs the layers in between, of which nothing is pruned."""
         for between in range(self._at, index):
-            for states in (self._states, self._full):
-                if states is not None:
-                    for number, output in self._run(between, states):
-                        states[number] = output.cpu()
-        self._at = index
+            self._advance(between, self._states)
+            if self._full is not None:
+                self._advance(between, self._full)
+        self._at = max(self._at, index)
 
-    def _run(self, index: int, states: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def _run(self, index: int, states: Sequence[Tensor], then: Then) -> None:
         for number, inputs in enumerate(self._inputs):
-            yield number, self._replay.run(index, states[number].to(self._moe.device), inputs)
+            then(number, self._replay.run(index, states[number].to(self._moe.device), inputs))
+
+    def _advance(self, index: int, states: list[Tensor], then: Then = _no_more) -> None:
+        """Runs a layer and puts its outputs in the states' place."""
+
+        def keep(number: int, output: Tensor) -> None:
+            states[number] = output.cpu()
+            then(number, output)
+
+        self._run(index, states, keep)
 
 
 class _Reached(Exception):
-    """Ends a forward behind the layer that is looked at."""
+    """Ends a forward where it has been looked at."""
 
 
 class WholeWalk:
     """Walks by forwards of the whole model, up to the layer in question."""
 
-    has_states = False
-
     def __init__(self, moe: MoeModel, batches: Sequence[TokenBatch]) -> None:
         self._moe, self._batches = moe, batches
         self._done: list[PruningPlan] = []
+        try:
+            self._decoder: Sequence[nn.Module] | None = list(decoder_layers(moe)[1])
+        except ValueError:
+            self._decoder = None
 
-    def look(self, index: int, observe: Observe, context: Context) -> Iterator[tuple[int, Tensor | None]]:
+    def look(self, index: int, observe: Observe, context: Context, then: Then = _no_more) -> None:
         """See Walk."""
+
+        number = 0
 
         def and_end(original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             observe(original, hidden, ids, weights)
+            raise _Reached
+
+        def layer_and_end(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+            output = original(*args, **kwargs)
+            then(number, output if isinstance(output, Tensor) else output[0])
             raise _Reached
 
         backbone: Any = getattr(self._moe.model, "base_model", self._moe.model)
         with ExitStack() as stack:
             for plan in self._done:
                 stack.enter_context(planned(self._moe.layers, plan))
-            stack.enter_context(intercepted(self._moe.layers[index].experts, and_end))
+            if self._decoder is None:
+                stack.enter_context(intercepted(self._moe.layers[index].experts, and_end))
+            else:
+                stack.enter_context(replaced_forward(self._decoder[index], layer_and_end))
+                stack.enter_context(intercepted(self._moe.layers[index].experts, observe))
             stack.enter_context(context())
-            for number, batch in enumerate(self._batches):
+            for number, batch in enumerate(self._batches):  # noqa: B007, which `layer_and_end` reads
                 with suppress(_Reached):
                     backbone(**batch.model_inputs(self._moe.device), use_cache=False)
-                yield number, None
 
-    def full(self, index: int) -> Iterator[tuple[int, Tensor]]:
-        """Has no states; `walk_of` does not choose it where they are wanted."""
-        raise ValueError("the unpruned model's states are not known")
+    def full(self, index: int, then: Then = _no_more) -> None:
+        """See Walk."""
+        raise AssertionError("walk_of does not choose this walk where states are wanted")
 
     def leave(self, index: int, plan: PruningPlan) -> None:
         """See Walk."""
