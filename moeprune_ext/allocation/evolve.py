@@ -30,6 +30,7 @@ from moeprune_ext.allocation.budget import check_scores, counts_of, in_units, or
 from moeprune_ext.allocation.patterns import Counts, first_generation, mutate
 from moeprune_ext.allocation.racing import race
 from moeprune_ext.allocation.settings import EvolveSettings
+from moeprune_ext.allocation.surrogate import screened
 from moeprune_ext.artifacts.journal import Journal
 from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
 from moeprune_ext.artifacts.scores import ExpertScores
@@ -72,6 +73,7 @@ def evolve(
     init_plans: Sequence[PruningPlan | HasPlan] = (),
     fidelity: str = EvolveSettings.fidelity,
     race_level: float = EvolveSettings.race_level,
+    screen: int = EvolveSettings.screen,
     seed: int = EvolveSettings.seed,
     out: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -97,6 +99,8 @@ def evolve(
         fidelity: "full" scores every candidate on every token; "race" drops a candidate once it is clearly worse than
             the worst elite on the sequences scored so far (racing.py).
         race_level: chance that a race drops a candidate that is not worse.
+        screen: a third of the children are scored, those predicted best of `screen` times as many (surrogate.py); 0:
+            all, as published.
         seed: same seed and machine: same plan, whatever the number of processes.
         out: directory for `search.json` (settings), `history.jsonl` (every score, one line a generation) and
             `plan.json`; a directory with a history is resumed.
@@ -118,6 +122,7 @@ def evolve(
         init_patterns=tuple(init_patterns),
         fidelity=fidelity,
         race_level=race_level,
+        screen=screen,
         seed=seed,
     )
     scores = ExpertScores.wrap(scores, shapes=evaluator.shapes, model=evaluator.fingerprint)
@@ -173,17 +178,24 @@ class SearchSpace:
         """Returns the plan of a vector."""
         return PruningPlan.from_pruned_counts(self.scores, dict(zip(self.capacities, self.pruned(counts), strict=True)))
 
-    def members(self, generation: int, survivors: list[Counts]) -> list[Counts]:
-        """Returns a generation's vectors: the elites of the generation before and their children."""
+    def members(self, generation: int, survivors: list[Counts], scored: Mapping[Counts, float]) -> list[Counts]:
+        """Returns a generation's vectors: the elites of the generation before and their children.
+
+        Args:
+            generation: its number.
+            survivors: the elites of the generation before.
+            scored: {vector scored before: its score, larger is better}; what children are screened by.
+        """
         settings, capacities = self.settings, list(self.capacities.values())
         rng = random.Random(f"{settings.seed}:{generation}")
         if generation == 0:
             return first_generation(
                 self.init_counts, settings.init_patterns, settings.population, capacities, self.budget, rng
             )
-        parents = (rng.choice(survivors) for _ in range(settings.population - settings.elites))
+        wanted = settings.children * (settings.screen or 1)
         moves = settings.max_delta, settings.max_steps, settings.max_attempts
-        return survivors + [mutate(parent, capacities, rng, *moves) for parent in parents]
+        children = [mutate(rng.choice(survivors), capacities, rng, *moves) for _ in range(wanted)]
+        return survivors + (screened(children, scored, settings.children) if settings.screen else children)
 
     def recorded(self, evaluator: CandidateEvaluator) -> dict[str, Any]:
         """Returns what search.json holds: everything that the scores of a generation depend on."""
@@ -215,7 +227,7 @@ def search(
     survivors: list[Counts] = []
     with tqdm(total=settings.generations, desc=f"evolve {settings.fitness}", unit="gen", disable=not progress) as bar:
         for generation in range(settings.generations):
-            members = space.members(generation, survivors)
+            members = space.members(generation, survivors, archive.measured())
             record = journal.records.get(generation) if journal is not None else None
             if record is None:
                 candidates = [counts for counts in dict.fromkeys(members) if counts not in archive.scores]
@@ -266,6 +278,11 @@ class _Archive:
             self.dropped.add(tuple(counts))
         for (counts, _), sums in zip(record["scores"], record.get("sequence_sums", ()), strict=False):
             self.sums[tuple(counts)] = torch.tensor([nan_if_none(x) for x in sums], dtype=torch.float64)
+
+    def measured(self) -> dict[Counts, float]:
+        """Returns {vector: its score, larger is better} of those scored on all tokens."""
+        scores = {counts: to_maximise(self.fitness, score) for counts, score in self.scores.items()}
+        return {counts: score for counts, score in scores.items() if counts not in self.dropped}
 
     def rank(self, counts: Counts) -> tuple[bool, float, Counts]:
         """Sorts best first: vectors scored on all tokens before dropped ones, equal scores in a fixed order."""
