@@ -4,11 +4,12 @@
                            [--population 16] [--generations 8] [--search N] [--held-out N] [-o FILE]
 
 The model is the embedded one, or one in DIR that shares its tokenizer and corpus; data as in bench/allocations.py.
-Every plan is scored once and remembered, so that searches that meet the same plan share its score; the evaluations and tokens
-in the tables are those that each search alone needs (its history's). Columns: ESAP on the search text and on held-out
-text, means over seeds with the least and the most; evaluations and the share of the plain search's tokens; and the
-evaluations, and tokens, that a screened search needs to reach the plain search's last search ESAP with the same seed
-(its generations go on to four times as many).
+Every plan is scored once and remembered, so that searches that meet the same plan share its score; the evaluations and
+tokens in the tables are those that each search alone needs (its history's). Columns: ESAP on the search text and on
+held-out text, means over seeds with the least and the most; seeds on which a search is better than plain, equal,
+worse; evaluations, and tokens as a share of the plain search's; and the evaluations and tokens that a search needs to
+reach the plain search's last search ESAP with the same seed (it goes on to four times as many generations), against
+what the plain search had spent when it reached it.
 """
 
 from __future__ import annotations
