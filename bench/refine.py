@@ -7,8 +7,9 @@ The start is EvoESAP's plan (screened children, the demo's settings), a seed eac
 prunes one kept expert and restores a pruned one, half of the time in the same layer, else in another; which ones is
 drawn around the border of the layer's order (geometric, so that any expert may be drawn). The plans that were best
 after some round are the finalists; a quarter of the sequences, never searched on, chooses among them and the start. The
-refined plan, the last one (no choice) and the start then meet test text that nothing was chosen by. Intervals: paired
-bootstrap over test sequences, 2,000 draws.
+refined plan, the last one (no choice), the start, and the plan of a search of counts that goes on for as many tokens as
+the refinement took then meet test text that nothing was chosen by. Intervals: paired bootstrap over test sequences,
+2,000 draws.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import random
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -29,8 +30,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import moeprune_ext as mp
+from moeprune_ext.allocation import evolve
+from moeprune_ext.allocation.evolve import SearchSpace
 from moeprune_ext.allocation.naee import naee_scores
 from moeprune_ext.allocation.racing import race
+from moeprune_ext.allocation.settings import EvolveSettings
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.checkpoint.load import load
 from moeprune_ext.data.batches import TokenBatch, split_sequences
@@ -131,33 +135,37 @@ def compare(texts: Texts, scores: mp.ExpertScores, sparsity: float, seeds: int, 
     """Returns the table of one order and sparsity, in Markdown."""
     lines = [
         "| seed | search ESAP start / last | choice ESAP start / chosen / last | test ESAP start / chosen / last "
-        "| chosen - start on test | last - start on test | tokens of the refinement / of the search | seconds |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| chosen - start on test | last - start on test | longer search - start on test "
+        "| tokens of the refinement / of the search | seconds |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    gains: dict[str, list[Tensor]] = {"chosen": [], "last": []}
+    gains: dict[str, list[Tensor]] = {"chosen": [], "last": [], "longer search": []}
     weights = texts.test.weights("esap")
     for seed in range(seeds):
-        search = mp.evolve(
-            texts.search, scores, sparsity, population=POPULATION, generations=GENERATIONS, screen=32, seed=seed
-        )
+        settings = EvolveSettings(sparsity=sparsity, population=POPULATION, generations=GENERATIONS, seed=seed)
+        space = SearchSpace.of(scores, settings)
+        search = evolve.search(texts.search, space)
         begun = time.perf_counter()
         finalists, spent = refined(texts, search.plan, scores, steps, seed)
         seconds = time.perf_counter() - begun
         choice = [score.esap or 0.0 for score in texts.choice.evaluate(finalists)]
         best = max(range(len(finalists)), key=lambda i: choice[i])
-        trio = [finalists[0], finalists[best], finalists[-1]]
-        sums = texts.test.sequence_sums(trio).sums["esap"]
+        # As many tokens spent on counts instead.
+        more = round(spent / (settings.children * sum(texts.search.weights("esap"))))
+        longer = replace(space, settings=replace(settings, generations=GENERATIONS + more))
+        quartet = [finalists[0], finalists[best], finalists[-1], evolve.search(texts.search, longer).plan]
+        sums = texts.test.sequence_sums(quartet).sums["esap"]
         esap = (sums.sum(1) / sum(weights)).tolist()
         searched = [score.esap or 0.0 for score in texts.search.evaluate([finalists[0], finalists[-1]])]
         cost = sum(record["token_evaluations"] for record in search.history)
         cells = []
-        for name, row in (("chosen", 1), ("last", 2)):
+        for name, row in (("chosen", 1), ("last", 2), ("longer search", 3)):
             gains[name].append(sums[row] - sums[0])
             cells.append("{:+.4f} ({:+.4f} to {:+.4f})".format(*interval(gains[name][-1], weights)))
         lines.append(
             f"| {seed} | {searched[0]:.4f} / {searched[1]:.4f} "
             f"| {choice[0]:.4f} / {choice[best]:.4f} / {choice[-1]:.4f} "
-            f"| {' / '.join(f'{value:.4f}' for value in esap)} | {' | '.join(cells)} "
+            f"| {' / '.join(f'{value:.4f}' for value in esap[:3])} | {' | '.join(cells)} "
             f"| {spent:,} / {cost:,} | {seconds:.0f} |"
         )
         print(lines[-1], flush=True)

@@ -3,7 +3,7 @@
 A candidate is a vector n = (n_1..n_L), sum = budget. First generation: one plan per initial pattern, the rest random;
 plans from elsewhere may join (our choice). Then, generation by generation: the elites survive, and each child is a copy
 of a random elite with a few level-switch mutations, each moving some pruned experts from one layer to another. Source
-and default settings: arXiv 2603.06003.
+and default settings: arXiv 2603.06003. Many children are drawn and few are scored (surrogate.py, our choice).
 
 A generation depends only on (seed, generation number, scores so far), so the state of a search is the list of scores
 (artifacts/journal.py): an interrupted run replays its history file and goes on, and ends with the plan that the
@@ -85,9 +85,9 @@ def evolve(
         scores: {layer: [E]}, higher = keep; the order in which a layer loses experts.
         sparsity: share of the experts to remove.
         fitness: "esap", "kl_qp", "kl_pq", "nll", "accept" or "top1_agree"; KL and nll are minimised.
-        population: plans per generation. The defaults make population + (generations - 1) * (population - elites) =
-            1,404 evaluations; repeated plans are served from a cache. Where more plans and patterns are given than fit,
-            the first of them are taken (our choice).
+        population: plans per generation. With screen=0 the defaults make population + (generations - 1) * (population -
+            elites) = 1,404 evaluations, the published search, with screening 473; repeated plans are served from a
+            cache. Where more plans and patterns are given than fit, the first of them are taken (our choice).
         generations: generations; a resumed search may have more than before.
         elites: plans that survive a generation; equal plans count once (our choice).
         max_delta: a move takes U{1..max_delta} experts, in units of the router's groups where it has groups.

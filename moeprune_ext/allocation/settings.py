@@ -14,7 +14,7 @@ FIDELITIES = ("full", "race")
 
 @dataclass(frozen=True)
 class EvolveSettings:
-    """What a user can choose about a search; the defaults are the published ones (arXiv 2603.06003).
+    """What a user can choose about a search; the defaults are the published ones (arXiv 2603.06003), but for `screen`.
 
     A field's `help` is also the help of its command-line flag. `sparsity` and `seed` have none here: they mean the same
     in every verb.
@@ -45,7 +45,7 @@ class EvolveSettings:
     )
     race_level: float = field(default=0.05, metadata={"help": "chance of dropping a plan that is not worse"})
     screen: int = field(
-        default=0, metadata={"help": "children drawn for each one scored, by predictions; 0: score all, as published"}
+        default=32, metadata={"help": "children drawn for each one scored, by predictions; 0: score all, as published"}
     )
     seed: int = 0
 

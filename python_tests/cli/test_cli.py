@@ -220,6 +220,7 @@ def test_every_setting_of_a_search_is_a_flag(work, capsys, tmp_path):
         init_patterns=("up", "alt"),
         fidelity="race",
         race_level=0.1,
+        screen=4,
         seed=7,
     )
     values = dataclasses.asdict(settings)
