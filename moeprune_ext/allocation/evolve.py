@@ -184,7 +184,7 @@ class SearchSpace:
         Args:
             generation: its number.
             survivors: the elites of the generation before.
-            scored: {vector scored before: its score, larger is better}; what children are screened by.
+            scored: {vector scored before: its score on all tokens, larger is better, or NaN}, to screen children by.
         """
         settings, capacities = self.settings, list(self.capacities.values())
         rng = random.Random(f"{settings.seed}:{generation}")
@@ -280,9 +280,11 @@ class _Archive:
             self.sums[tuple(counts)] = torch.tensor([nan_if_none(x) for x in sums], dtype=torch.float64)
 
     def measured(self) -> dict[Counts, float]:
-        """Returns {vector: its score, larger is better} of those scored on all tokens."""
-        scores = {counts: to_maximise(self.fitness, score) for counts, score in self.scores.items()}
-        return {counts: score for counts, score in scores.items() if counts not in self.dropped}
+        """Returns {vector: its score on all tokens, larger is better}; NaN of a dropped one."""
+        return {
+            counts: math.nan if counts in self.dropped else to_maximise(self.fitness, score)
+            for counts, score in self.scores.items()
+        }
 
     def rank(self, counts: Counts) -> tuple[bool, float, Counts]:
         """Sorts best first: vectors scored on all tokens before dropped ones, equal scores in a fixed order."""

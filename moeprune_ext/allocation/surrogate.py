@@ -30,8 +30,8 @@ def screened(drawn: Sequence[Counts], scored: Mapping[Counts, float], wanted: in
 
     Args:
         drawn: children, in the order in which they were drawn; repeated and scored ones are passed over.
-        scored: {vector scored so far on all tokens: its score, larger is better}; NaN and infinite ones are left out of
-            the fit.
+        scored: {vector met so far: its score on all tokens, larger is better}; NaN (dropped in a race) and infinite
+            ones are left out of the fit.
         wanted: children to choose.
 
     Returns:

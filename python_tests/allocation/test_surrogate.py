@@ -34,7 +34,7 @@ def children_of(vectors, number, seed=0):
 def small():
     model = tiny_model("olmoe")
     scores = mp.score_experts(mp.calibrate(model, [random_tokens()]), "reap")
-    return mp.CandidateEvaluator(model, [random_tokens(seed=7)]), scores
+    return mp.CandidateEvaluator(model, [random_tokens(rows=12, length=16, seed=7)]), scores
 
 
 def test_sums_of_layers_are_predicted_at_counts_never_seen():
@@ -82,7 +82,7 @@ def test_equal_scores_choose_nothing_but_fit():
 
 def test_a_screened_search_scores_a_third_of_the_children(small):
     evaluator, scores = small
-    for settings, children in ((EvolveSettings(screen=8), 9), (EvolveSettings(), 28), (EvolveSettings(elites=32), 0)):
+    for settings, children in ((EvolveSettings(), 9), (EvolveSettings(screen=0), 28), (EvolveSettings(elites=32), 0)):
         assert settings.children == children
     assert EvolveSettings(population=5, elites=4, screen=8).children == 1
     history = mp.evolve(evaluator, scores, **SETTINGS).history
@@ -103,6 +103,13 @@ def test_a_screened_search_cut_off_anywhere_ends_with_the_same_plan(small, tmp_p
         assert mp.evolve(evaluator, scores, **settings, out=folder) == whole
     with pytest.raises(ValueError, match="screen: 8 there, None now"):
         mp.evolve(evaluator, scores, **{**settings, "screen": 0}, out=tmp_path / "whole")
+
+
+def test_no_child_is_chosen_twice_even_if_a_race_dropped_it(small):
+    evaluator, scores = small
+    history = mp.evolve(evaluator, scores, **{**SETTINGS, "generations": 8}, fidelity="race", race_level=0.4).history
+    assert sum(record["dropped"] for record in history) > 0
+    assert all(record["evaluated"] == 2 for record in history[1:])
 
 
 def test_a_negative_number_of_children_is_refused():
