@@ -86,7 +86,7 @@ def evolve(
         sparsity: share of the experts to remove.
         fitness: "esap", "kl_qp", "kl_pq", "nll", "accept" or "top1_agree"; KL and nll are minimised.
         population: plans per generation. With screen=0 the defaults make population + (generations - 1) * (population -
-            elites) = 1,404 evaluations, the published search, with screening 473; repeated plans are served from a
+            elites) = 1,404 evaluations, the published search, with screening 718; repeated plans are served from a
             cache. Where more plans and patterns are given than fit, the first of them are taken (our choice).
         generations: generations; a resumed search may have more than before.
         elites: plans that survive a generation; equal plans count once (our choice).
@@ -99,7 +99,7 @@ def evolve(
         fidelity: "full" scores every candidate on every token; "race" drops a candidate once it is clearly worse than
             the worst elite on the sequences scored so far (racing.py).
         race_level: chance that a race drops a candidate that is not worse.
-        screen: a third of the children are scored, those predicted best of `screen` times as many (surrogate.py); 0:
+        screen: half as many children are scored, those predicted best of `screen` times as many (surrogate.py); 0:
             all, as published.
         seed: same seed and machine: same plan, whatever the number of processes.
         out: directory for `search.json` (settings), `history.jsonl` (every score, one line a generation) and

@@ -21,7 +21,7 @@ from moeprune_ext import distributed
 from moeprune_ext.allocation.patterns import Counts
 
 RIDGE = 1e-3  # of the mean squared length of a plan's features
-SHARE = 3  # of so many children of a search without screening one is scored
+SHARE = 2  # of so many children of a search without screening one is scored
 EXPLORED = 4  # of so many scored children one is not chosen by its prediction
 
 

@@ -80,13 +80,13 @@ def test_equal_scores_choose_nothing_but_fit():
     assert len(screened(drawn, scored, 8)) == 8
 
 
-def test_a_screened_search_scores_a_third_of_the_children(small):
+def test_a_screened_search_scores_half_as_many_children(small):
     evaluator, scores = small
-    for settings, children in ((EvolveSettings(), 9), (EvolveSettings(screen=0), 28), (EvolveSettings(elites=32), 0)):
+    for settings, children in ((EvolveSettings(), 14), (EvolveSettings(screen=0), 28), (EvolveSettings(elites=32), 0)):
         assert settings.children == children
     assert EvolveSettings(population=5, elites=4, screen=8).children == 1
     history = mp.evolve(evaluator, scores, **SETTINGS).history
-    assert [record["evaluated"] for record in history[1:]] == [2] * 4
+    assert [record["evaluated"] for record in history[1:]] == [3] * 4
 
 
 @pytest.mark.parametrize("fidelity", ["full", "race"])
@@ -109,7 +109,7 @@ def test_no_child_is_chosen_twice_even_if_a_race_dropped_it(small):
     evaluator, scores = small
     history = mp.evolve(evaluator, scores, **{**SETTINGS, "generations": 8}, fidelity="race", race_level=0.4).history
     assert sum(record["dropped"] for record in history) > 0
-    assert all(record["evaluated"] == 2 for record in history[1:])
+    assert all(record["evaluated"] == 3 for record in history[1:])
 
 
 def test_a_negative_number_of_children_is_refused():
