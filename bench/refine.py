@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import random
 import statistics
 import sys
 import time
@@ -33,15 +32,11 @@ import moeprune_ext as mp
 from moeprune_ext.allocation import evolve
 from moeprune_ext.allocation.evolve import SearchSpace
 from moeprune_ext.allocation.naee import naee_scores
-from moeprune_ext.allocation.racing import race
+from moeprune_ext.allocation.refine import refine
 from moeprune_ext.allocation.settings import EvolveSettings
-from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.checkpoint.load import load
 from moeprune_ext.data.batches import TokenBatch, split_sequences
 from moeprune_ext.demo.run import CALIBRATION_SEQUENCES, GENERATIONS, POPULATION, demo_folder
-
-CHILDREN, SURVIVORS = 16, 4
-BORDER = 0.3  # of the geometric draws from a layer's order
 
 
 @dataclass(frozen=True)
@@ -57,64 +52,6 @@ class Texts:
     search: mp.CandidateEvaluator
     choice: mp.CandidateEvaluator
     test: mp.CandidateEvaluator
-
-
-def swapped(plan: PruningPlan, scores: mp.ExpertScores, rng: random.Random) -> PruningPlan:
-    """Returns a copy of a plan that keeps one expert that it prunes, and prunes one that it keeps."""
-    kept = {layer: set(ids) for layer, ids in plan.kept.items()}
-
-    def near(ids: list[int]) -> int:
-        at = 0
-        while at + 1 < len(ids) and rng.random() > BORDER:
-            at += 1
-        return ids[at]
-
-    while True:
-        loses = rng.choice(list(kept))
-        gains = loses if rng.random() < 0.5 else rng.choice(list(kept))
-        returning = [e for e in reversed(scores.pruning_order(gains)) if e not in kept[gains]]
-        if not returning or (gains != loses and len(kept[loses]) == scores.shapes[loses].min_kept):
-            continue
-        leaves, returns = near([e for e in scores.pruning_order(loses) if e in kept[loses]]), near(returning)
-        kept[loses].remove(leaves)
-        kept[gains].add(returns)
-        return PruningPlan({k: sorted(v) for k, v in kept.items()}, plan.num_experts, plan.model, plan.criterion)
-
-
-def refined(
-    texts: Texts, start: PruningPlan, scores: mp.ExpertScores, steps: int, seed: int
-) -> tuple[list[PruningPlan], int]:
-    """Returns the plans that were best on the search text after some round, the start first, and positions scored."""
-    rng = random.Random(f"{seed}:refine")
-    weights = texts.search.weights("esap")
-    pool: dict[str, tuple[PruningPlan, Tensor]] = {
-        str(start.kept): (start, texts.search.sequence_sums([start]).sums["esap"][0])
-    }
-    survivors, finalists, spent, seen = [str(start.kept)], [start], 0, {str(start.kept)}
-    for step in range(steps):
-        children: dict[str, PruningPlan] = {}
-        while len(children) < CHILDREN:
-            child = pool[rng.choice(survivors)][0]
-            for _ in range(rng.choice((1, 1, 2))):
-                child = swapped(child, scores, rng)
-            if str(child.kept) not in seen:
-                children[str(child.kept)] = child
-        seen |= set(children)
-        plans = list(children.values())
-
-        def score(running: list[int], sequences: list[int], plans: list[PruningPlan] = plans) -> Tensor:
-            return texts.search.sequence_sums([plans[i] for i in running], ("esap",), sequences).sums["esap"]
-
-        elite_sums = torch.stack([pool[key][1] for key in survivors])
-        outcome = race(score, len(plans), weights, elite_sums, elites=len(survivors), level=0.05, seed=seed + step)
-        spent += outcome.spent
-        for plan, sums, scored in zip(plans, outcome.sums, outcome.seen, strict=True):
-            if scored == len(weights):
-                pool[str(plan.kept)] = plan, sums
-        survivors = sorted(pool, key=lambda key: (-float(pool[key][1].sum()), key))[:SURVIVORS]
-        if pool[survivors[0]][0] is not finalists[-1]:
-            finalists.append(pool[survivors[0]][0])
-    return finalists, spent
 
 
 def interval(gains: Tensor, weights: list[int]) -> tuple[float, float, float]:
@@ -146,7 +83,8 @@ def compare(texts: Texts, scores: mp.ExpertScores, sparsity: float, seeds: int, 
         space = SearchSpace.of(scores, settings)
         search = evolve.search(texts.search, space)
         begun = time.perf_counter()
-        finalists, spent = refined(texts, search.plan, scores, steps, seed)
+        outcome = refine(texts.search, search, scores, rounds=steps, seed=seed)
+        finalists, spent = outcome.finalists, outcome.token_evaluations
         seconds = time.perf_counter() - begun
         choice = [score.esap or 0.0 for score in texts.choice.evaluate(finalists)]
         best = max(range(len(finalists)), key=lambda i: choice[i])
@@ -156,14 +94,13 @@ def compare(texts: Texts, scores: mp.ExpertScores, sparsity: float, seeds: int, 
         quartet = [finalists[0], finalists[best], finalists[-1], evolve.search(texts.search, longer).plan]
         sums = texts.test.sequence_sums(quartet).sums["esap"]
         esap = (sums.sum(1) / sum(weights)).tolist()
-        searched = [score.esap or 0.0 for score in texts.search.evaluate([finalists[0], finalists[-1]])]
         cost = sum(record["token_evaluations"] for record in search.history)
         cells = []
         for name, row in (("chosen", 1), ("last", 2), ("longer search", 3)):
             gains[name].append(sums[row] - sums[0])
             cells.append("{:+.4f} ({:+.4f} to {:+.4f})".format(*interval(gains[name][-1], weights)))
         lines.append(
-            f"| {seed} | {searched[0]:.4f} / {searched[1]:.4f} "
+            f"| {seed} | {outcome.scores[0]:.4f} / {outcome.scores[-1]:.4f} "
             f"| {choice[0]:.4f} / {choice[best]:.4f} / {choice[-1]:.4f} "
             f"| {' / '.join(f'{value:.4f}' for value in esap[:3])} | {' | '.join(cells)} "
             f"| {spent:,} / {cost:,} | {seconds:.0f} |"
