@@ -131,7 +131,7 @@ class Bench:
         """Returns {generation watched: the best plan so far} of one search, with the start's cost."""
         begun = time.perf_counter()
         init_plans = [] if start is None else [start.plan]
-        settings = dict(population=POPULATION, generations=generations, seed=seed, init_plans=init_plans)
+        settings = dict(population=POPULATION, generations=generations, screen=0, seed=seed, init_plans=init_plans)
         history = mp.evolve(self.searcher, scores, sparsity, **settings).history
         seconds, layers = time.perf_counter() - begun, list(scores)
         evaluations = [record["evaluated"] for record in history]

@@ -168,7 +168,7 @@ def recorded_plans(setting: Setting, last: int) -> dict[int, list[PruningPlan]]:
     """{generation: plans newly met} of a run of evolve with the published settings."""
     with tempfile.TemporaryDirectory() as folder:
         evaluator = mp.CandidateEvaluator(setting.model, setting.record_on, memory_budget=setting.memory_budget)
-        mp.evolve(evaluator, setting.scores, SPARSITY, generations=last + 1, out=folder)
+        mp.evolve(evaluator, setting.scores, SPARSITY, generations=last + 1, screen=0, out=folder)
         lines = [json.loads(line) for line in (Path(folder) / "history.jsonl").read_text().splitlines()]
     layers = list(setting.scores)
     return {
@@ -278,6 +278,7 @@ def run(evaluator: Any, setting: Setting, fidelity: str, seed: int, generations:
                 generations=generation + 1,
                 fidelity=fidelity,
                 race_level=RACE_LEVEL,
+                screen=0,
                 seed=seed,
                 out=folder,
             )

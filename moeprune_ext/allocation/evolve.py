@@ -3,7 +3,7 @@
 A candidate is a vector n = (n_1..n_L), sum = budget. First generation: one plan per initial pattern, the rest random;
 plans from elsewhere may join (our choice). Then, generation by generation: the elites survive, and each child is a copy
 of a random elite with a few level-switch mutations, each moving some pruned experts from one layer to another. Source
-and default settings: arXiv 2603.06003.
+and default settings: arXiv 2603.06003. Many children are drawn and few are scored (surrogate.py, our choice).
 
 A generation depends only on (seed, generation number, scores so far), so the state of a search is the list of scores
 (artifacts/journal.py): an interrupted run replays its history file and goes on, and ends with the plan that the
@@ -29,6 +29,7 @@ from moeprune_ext.allocation.budget import Budget, check_scores, counts_of, in_u
 from moeprune_ext.allocation.patterns import Counts, first_generation, mutate
 from moeprune_ext.allocation.racing import race
 from moeprune_ext.allocation.settings import EvolveSettings
+from moeprune_ext.allocation.surrogate import screened
 from moeprune_ext.artifacts.journal import Journal
 from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
 from moeprune_ext.artifacts.scores import ExpertScores
@@ -76,6 +77,7 @@ def evolve(
     init_plans: Sequence[PruningPlan | HasPlan] = (),
     fidelity: str = EvolveSettings.fidelity,
     race_level: float = EvolveSettings.race_level,
+    screen: int = EvolveSettings.screen,
     seed: int = EvolveSettings.seed,
     out: str | os.PathLike[str] | None = None,
     progress: bool | View = False,
@@ -89,8 +91,8 @@ def evolve(
         fitness: "esap", "kl_qp", "kl_pq", "nll", "accept" or "top1_agree"; KL and nll are minimised.
         objective: "mean" over all text, or "worst": the mean of the evaluator's domain where it is worst.
         population: plans per generation. The defaults make population + (generations - 1) * (population - elites) =
-            1,404 evaluations; repeated plans are served from a cache. Where more plans and patterns are given than fit,
-            the first of them are taken (our choice).
+            1,404 evaluations, with screening 718; repeated plans are served from a cache. Where more plans and patterns
+            are given than fit, the first of them are taken (our choice).
         generations: generations; a resumed search may have more than before.
         elites: plans that survive a generation; equal plans count once (our choice).
         max_delta: a move takes U{1..max_delta} experts, in units of the router's groups where it has groups, and of
@@ -103,6 +105,8 @@ def evolve(
         fidelity: "full" scores every candidate on every token; "race" drops a candidate once it is clearly worse than
             the worst elite on the sequences scored so far (racing.py).
         race_level: chance that a race drops a candidate that is not worse.
+        screen: half as many children are scored, those predicted best of `screen` times as many (surrogate.py); 0:
+            all, as published.
         seed: same seed and machine: same plan, whatever the number of processes.
         out: directory for `search.json` (settings), `history.jsonl` (every score, one line a generation) and
             `plan.json`; a directory with a history is resumed.
@@ -125,6 +129,7 @@ def evolve(
         init_patterns=tuple(init_patterns),
         fidelity=fidelity,
         race_level=race_level,
+        screen=screen,
         seed=seed,
     )
     scores = ExpertScores.wrap(scores, shapes=evaluator.shapes, model=evaluator.fingerprint)
@@ -185,17 +190,24 @@ class SearchSpace:
         """Returns the plan of a vector."""
         return PruningPlan.from_pruned_counts(self.scores, dict(zip(self.capacities, self.pruned(counts), strict=True)))
 
-    def members(self, generation: int, survivors: list[Counts]) -> list[Counts]:
-        """Returns a generation's vectors: the elites of the generation before and their children."""
+    def members(self, generation: int, survivors: list[Counts], scored: Mapping[Counts, float]) -> list[Counts]:
+        """Returns a generation's vectors: the elites of the generation before and their children.
+
+        Args:
+            generation: its number.
+            survivors: the elites of the generation before.
+            scored: {vector scored before: its score on all tokens, larger is better, or NaN}, to screen children by.
+        """
         settings, capacities = self.settings, list(self.capacities.values())
         rng = random.Random(f"{settings.seed}:{generation}")
         if generation == 0:
             return first_generation(
                 self.init_counts, settings.init_patterns, settings.population, capacities, self.budget, rng
             )
-        parents = (rng.choice(survivors) for _ in range(settings.population - settings.elites))
+        wanted = settings.children * (settings.screen or 1)
         moves = settings.max_delta, settings.max_steps, settings.max_attempts
-        return survivors + [mutate(parent, capacities, rng, *moves) for parent in parents]
+        children = [mutate(rng.choice(survivors), capacities, rng, *moves) for _ in range(wanted)]
+        return survivors + (screened(children, scored, settings.children) if settings.screen else children)
 
     def recorded(self, evaluator: CandidateEvaluator) -> dict[str, Any]:
         """Returns what search.json holds: everything that the scores of a generation depend on."""
@@ -229,7 +241,7 @@ def search(
     survivors: list[Counts] = []
     with bar(progress, f"evolve {settings.fitness}", settings.generations, "gen") as line:
         for generation in range(settings.generations):
-            members = space.members(generation, survivors)
+            members = space.members(generation, survivors, archive.measured())
             record = journal.records.get(generation) if journal is not None else None
             if record is None:
                 candidates = [counts for counts in dict.fromkeys(members) if counts not in archive.scores]
@@ -277,6 +289,13 @@ class _Archive:
             self.dropped.add(tuple(counts))
         for (counts, _), sums in zip(record["scores"], record.get("sequence_sums", ()), strict=False):
             self.sums[tuple(counts)] = torch.tensor([nan_if_none(x) for x in sums], dtype=torch.float64)
+
+    def measured(self) -> dict[Counts, float]:
+        """Returns {vector: its score on all tokens, larger is better}; NaN of a dropped one."""
+        return {
+            counts: math.nan if counts in self.dropped else to_maximise(self.fitness, score)
+            for counts, score in self.scores.items()
+        }
 
     def rank(self, counts: Counts) -> tuple[bool, float, Counts]:
         """Sorts best first: vectors scored on all tokens before dropped ones, equal scores in a fixed order."""

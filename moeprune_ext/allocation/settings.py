@@ -7,6 +7,7 @@ from typing import Any
 
 from moeprune_ext.allocation.budget import Budget
 from moeprune_ext.allocation.patterns import DEFAULT_PATTERNS
+from moeprune_ext.allocation.surrogate import SHARE
 from moeprune_ext.candidates.metrics import METRICS, OBJECTIVES
 
 FIDELITIES = ("full", "race")
@@ -48,6 +49,12 @@ class EvolveSettings:
         default="full", metadata={"help": "race: drop clearly worse plans early", "choices": FIDELITIES}
     )
     race_level: float = field(default=0.05, metadata={"help": "chance of dropping a plan that is not worse"})
+    screen: int = field(
+        default=0,
+        metadata={
+            "help": "children drawn for each one scored, by predictions (32 did well); 0: score all, as published"
+        },
+    )
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,16 +74,27 @@ class EvolveSettings:
                 "population, generations and elites must be at least 1, and elites at most population; got "
                 f"{self.population}, {self.generations} and {self.elites}"
             )
+        if self.screen < 0:
+            raise ValueError(
+                f"screen is the number of children drawn for each one scored, 0 to score all; got {self.screen}"
+            )
         if min(self.max_delta, self.max_steps, self.max_attempts) < 1:
             raise ValueError("max_delta, max_steps and max_attempts must be at least 1")
         if unknown := [name for name in self.init_patterns if name not in DEFAULT_PATTERNS]:
             raise ValueError(f"unknown initial patterns {unknown}; choose from {', '.join(DEFAULT_PATTERNS)}")
+
+    @property
+    def children(self) -> int:
+        """Children that a generation scores, at most; a screened one less than others."""
+        children = self.population - self.elites
+        return min(children, max(1, children // SHARE)) if self.screen else children
 
     def recorded(self) -> dict[str, Any]:
         """Returns what search.json holds: all but `generations`, which a resumed search may raise."""
         settings = asdict(self) | {
             "init_patterns": list(self.init_patterns),
             "race_level": self.race_level if self.fidelity == "race" else None,
+            "screen": self.screen or None,
         }
         del settings["generations"]
         return settings

@@ -45,6 +45,7 @@ class Options(Memory, Streaming, Budgeted, Common):
     texts: TextSizes
     criterion: str = flag(_criteria_help, "auto")
     search: SearchSettings
+    refine: int = flag("rounds of swaps of single experts after the search, judged on held-out text", 0, least=0)
     repair: str = flag(
         "refit kept experts' down projections without gradients, to what the full layer computes or to its hidden "
         "states; auto: what held-out text likes best; never worse than off there",
@@ -65,6 +66,7 @@ def run(options: Options) -> tuple[Any, str]:
     limits = ("min_kept", "min_kept_per_group", "multiple_of", "max_kept", "protect_super")
     settings = PruneSettings(
         search=replace(options.search, seed=options.seed),
+        refine=options.refine,
         criterion=options.criterion,
         repair=options.repair,
         sequential=options.sequential,

@@ -20,6 +20,7 @@ from moeprune_ext.allocation.budget import Budget, in_units, unscored
 from moeprune_ext.allocation.choice import CriterionChoice, auto_criterion
 from moeprune_ext.allocation.evolve import SearchSpace, search
 from moeprune_ext.allocation.naee import naee_scores
+from moeprune_ext.allocation.refine import refine
 from moeprune_ext.allocation.selection import HeldOut, rank_held_out, simple_plans
 from moeprune_ext.artifacts.journal import refuse_other
 from moeprune_ext.artifacts.plan import PruningPlan
@@ -204,6 +205,17 @@ class Run:
         outcome = search(source.searcher, space, out=self.products / "search", progress=source.progress)
         source.say(f"searched: {settings.search.fitness} {outcome.score:.4f} on the search text")
         plans = simple | {f"search {i}": plan for i, plan in enumerate(outcome.finalists, 1)}
+        if settings.refine:
+            refined = refine(
+                source.searcher,
+                outcome.plan,
+                scores,
+                rounds=settings.refine,
+                fitness=settings.search.fitness,
+                seed=settings.search.seed,
+                out=self.products / "refine",
+            )
+            plans |= {f"refined {i}": plan for i, plan in enumerate(refined.finalists[1:], 1)}
         ranked = rank_held_out(
             source.judge,
             plans,

@@ -53,6 +53,7 @@ class PruneSettings:
 
     Attributes:
         search: settings of the search; `sparsity` there is the run's budget.
+        refine: rounds of swaps of single experts after the search (allocation/refine.py); 0: none.
         criterion: "auto", a name of criteria.CRITERIA, or "naee".
         repair: "layer" or "hidden" (see `repair`), "auto": whichever is better on held-out text, "off". Repair is left
             out where it is not better than none there.
@@ -70,6 +71,7 @@ class PruneSettings:
     """
 
     search: EvolveSettings = field(default_factory=SearchSettings)
+    refine: int = 0
     criterion: str = "auto"
     repair: str = "auto"
     sequential: str = "auto"
@@ -85,6 +87,10 @@ class PruneSettings:
         for name, value, names in (("repair", self.repair, REPAIRS), ("sequential", self.sequential, SEQUENTIAL)):
             if value not in names:
                 raise ValueError(f"{name} is {value!r}; choose from {', '.join(names)}")
+        if self.refine < 0:
+            raise ValueError(f"refine is a number of rounds, 0 for none; got {self.refine}")
+        if self.refine and self.search.objective == "worst":
+            raise ValueError("refine compares means over all text, which objective worst does not; use refine=0")
         if self.search.objective == "worst" and self.search.fidelity == "race":
             # Racing compares means.
             object.__setattr__(self, "search", replace(self.search, fidelity="full"))

@@ -62,7 +62,7 @@ def walk_of(moe: MoeModel, batches: Sequence[TokenBatch], layers: Sequence[int],
     Raises:
         ValueError: where they are wanted, and cannot be had or say nothing of the experts.
     """
-    tokens = batches[0].input_ids[:, batches[0].attention_mask[0]][:, :TRIED_TOKENS]
+    tokens = batches[0].input_ids[:1, batches[0].attention_mask[0]][:, :TRIED_TOKENS]
     check_experts(moe, layers, tokens)
     try:
         replay = Replay(moe)

@@ -16,6 +16,7 @@ from tiny_models import random_tokens, tiny_model
 
 import moeprune_ext as mp
 from moeprune_ext.allocation.patterns import DEFAULT_PATTERNS, allocate, mutate, pattern_weights
+from moeprune_ext.allocation.settings import EvolveSettings
 from moeprune_ext.artifacts.scores import ExpertScores, pruning_order
 
 # Experts pruned per layer by the eleven deterministic patterns, 8 layers of 16 experts, top-4, half pruned: what the
@@ -98,11 +99,10 @@ def test_other_fitnesses_go_the_right_way(small, fitness):
     assert result.score <= worst if fitness in ("kl_qp", "kl_pq", "nll") else result.score >= worst
 
 
-def test_default_settings_are_the_published_1404_evaluations():
-    import inspect
-
-    d = {name: p.default for name, p in inspect.signature(mp.evolve).parameters.items()}
-    assert d["population"] + (d["generations"] - 1) * (d["population"] - d["elites"]) == 1404
+def test_without_screening_the_settings_are_the_published_1404_evaluations():
+    for screen, evaluations in ((0, 1404), (EvolveSettings.screen, 718)):
+        settings = EvolveSettings(screen=screen)
+        assert settings.population + (settings.generations - 1) * settings.children == evaluations
 
 
 def test_grouped_routers_are_searched_in_whole_groups():

@@ -244,6 +244,7 @@ def test_every_setting_of_a_search_is_a_flag(work, capsys, tmp_path, fixed):
         max_attempts=8,
         init_patterns=("up", "alt"),
         race_level=0.1,
+        screen=4,
         seed=7,
         **others,
     )
