@@ -58,7 +58,7 @@ def score_experts(
             for layer, moments in stats.moments.items()
         }
         return ExpertScores(values, dict(stats.shapes), "random", stats.model)
-    name, (alpha, beta, reduce) = _triple(criterion)
+    name, (alpha, beta, reduce) = triple_of(criterion)
     values = {}
     for layer, moments in stats.moments.items():
         total = moments[:, alpha, beta]
@@ -66,7 +66,7 @@ def score_experts(
     return ExpertScores(values, dict(stats.shapes), name, stats.model)
 
 
-def _triple(criterion: str | tuple[int, int, str]) -> tuple[str, tuple[int, int, str]]:
+def triple_of(criterion: str | tuple[int, int, str]) -> tuple[str, tuple[int, int, str]]:
     """Returns a criterion's name and its triple; raises ValueError if there is no such criterion."""
     if isinstance(criterion, str):
         if criterion == "auto":

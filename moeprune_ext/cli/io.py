@@ -140,6 +140,9 @@ def tokenizer_of(model: Path) -> Callable[[], Any]:
 
 def load_model(model: Path, options: Common) -> Any:
     """Loads a model directory as --device, --dtype and, where the verb has it, --stream say."""
+    from transformers.utils import logging as transformers_logging  # takes seconds, which a refusal need not
+
+    transformers_logging.disable_progress_bar()  # which would be drawn into our own, and where nobody looks
     device = _device(options.device)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     stream = options.stream if isinstance(options, Streaming) and options.stream != "no" else None

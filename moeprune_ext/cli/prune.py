@@ -67,7 +67,7 @@ def run(options: Options) -> tuple[Any, str]:
     settings = PruneSettings(
         search=replace(options.search, seed=options.seed),
         refine=options.refine,
-        criterion=options.criterion,
+        criterion=io.parse_criterion(options.criterion),
         repair=options.repair,
         sequential=options.sequential,
         router=options.router,

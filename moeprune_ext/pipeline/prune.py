@@ -67,7 +67,7 @@ def prune_checkpoint(
     *,
     data: Sequence[str | os.PathLike[str]],
     sparsity: Budget = 0.5,
-    criterion: str = "auto",
+    criterion: str | tuple[int, int, str] = "auto",
     repair: bool | str = True,
     settings: PruneSettings | None = None,
     search: EvolveSettings | None = None,
@@ -92,7 +92,7 @@ def prune_checkpoint(
         out: directory for the checkpoint; the stages' files are in its folder `moeprune`.
         data: sources of text, see data.sources; each is a domain.
         sparsity: share of the experts to remove, or `Kept`.
-        criterion: "auto" or a name.
+        criterion: "auto", "naee", or as in `score_experts`.
         repair: True: what is best on held-out text; or "layer", "hidden", False.
         settings: everything else; `criterion`, `repair`, `search` and `seed` go into it.
         search: settings of the search.

@@ -102,8 +102,8 @@ class Source:
             self.moe, domains, memory_budget=settings.memory_budget, router=settings.router, seed=settings.search.seed
         )
 
-    def scores(self, criterion: str) -> ExpertScores:
-        """Scores experts by a named criterion, under the limits."""
+    def scores(self, criterion: str | tuple[int, int, str]) -> ExpertScores:
+        """Scores experts by a criterion, under the limits."""
         if criterion == "naee":
             samples = flat(self.texts.calibration)
             scores = naee_scores(self.moe, samples, seed=self.settings.search.seed, progress=self.progress)
@@ -293,10 +293,11 @@ class Run:
     def _criteria(self) -> str | dict[int, str] | None:
         """Returns the criterion of every layer, None where experts cannot be scored anew by it."""
         settings, file = self.source.settings, self.products / "choice.json"
-        if settings.protect_super or settings.criterion == "random":
-            return None
         if settings.criterion != "auto":
-            return settings.criterion
+            named = settings.criterion if isinstance(settings.criterion, str) else None
+            return None if settings.protect_super or named == "random" else named
+        if settings.protect_super:
+            return None
         choice = CriterionChoice.load(file)
         return choice.per_layer or str(choice.scores.criterion).removeprefix("auto: ")
 

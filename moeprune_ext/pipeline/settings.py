@@ -8,7 +8,7 @@ from typing import Any
 from moeprune_ext.allocation.settings import EvolveSettings
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.stats import RoutingStats
-from moeprune_ext.calibration.criteria import super_experts
+from moeprune_ext.calibration.criteria import super_experts, triple_of
 
 REPAIRS = ("auto", "layer", "hidden", "off")
 SEQUENTIAL = ("auto", "on", "off")
@@ -54,7 +54,7 @@ class PruneSettings:
     Attributes:
         search: settings of the search; `sparsity` there is the run's budget.
         refine: rounds of swaps of single experts after the search (allocation/refine.py); 0: none.
-        criterion: "auto", a name of criteria.CRITERIA, or "naee".
+        criterion: "auto", "naee", or as in `score_experts`.
         repair: "layer" or "hidden" (see `repair`), "auto": whichever is better on held-out text, "off". Repair is left
             out where it is not better than none there.
         sequential: whether repair chooses experts anew, see `repair`; "auto": if that is better on held-out text.
@@ -72,7 +72,7 @@ class PruneSettings:
 
     search: EvolveSettings = field(default_factory=SearchSettings)
     refine: int = 0
-    criterion: str = "auto"
+    criterion: str | tuple[int, int, str] = "auto"
     repair: str = "auto"
     sequential: str = "auto"
     min_kept: int = 0
@@ -87,6 +87,8 @@ class PruneSettings:
         for name, value, names in (("repair", self.repair, REPAIRS), ("sequential", self.sequential, SEQUENTIAL)):
             if value not in names:
                 raise ValueError(f"{name} is {value!r}; choose from {', '.join(names)}")
+        if self.criterion not in ("auto", "naee", "random"):
+            triple_of(self.criterion)  # raises ValueError for an unknown one
         if self.refine < 0:
             raise ValueError(f"refine is a number of rounds, 0 for none; got {self.refine}")
         if self.refine and self.search.objective == "worst":
