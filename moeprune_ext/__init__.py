@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moeprune_ext.allocation.evolve import evolve as evolve
     from moeprune_ext.allocation.grape import grape as grape
     from moeprune_ext.allocation.naee import naee_plan as naee_plan
+    from moeprune_ext.allocation.settings import EvolveSettings as EvolveSettings
     from moeprune_ext.allocation.threshold import global_plan as global_plan
     from moeprune_ext.artifacts.plan import PruningPlan as PruningPlan
     from moeprune_ext.artifacts.scores import ExpertScores as ExpertScores
@@ -52,6 +53,10 @@ if TYPE_CHECKING:
     from moeprune_ext.ops.overlap import overlap_from_hidden as overlap_from_hidden
     from moeprune_ext.ops.reference import RouterSpec as RouterSpec
     from moeprune_ext.ops.routing_moments import routing_moments_ as routing_moments_
+    from moeprune_ext.pipeline.prune import PruneResult as PruneResult
+    from moeprune_ext.pipeline.prune import prune_checkpoint as prune_checkpoint
+    from moeprune_ext.pipeline.settings import PruneSettings as PruneSettings
+    from moeprune_ext.pipeline.settings import TextSizes as TextSizes
     from moeprune_ext.repair.repair import RepairResult as RepairResult
     from moeprune_ext.repair.repair import repair as repair
 
@@ -61,16 +66,20 @@ _MODULES = {
     "CandidateEvaluator": "candidates.evaluator",
     "CandidateScore": "candidates.metrics",
     "EepResult": "eep.eep",
+    "EvolveSettings": "allocation.settings",
     "Example": "data.tasks",
     "ExpertScores": "artifacts.scores",
     "Kept": "allocation.budget",
     "MoeModel": "models.moe",
+    "PruneResult": "pipeline.prune",
+    "PruneSettings": "pipeline.settings",
     "PruningPlan": "artifacts.plan",
     "RepairResult": "repair.repair",
     "RouterSpec": "ops.reference",
     "RoutingStats": "artifacts.stats",
     "SearchResult": "allocation.evolve",
     "Task": "data.tasks",
+    "TextSizes": "pipeline.settings",
     "accuracy": "evaluate",
     "applied": "models.apply",
     "build_info": "ops.backend",
@@ -90,6 +99,7 @@ _MODULES = {
     "overlap_from_hidden": "ops.overlap",
     "perplexity": "evaluate",
     "prune_": "checkpoint.prune",
+    "prune_checkpoint": "pipeline.prune",
     "reference": "ops.reference",
     "repair": "repair.repair",
     "routing_moments_": "ops.routing_moments",

@@ -122,6 +122,7 @@ def auto_criterion(
     objective: str = "mean",
     limits: Limits = _unlimited,
     seed: int = 0,
+    naee: ExpertScores | None = None,
     file: str | os.PathLike[str] | None = None,
     progress: bool | View = False,
 ) -> CriterionChoice:
@@ -135,6 +136,7 @@ def auto_criterion(
         objective: see there.
         limits: see there.
         seed: see there; also draws naee's sample.
+        naee: naee's order, if it has been measured on this text; None: it is measured.
         file: where the choice is kept; one that is there is taken instead of measuring again.
         progress: whether to show progress on stderr, or the View to show it on.
 
@@ -154,7 +156,7 @@ def auto_criterion(
             return kept
     more, notes = [], []
     try:
-        more.append(naee_scores(evaluator.moe, evaluator.sequences, seed=seed, progress=progress))
+        more.append(naee or naee_scores(evaluator.moe, evaluator.sequences, seed=seed, progress=progress))
     except ValueError as refusal:
         notes.append(f"naee is left out: {refusal}")
     choice = choose_criterion(

@@ -44,7 +44,8 @@ SEQUENCE_LENGTH = 256
 # Per domain. The benches take as much text, but from the `calibration` split alone, as the first version of the demo.
 CALIBRATION_SEQUENCES, SEARCH_SEQUENCES, HELD_OUT_SEQUENCES = 16, 4, 8
 POPULATION, GENERATIONS = 16, 8
-FITTED_SEQUENCES, SEARCHED_SEQUENCES, CHOOSING_SEQUENCES = 32, 6, 4  # per domain, of the demo itself
+FITTED_SEQUENCES, SEARCHED_SEQUENCES, CHOOSING_SEQUENCES = 16, 4, 4  # per domain, of the demo itself
+SEARCHED_POPULATION, SEARCHED_GENERATIONS = 12, 5  # likewise
 PROBLEMS, QUESTIONS = 300, 120
 
 
@@ -156,7 +157,7 @@ def run_demo(
     folder = demo_folder()
     model, tokenizer = load_demo()
     step(f"loaded the embedded model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    search_settings = SearchSettings(population=POPULATION, generations=GENERATIONS, seed=seed)
+    search_settings = SearchSettings(population=SEARCHED_POPULATION, generations=SEARCHED_GENERATIONS, seed=seed)
     # One target, because trying them all would take the demo's time twice.
     settings = PruneSettings(search=search_settings, repair="hidden", sequential="off")
     source = Source(

@@ -96,6 +96,22 @@ class Source:
         """Scores plans on the test text."""
         return self._evaluator(self.texts.test)
 
+    @cached_property
+    def naee(self) -> ExpertScores | None:
+        """naee's order on the search's text; None where the router is none that naee knows."""
+        file = self.shared / "naee.json"
+        if distributed.from_first(file.exists):
+            return ExpertScores.load(file)
+        try:
+            scores = naee_scores(
+                self.moe, self.searcher.sequences, seed=self.settings.search.seed, progress=self.progress
+            )
+        except ValueError:  # the choice says which router it is
+            return None
+        if distributed.is_first():
+            scores.save(file)
+        return scores
+
     def _evaluator(self, domains: Domains) -> CandidateEvaluator:
         settings = self.settings
         return CandidateEvaluator(
@@ -242,6 +258,7 @@ class Run:
             objective=settings.search.objective,
             limits=lambda scores: settings.limited(scores, source.stats),
             seed=settings.search.seed,
+            naee=source.naee,
             file=self.products / "choice.json",
             progress=source.progress,
         )
