@@ -41,7 +41,7 @@ def rows_of(experts, kept, count=240, seed=0, noise=0.3):
     chosen = torch.rand(count, len(kept), generator=generator).argsort(1)[:, :2]
     weights = torch.rand(count, 2, generator=generator).to(hidden.dtype)
     rows = LayerRows(hidden, torch.tensor(kept)[chosen], weights, torch.empty(0), torch.arange(count) % 4 != 0)
-    inputs = weighted_inputs(experts, rows, kept).flatten(1).float()
+    inputs = weighted_inputs(experts, rows, kept).flatten(1).float().detach()
     true = 0.2 * torch.randn(inputs.shape[1], width, generator=generator)
     residual = inputs @ true
     residual += noise * residual.std() * torch.randn(residual.shape, generator=generator)
