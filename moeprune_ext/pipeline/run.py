@@ -272,15 +272,21 @@ class Run:
         fitness, objective = settings.search.fitness, settings.search.objective
         plans, texts = {"none": plan}, source.texts
         for name, options in self._ways(plan).items():
-            result = repair(
-                source.moe,
-                plan,
-                texts.fitted,
-                held_out=flat(texts.held_out),
-                out=self.products / f"repair-{name}",
-                progress=source.progress,
-                **options,
-            )
+            try:
+                result = repair(
+                    source.moe,
+                    plan,
+                    texts.fitted,
+                    held_out=flat(texts.held_out),
+                    out=self.products / f"repair-{name}",
+                    progress=source.progress,
+                    **options,
+                )
+            except ValueError as refusal:  # of this model, or of this way to repair it
+                if settings.repair != "auto":
+                    raise
+                source.say(f"repair {name} is left out: {refusal}")
+                continue
             plans[name] = result.plan
         ranked = rank_held_out(source.judge, plans, baseline="none", metric=fitness, objective=objective)
         if len(plans) > 1:

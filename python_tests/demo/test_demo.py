@@ -58,12 +58,19 @@ def test_evoesap_beats_uniform_on_held_out_text(demo, sparsity):
 def test_demo_prints_its_table_as_json(tmp_path):
     command = [sys.executable, "-m", "moeprune_ext.cli", "demo", "--json", "-o", str(tmp_path / "demo")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    rows = json.loads(done.stdout)
-    assert [row["model"] for row in rows] == ["full", "uniform 25%", "EvoESAP 25%", "uniform 50%", "EvoESAP 50%"]
-    assert [row["experts"] for row in rows] == [96, 72, 72, 48, 48]
-    assert rows[0]["esap"] == pytest.approx(1, abs=1e-6) and rows[2]["esap"] > rows[1]["esap"]
-    assert rows[0]["megabytes"] > rows[1]["megabytes"] > rows[3]["megabytes"]
-    for name in ("uniform-25", "evoesap-50"):
+    rows = {row["model"]: row for row in json.loads(done.stdout)}
+    kinds = ("uniform REAP", "EvoESAP by REAP", "prune")
+    assert list(rows) == ["full", *(f"{kind} {percent}%" for percent in (25, 50) for kind in kinds)]
+    assert [row["experts"] for row in rows.values()] == [96, 72, 72, 72, 48, 48, 48]
+    assert rows["full"]["esap"] == pytest.approx(1, abs=1e-6)
+    for percent in (25, 50):
+        uniform, evoesap, pruned = (rows[f"{kind} {percent}%"] for kind in kinds)
+        assert pruned["esap"] > evoesap["esap"] > uniform["esap"]
+        assert rows["full"]["megabytes"] > uniform["megabytes"] == pytest.approx(pruned["megabytes"], abs=0.02)
+    # What prune promises on this model: a bar below what it reaches on any machine, above what the others reach.
+    assert rows["prune 50%"]["esap"] >= 0.85
+    assert rows["full"]["exact_match"] - rows["prune 50%"]["exact_match"] <= 0.1
+    for name in ("uniform-reap-25", "evoesap-by-reap-50", "prune-50"):
         assert mp.load(tmp_path / "demo" / name) is not None
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 2 and "already exists" in again.stderr
