@@ -136,5 +136,5 @@ def test_auto_is_refused_where_no_plan_is_scored(work, capsys, tmp_path):
     ask = asked(work, *out)
     refused = refusal(capsys, *[word for word in ask if word not in ("--stats", stats)])
     assert "give either --stats" in refused
-    assert "less than one for each of 2 sources" in refusal(capsys, *asked(work, *out, sequences=1))
+    assert "too few for 2 sources" in refusal(capsys, *asked(work, *out, sequences=1))
     assert not (tmp_path / "out").exists()
