@@ -166,8 +166,8 @@ class Run:
 
     def finish(self) -> tuple[PruningPlan, HeldOut, Measured]:
         """Does the stages that are not done, and returns the plan, how it was chosen, and what it is worth."""
-        plan, held_out = self._chosen()
-        repaired = self._repaired(plan)
+        plan, held_out = self.chosen()
+        repaired = self.repaired(plan)
         self._export(repaired)
         measured = self._stage(
             "measured.json",
@@ -202,7 +202,7 @@ class Run:
 
     # ---- stages
 
-    def _chosen(self) -> tuple[PruningPlan, HeldOut]:
+    def chosen(self) -> tuple[PruningPlan, HeldOut]:
         """Chooses a criterion, searches counts, and takes the plan that the held-out text confirms."""
         file, about = self.products / "searched.json", self.products / "held_out.json"
         if distributed.from_first(lambda: file.exists() and about.exists()):
@@ -210,7 +210,7 @@ class Run:
         source, settings = self.source, self.source.settings
         choice, scores = None, None
         if settings.criterion == "auto":
-            choice = self._choice()
+            choice = self.choice()
             scores = choice.scores
             source.say(f"criterion {scores.criterion}, of {choice.evaluations} plans scored")
         else:
@@ -248,7 +248,8 @@ class Run:
             write_json(about, ranked.as_json(), indent=1)
         return plan, ranked
 
-    def _choice(self) -> CriterionChoice:
+    def choice(self) -> CriterionChoice:
+        """Chooses the criterion, or reads what was chosen."""
         source, settings = self.source, self.source.settings
         return auto_criterion(
             source.searcher,
@@ -263,7 +264,7 @@ class Run:
             progress=source.progress,
         )
 
-    def _repaired(self, plan: PruningPlan) -> PruningPlan:
+    def repaired(self, plan: PruningPlan) -> PruningPlan:
         """Repairs the plan in the ways asked for, and takes the one that the held-out text likes best, or none."""
         source, settings = self.source, self.source.settings
         file = self.products / "plan.json"
