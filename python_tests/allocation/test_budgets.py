@@ -77,11 +77,11 @@ def test_every_method_keeps_exactly_the_number_asked_for_within_every_layers_lim
         assert_within(plan, scores, budget.experts)
         assert sum(plan.pruned_counts.values()) == sum(uniform_counts(scores, budget).values())
     space = SearchSpace.of(scores, EvolveSettings(budget, population=16, elites=2, seed=seed), plans)
-    first = space.members(0, [])
+    first = space.members(0, [], {})
     assert [space.plan(counts) for counts in first[: len(plans)]] == [
         mp.PruningPlan.from_pruned_counts(scores, plan.pruned_counts) for plan in plans
     ]
-    for counts in [*first, *space.members(1, first[:2])]:
+    for counts in [*first, *space.members(1, first[:2], {})]:
         assert_within(space.plan(counts), scores, budget.experts)
 
 
