@@ -99,8 +99,9 @@ def test_other_fitnesses_go_the_right_way(small, fitness):
     assert result.score <= worst if fitness in ("kl_qp", "kl_pq", "nll") else result.score >= worst
 
 
-def test_without_screening_the_settings_are_the_published_1404_evaluations():
-    for screen, evaluations in ((0, 1404), (EvolveSettings.screen, 718)):
+def test_the_default_settings_are_the_published_1404_evaluations_and_screening_takes_half():
+    assert EvolveSettings().screen == 0
+    for screen, evaluations in ((0, 1404), (32, 718)):
         settings = EvolveSettings(screen=screen)
         assert settings.population + (settings.generations - 1) * settings.children == evaluations
 
