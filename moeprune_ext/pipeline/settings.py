@@ -109,4 +109,5 @@ class PruneSettings:
 
     def recorded(self) -> dict[str, Any]:
         """Returns what a run's directory holds of them: all that its result depends on."""
-        return {**vars(self), "search": self.search.recorded()}
+        criterion = self.criterion if isinstance(self.criterion, str) else list(self.criterion)
+        return {**vars(self), "criterion": criterion, "search": self.search.recorded()}

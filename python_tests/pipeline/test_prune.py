@@ -199,6 +199,17 @@ def test_what_cannot_be_is_refused_before_the_weights_are_read(work, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+def test_a_triple_is_a_criterion_and_its_run_goes_on(work, tmp_path):
+    options = {
+        "criterion": (1, 1, "mean"),
+        "repair": False,
+        "search": EvolveSettings(population=2, generations=1, elites=1),
+    }
+    first = prune(work, tmp_path / "out", **options)
+    assert first.plan.criterion == "(1, 1, mean)" and not first.plan.repaired_layers
+    assert prune(work, tmp_path / "out", **options).plan == first.plan
+
+
 @pytest.mark.parametrize("objective", ["mean", "worst"])
 def test_options_reach_their_stages(work, tmp_path, objective):
     settings = PruneSettings(
