@@ -61,15 +61,15 @@ def reading_json(path: str | os.PathLike[str], file_format: str, kind: str) -> I
         kind: what the file is, for messages: "pruning plan".
 
     Raises:
-        ValueError: if the file is missing, of another format, or if the block cannot take the object apart (KeyError,
-            TypeError, ValueError, AttributeError).
+        ValueError: if the file is missing, of another format, or if the block cannot take the object apart
+            (LookupError, TypeError, ValueError, AttributeError).
     """
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != file_format:
         raise ValueError(f"{path} is not a {kind} (JSON with format {file_format!r})")
     try:
         yield content
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is a damaged {kind}: {error}") from None
 
 

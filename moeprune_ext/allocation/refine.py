@@ -207,9 +207,10 @@ class _Search:
         gainer = loser if rng.random() < 0.5 else rng.randrange(len(kept))
         losing, gaining = self.layers[loser], self.layers[gainer]
         shape = self.scores.shapes[losing]
-        if self.scores.n_group > 1:  # every group must keep as many as before
+        if any(one.unit > 1 for one in self.scores.shapes.values()):  # counts come in multiples: they stay
             gainer, gaining = loser, losing
-        if gainer != loser and len(kept[loser]) <= shape.min_kept:
+        most = self.scores.shapes[gaining].most_kept
+        if gainer != loser and (len(kept[loser]) <= shape.least_kept or len(kept[gainer]) >= most):
             return kept
         held, protected = set(kept[loser]), self.scores.protected.get(losing, frozenset())
         leaves = _near_border([e for e in self.orders[losing] if e in held and e not in protected], rng)

@@ -96,6 +96,10 @@ class Merge:
         """New experts that are sums of several."""
         return int(((self.experts != 0).sum(1) > 1).sum())
 
+    def keeps(self, kept: Sequence[int]) -> bool:
+        """Whether the new experts are these as they are, but for their down projections, behind a sliced router."""
+        return self.router is None and torch.equal(self.experts, torch.eye(self.experts.shape[1])[list(kept)])
+
     @property
     def only_down(self) -> bool:
         """Whether all are experts of the layer but for their down projections."""
@@ -187,7 +191,7 @@ class PruningPlan:
     def unrepaired(self) -> PruningPlan:
         """The plan without its repair."""
         merges = {layer: replace(merge, down=None) for layer, merge in self.merges.items()}
-        stays = {layer: merge for layer, merge in merges.items() if merge.router is not None or merge.sums}
+        stays = {layer: merge for layer, merge in merges.items() if not merge.keeps(self.kept[layer])}
         return replace(self, merges=stays)
 
     @property
@@ -262,7 +266,7 @@ class PruningPlan:
             content["merges"] = {
                 str(layer): {name: _as_lists(matrix) for name, matrix in merge.matrices.items()}
                 for layer, merge in self.merges.items()
-                if merge.router is not None or merge.sums
+                if not merge.keeps(self.kept[layer])
             }
         if self.repaired_layers:
             content["repair"] = {"file": _weights_file(path).name, "digest": self._save_down(_weights_file(path))}
@@ -300,7 +304,8 @@ class PruningPlan:
 
 
 def _weights_file(path: str | os.PathLike[str]) -> Path:
-    return Path(path).with_suffix(".safetensors")
+    path = Path(path)
+    return path.with_name(path.name.removesuffix(".json") + ".safetensors")
 
 
 def _load_down(path: Path, repair: dict[str, str] | None) -> dict[int, Tensor]:

@@ -161,7 +161,7 @@ class PlannedWeights:
         if (down := self._down(role, stored[...])) is not None:
             yield numbered(name, row), down[row].clone()
             return
-        if merge.only_down:
+        if merge.keeps(self.kept[role.layer]):
             yield numbered(name, row), stored[...]
             return
         key = role.layer, numbered(name, "*")

@@ -22,7 +22,7 @@ from moeprune_ext.cli.arguments import (
 )
 from moeprune_ext.models.routers import ROUTERS
 from moeprune_ext.pipeline.prune import PruneResult, open_source, prune_to, report_text
-from moeprune_ext.pipeline.run import FOLDER
+from moeprune_ext.pipeline.run import FOLDER, Run
 from moeprune_ext.pipeline.settings import REPAIRS, SEQUENTIAL, PruneSettings, SearchSettings, TextSizes
 from moeprune_ext.progress import View
 from moeprune_ext.tables import markdown_table
@@ -95,11 +95,15 @@ def _run(
         shared=options.out / FOLDER,
         sequence_length=options.sequence_length,
         loader=lambda: io.load_model(options.model, options),
+        dtype=options.dtype,
         progress=progress,
         say=say,
     )
     shapes = settings.limited(unscored({i: layer.shape for i, layer in source.checkpoint.layers.items()}), None).shapes
-    return [prune_to(source, budget, out) for budget, out in _budgets(options, shapes).items()]
+    budgets = _budgets(options, shapes)
+    for budget, out in budgets.items():  # all of them are refused before the first runs
+        Run(source, budget, out).check()
+    return [prune_to(source, budget, out) for budget, out in budgets.items()]
 
 
 def _budgets(options: Options, shapes: Mapping[int, Any]) -> dict[Budget, Path]:

@@ -176,7 +176,7 @@ def _messages(messages: list[Any], place: str) -> list[dict[str, Any]]:
 
 def _from_sharegpt(turns: list[Any], place: str) -> list[dict[str, Any]]:
     """Returns ShareGPT's turns as OpenAI's messages."""
-    if not all(isinstance(t, dict) and isinstance(t.get("value"), str) and "from" in t for t in turns):
+    if not all(isinstance(t, dict) and all(isinstance(t.get(k), str) for k in ("from", "value")) for t in turns):
         raise ValueError(f'{place}: every turn of a conversation must be an object with a "from" and a text "value"')
     if unknown := [turn["from"] for turn in turns if turn["from"] not in ROLES]:
         raise ValueError(f'{place}: a turn is from "{unknown[0]}"; known are {", ".join(ROLES)}')

@@ -117,8 +117,7 @@ def measure(
                 active=cost.flops_per_token // 2,
             )
         )
-    base = 1 if default is not None else len(rows) - 1
-    return Measured(rows, paired_gain(sums["esap"][-1], sums["esap"][base], weights), len(weights))
+    return Measured(rows, paired_gain(sums["esap"][-1], sums["esap"][1], weights), len(weights))
 
 
 def _disk(folder: Path) -> int:

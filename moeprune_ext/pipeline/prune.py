@@ -120,6 +120,7 @@ def prune_checkpoint(
         shared=Path(out) / FOLDER,
         sequence_length=sequence_length,
         loader=lambda: load(Path(model_dir), stream=stream, device=device or _device(), dtype=dtype).eval(),
+        dtype=str(dtype),
         progress=progress,
         say=say,
     )
@@ -139,6 +140,7 @@ def open_source(
     shared: Path,
     sequence_length: int,
     loader: Callable[[], Any],
+    dtype: str = "auto",
     progress: bool | View = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Source:
@@ -152,6 +154,7 @@ def open_source(
         shared: directory for the statistics.
         sequence_length: tokens of a sequence.
         loader: loads the model.
+        dtype: that it is loaded in, for the record.
         progress: see `prune_checkpoint`.
         say: see there.
     """
@@ -164,7 +167,7 @@ def open_source(
         sequences=sizes.total,
         say=say,
     )
-    return Source(checkpoint, loader, split_texts(domains, sizes), settings, shared, progress, say)
+    return Source(checkpoint, loader, split_texts(domains, sizes), settings, shared, dtype, progress, say)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -37,6 +37,7 @@ from moeprune_ext.pipeline.measure import Measured, measure
 from moeprune_ext.pipeline.settings import PruneSettings
 from moeprune_ext.pipeline.texts import Domains, Texts, flat
 from moeprune_ext.progress import View
+from moeprune_ext.repair.checks import NotRepairable
 from moeprune_ext.repair.repair import repair
 
 FOLDER = "moeprune"  # of a run's products, inside its output directory
@@ -48,6 +49,7 @@ class Source:
 
     Attributes:
         checkpoint: the model's directory, read without its weights.
+        dtype: that the model is loaded in, for the record.
         load: loads the model.
         texts: the parts of the text.
         settings: how to prune.
@@ -61,8 +63,19 @@ class Source:
     texts: Texts
     settings: PruneSettings
     shared: Path
+    dtype: str = "auto"
     progress: bool | View = False
     say: Callable[[str], None] = lambda line: None
+
+    def check(self) -> None:
+        """Refuses (ValueError) a directory of statistics of another model or text; begins it otherwise."""
+        asked = {"model": self.checkpoint.fingerprint, "dtype": self.dtype, "seed": str(self.settings.search.seed)}
+        asked |= self.texts.fingerprints()
+        file = self.shared / "source.json"
+        if file.exists():
+            refuse_other(self.shared, read_json(file), asked)
+        else:
+            write_json(file, asked, indent=1)
 
     @cached_property
     def moe(self) -> MoeModel:
@@ -152,17 +165,26 @@ class Run:
         in_units(self.source.settings.limited(unscored(shapes), None), self.budget)
         settings = replace(self.source.settings, search=replace(self.source.settings.search, sparsity=self.budget))
         asked = {"model": self.source.checkpoint.fingerprint, **self.source.texts.fingerprints(), **settings.recorded()}
+        asked["dtype"] = self.source.dtype
 
         def begin() -> None:
             file = self.products / "request.json"
             if file.exists():
                 refuse_other(self.out, read_json(file), asked)
-                return
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            elif self.out.exists() and (not self.out.is_dir() or not self._is_begun()):
                 raise ValueError(f"{self.out} exists and is not the directory of a run; give a new one")
-            write_json(file, asked, indent=1)
+            else:
+                write_json(file, asked, indent=1)
+            self.source.check()
 
         distributed.from_first(begin)
+
+    def _is_begun(self) -> bool:
+        """Whether a directory holds no more than a run that was killed while it began, or statistics of several."""
+        others = [path for path in self.out.iterdir() if path != self.products]
+        begun = (".request.json", ".source.json", "source.json", "stats.safetensors", "naee.json")
+        inside = list(self.products.iterdir()) if self.products.is_dir() else []
+        return not others and all(path.name.startswith(begun) for path in inside)
 
     def finish(self) -> tuple[PruningPlan, HeldOut, Measured]:
         """Does the stages that are not done, and returns the plan, how it was chosen, and what it is worth."""
@@ -269,6 +291,7 @@ class Run:
         source, settings = self.source, self.source.settings
         file = self.products / "plan.json"
         if distributed.from_first(file.exists):
+            self._clean_repairs()
             return PruningPlan.load(file)
         fitness, objective = settings.search.fitness, settings.search.objective
         plans, texts = {"none": plan}, source.texts
@@ -283,7 +306,7 @@ class Run:
                     progress=source.progress,
                     **options,
                 )
-            except ValueError as refusal:  # of this model, or of this way to repair it
+            except NotRepairable as refusal:
                 if settings.repair != "auto":
                     raise
                 source.say(f"repair {name} is left out: {refusal}")
@@ -295,9 +318,14 @@ class Run:
         if distributed.is_first():
             write_json(self.products / "repair.json", ranked.as_json(), indent=1)
             plans[ranked.best].save(file)
-            for name in plans:
-                shutil.rmtree(self.products / f"repair-{name}", ignore_errors=True)  # the plan has the weights
+        self._clean_repairs()
         return plans[ranked.best]
+
+    def _clean_repairs(self) -> None:
+        """Removes the repairs' directories: the plan has the weights."""
+        if distributed.is_first():
+            for folder in self.products.glob("repair-*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _ways(self, plan: PruningPlan) -> dict[str, dict[str, Any]]:
         """Returns {name: arguments} of the repairs to try."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from moeprune_ext.allocation.settings import EvolveSettings
@@ -45,6 +45,11 @@ class SearchSettings(EvolveSettings):
     """The published search, raced: clearly worse plans are dropped early."""
 
     fidelity: str = field(default="race", metadata=dict(EvolveSettings.__dataclass_fields__["fidelity"].metadata))
+
+    def __post_init__(self) -> None:
+        if self.objective == "worst":  # a race compares means
+            object.__setattr__(self, "fidelity", "full")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,11 @@ class PruneSettings:
             raise ValueError(f"refine is a number of rounds, 0 for none; got {self.refine}")
         if self.refine and self.search.objective == "worst":
             raise ValueError("refine compares means over all text, which objective worst does not; use refine=0")
-        if self.search.objective == "worst" and self.search.fidelity == "race":
-            # Racing compares means.
-            object.__setattr__(self, "search", replace(self.search, fidelity="full"))
+        named = isinstance(self.criterion, str) and self.criterion != "random"
+        if self.sequential == "on" and (self.protect_super or not named):
+            raise ValueError(
+                "sequential repair chooses experts anew by a named criterion and protects none; use auto or off"
+            )
 
     def limited(self, scores: ExpertScores, stats: RoutingStats | None) -> ExpertScores:
         """Returns scores under the limits, for which protect_super needs statistics."""
@@ -110,4 +117,6 @@ class PruneSettings:
     def recorded(self) -> dict[str, Any]:
         """Returns what a run's directory holds of them: all that its result depends on."""
         criterion = self.criterion if isinstance(self.criterion, str) else list(self.criterion)
-        return {**vars(self), "criterion": criterion, "search": self.search.recorded()}
+        settings = {name: value for name, value in vars(self).items() if name != "memory_budget"}
+        generations = {"generations": self.search.generations}
+        return {**settings, "criterion": criterion, "search": self.search.recorded() | generations}

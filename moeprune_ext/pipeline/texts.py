@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from moeprune_ext.allocation.selection import LEAST_HELD_OUT
 from moeprune_ext.data.batches import TokenBatch, data_fingerprint, split_sequences
-from moeprune_ext.data.sources import shares
 from moeprune_ext.pipeline.settings import TextSizes
 
 Domains = Mapping[str, Sequence[TokenBatch]]
@@ -65,18 +64,21 @@ def split_texts(domains: Domains, sizes: TextSizes) -> Texts:
     counts = [len(its) for its in rows.values()]
     total = sum(counts)
     if total < 4 * LEAST_HELD_OUT or min(counts) < 4:
-        least = f"{LEAST_HELD_OUT} for each of calibration, search, choice and test, 4 of each source"
+        needed = f"{LEAST_HELD_OUT} for each of calibration, search, choice and test, 4 of each source"
         raise ValueError(
             f"the data has {total} sequences ({', '.join(f'{name}: {len(its)}' for name, its in rows.items())}), but a "
-            f"run needs {4 * LEAST_HELD_OUT} at least: {least}; give more text, or a smaller --sequence-length"
+            f"run needs {4 * LEAST_HELD_OUT} at least: {needed}; give more text, or a smaller --sequence-length"
         )
-    scale = min(1.0, total / sizes.total)
-    test = max(LEAST_HELD_OUT, round(scale * sizes.test_sequences))
-    held_out = max(LEAST_HELD_OUT, round(scale * sizes.sequences / 4))
-    search = max(LEAST_HELD_OUT, round(scale * sizes.sequences) - held_out)
+    scale, least = min(1.0, total / sizes.total), LEAST_HELD_OUT
+    test = min(max(least, round(scale * sizes.test_sequences)), total - 3 * least)
+    held_out = min(max(least, round(scale * sizes.sequences / 4)), total - test - 2 * least)
+    search = min(max(least, round(scale * sizes.sequences) - held_out), total - test - held_out - least)
+    left, dealt = counts, []
+    for later, count in ((3, test), (2, held_out), (1, search)):  # parts that are still to come
+        dealt.append(_dealt(left, counts, count, later))
+        left = [n - part for n, part in zip(left, dealt[-1], strict=True)]
     parts: dict[str, dict[str, list[TokenBatch]]] = {name: {} for name in Texts.__dataclass_fields__}
-    per_domain = zip(*(shares(count, counts) for count in (test, held_out, search)), strict=True)
-    for (name, its), (tests, holds, searches) in zip(rows.items(), per_domain, strict=True):
+    for (name, its), (tests, holds, searches) in zip(rows.items(), zip(*dealt, strict=True), strict=True):
         end = len(its) - tests
         parts["test"][name] = its[end:]
         parts["held_out"][name] = its[end - holds : end]
@@ -84,6 +86,27 @@ def split_texts(domains: Domains, sizes: TextSizes) -> Texts:
         rest = its[: end - holds - searches] if scale == 1 else its[: end - holds]
         parts["calibration"][name] = rest
     return Texts(**{name: _nonempty(domains) for name, domains in parts.items()})
+
+
+def _dealt(left: list[int], counts: list[int], count: int, later: int) -> list[int]:
+    """Deals a part out to the sources in proportion: one each at least, `later` left of each.
+
+    Args:
+        left: sequences of each source that are not dealt out yet.
+        counts: all sequences of each source.
+        count: of the part.
+        later: parts that are still to come.
+    """
+    part = [1] * len(left)
+    for _ in range(count - len(left)):
+        behind = [
+            (count * n / sum(counts) - has, -i)
+            for i, (n, has, there) in enumerate(zip(counts, part, left, strict=True))
+            if there - has > later
+        ]
+        if behind:
+            part[-max(behind)[1]] += 1
+    return part
 
 
 def _nonempty(domains: dict[str, list[TokenBatch]]) -> dict[str, list[TokenBatch]]:

@@ -20,6 +20,10 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.1}
 
 
+class NotRepairable(ValueError):
+    """What cannot be repaired, or not in this way."""
+
+
 def check_experts(moe: MoeModel, layers: Sequence[int], tokens: Tensor) -> None:
     """Refuses experts whose down projections are not known, and models that do not call them once for every position.
 
@@ -29,7 +33,7 @@ def check_experts(moe: MoeModel, layers: Sequence[int], tokens: Tensor) -> None:
         tokens: int64 [1, S], run through the model once.
 
     Raises:
-        ValueError: naming the experts' class and the layer.
+        NotRepairable: naming the experts' class and the layer.
     """
     calls = dict.fromkeys(layers, 0)
 
@@ -47,7 +51,7 @@ def check_experts(moe: MoeModel, layers: Sequence[int], tokens: Tensor) -> None:
             stack.enter_context(intercepted(moe.layers[index].experts, looking_at(moe.layers[index])))
         backbone(input_ids=tokens.to(moe.device), use_cache=False)
     if wrong := [index for index, count in calls.items() if count != 1]:
-        raise ValueError(
+        raise NotRepairable(
             f"layer {wrong[0]}: its experts are not given every position once; this model cannot be repaired"
         )
 
@@ -57,9 +61,11 @@ def _check_layout(layer: MoeLayer) -> None:
     name = f"{type(experts).__name__} (layer {layer.index})"
     weights = [parameter for parameter in experts.parameters() if parameter.ndim > 1]
     if odd := sorted({str(parameter.dtype) for parameter in weights if parameter.dtype not in FLOATS}):
-        raise ValueError(f"{name} has quantised weights ({', '.join(odd)}), which cannot be repaired; dequantise them")
+        raise NotRepairable(
+            f"{name} has quantised weights ({', '.join(odd)}), which cannot be repaired; dequantise them"
+        )
     if not PairOutputs(layer).is_standard or experts.has_post_expert_norm:
-        raise ValueError(
+        raise NotRepairable(
             f"{name} does not end in a down projection of the known layout, so it cannot be repaired; export the plan "
             "as it is"
         )
@@ -77,7 +83,7 @@ def check_passes_through(moe: MoeModel, layers: Sequence[int], replay: Replay, t
         tokens: int64 [1, S], run through every layer.
 
     Raises:
-        ValueError: naming the layer.
+        NotRepairable: naming the layer.
     """
     inputs = replay.inputs({"input_ids": tokens.to(moe.device)})
     hidden = inputs.hidden
@@ -96,7 +102,7 @@ def check_passes_through(moe: MoeModel, layers: Sequence[int], replay: Replay, t
                 difference = replay.run(index, hidden, inputs).float() - output.float()
             change = changes.pop().reshape(difference.shape)
             if bool((difference - change).norm() > TOLERANCE[output.dtype] * change.norm()):
-                raise ValueError(
+                raise NotRepairable(
                     f"layer {index}: what its experts give does not pass into the layer's output as it is (there is a "
                     'norm or a factor behind them), so its hidden states cannot be the target; use target="layer"'
                 )

@@ -147,7 +147,7 @@ def repair(
         "ridges": list(fitting.ridges),
     }
     with evaluating(moe.model):
-        walk = walk_of(moe, texts, pruned, target == "hidden")
+        walk = walk_of(moe, texts, pruned, target == "hidden", (fit + judge)[0])
         journal = _Finished(Path(out), settings) if out is not None else None
         return _Run(moe, walk, texts, own, len(fit), fitting, chooser).layers(plan, pruned, journal, progress)
 

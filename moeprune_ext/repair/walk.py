@@ -20,7 +20,7 @@ from moeprune_ext.models.apply import planned
 from moeprune_ext.models.moe import MoeModel, decoder_layers
 from moeprune_ext.models.patches import ExpertsFunction, Observe, intercepted, replaced_forward
 from moeprune_ext.models.replay import TRIED_TOKENS, LayerInputs, NotReplayable, Replay
-from moeprune_ext.repair.checks import check_experts, check_passes_through
+from moeprune_ext.repair.checks import NotRepairable, check_experts, check_passes_through
 
 Context = Callable[[], AbstractContextManager[Any]]
 Then = Callable[[int, Tensor], None]  # number of a batch, and a decoder layer's output [B, S, H]
@@ -50,7 +50,9 @@ class Walk(Protocol):
         """Goes on behind the layer, as it is under a plan of that layer alone."""
 
 
-def walk_of(moe: MoeModel, batches: Sequence[TokenBatch], layers: Sequence[int], with_full: bool) -> Walk:
+def walk_of(
+    moe: MoeModel, batches: Sequence[TokenBatch], layers: Sequence[int], with_full: bool, tried: TokenBatch
+) -> Walk:
     """Finds how a model can be walked.
 
     Args:
@@ -58,18 +60,19 @@ def walk_of(moe: MoeModel, batches: Sequence[TokenBatch], layers: Sequence[int],
         batches: this process's.
         layers: to be looked at.
         with_full: whether decoder layers' outputs are wanted, the pruned model's and the unpruned one's.
+        tried: a few tokens of it are tried; the same in all processes, so that all decide alike.
 
     Raises:
-        ValueError: where they are wanted, and cannot be had or say nothing of the experts.
+        NotRepairable: where they are wanted, and cannot be had or say nothing of the experts.
     """
-    tokens = batches[0].input_ids[:1, batches[0].attention_mask[0]][:, :TRIED_TOKENS]
+    tokens = tried.input_ids[:1, tried.attention_mask[0]][:, :TRIED_TOKENS]
     check_experts(moe, layers, tokens)
     try:
         replay = Replay(moe)
         replay.check({"input_ids": tokens.to(moe.device)})
     except NotReplayable as reason:
         if with_full:
-            raise ValueError(
+            raise NotRepairable(
                 f"{type(moe.model).__name__} cannot be run layer by layer ({reason}), so the full model's hidden "
                 'states are not known beside the pruned one\'s; use target="layer"'
             ) from None
@@ -142,7 +145,7 @@ class WholeWalk:
 
     def __init__(self, moe: MoeModel, batches: Sequence[TokenBatch]) -> None:
         self._moe, self._batches = moe, batches
-        self._done: list[PruningPlan] = []
+        self._done: PruningPlan | None = None  # of all layers left behind: they share one layer's buffers
         try:
             self._decoder: Sequence[nn.Module] | None = list(decoder_layers(moe)[1])
         except ValueError:
@@ -164,8 +167,8 @@ class WholeWalk:
 
         backbone: Any = getattr(self._moe.model, "base_model", self._moe.model)
         with ExitStack() as stack:
-            for plan in self._done:
-                stack.enter_context(planned(self._moe.layers, plan))
+            if self._done is not None:
+                stack.enter_context(planned(self._moe.layers, self._done))
             if self._decoder is None:
                 stack.enter_context(intercepted(self._moe.layers[index].experts, and_end))
             else:
@@ -182,4 +185,8 @@ class WholeWalk:
 
     def leave(self, index: int, plan: PruningPlan) -> None:
         """See Walk."""
-        self._done.append(plan)
+        done = self._done
+        self._done = plan
+        if done is not None:
+            counts = done.num_experts | plan.num_experts
+            self._done = PruningPlan(done.kept | plan.kept, counts, merges=done.merges | plan.merges)

@@ -59,6 +59,13 @@ def test_several_sparsities_share_the_calibration(work, tmp_path, capsys):
     assert [result["sparsity"] for result in results] == [0.25, 0.5]
 
 
+def test_statistics_of_other_text_are_not_taken(work, tmp_path, capsys):
+    run(capsys, *asked(work, tmp_path / "out"), "--sparsity", 0.25, 0.375, "--objective", "worst")
+    with pytest.raises(SystemExit):
+        main([*asked(work, tmp_path / "out"), "--test-sequences", "9", "--sparsity", "0.3", "0.6"])
+    assert "test: " in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_a_budget_by_number_or_by_memory(work, tmp_path, capsys):
     result = json.loads(run(capsys, *asked(work, tmp_path / "experts"), "--experts", 20, "--json").out)
     assert sum(result["kept_per_layer"].values()) == 20
@@ -74,6 +81,8 @@ def test_a_budget_by_number_or_by_memory(work, tmp_path, capsys):
         (["--criterion", "nonsense"], "unknown criterion"),
         (["--data", "nowhere.txt"], "nowhere.txt"),
         (["--sequences", "4"], "at least 16"),
+        (["--sparsity", "0.25", "0.95"], "can go"),
+        (["--sequential", "on", "--protect-super"], "protects none"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(work, tmp_path, capsys, more, says):

@@ -21,8 +21,8 @@ def keys(domains):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    counts=st.lists(st.integers(8, 60), min_size=1, max_size=4),
-    sizes=st.tuples(st.integers(8, 60), st.integers(16, 60), st.integers(8, 20)),
+    counts=st.lists(st.integers(4, 70), min_size=1, max_size=4),
+    sizes=st.tuples(st.integers(8, 60), st.integers(16, 60), st.integers(8, 64)),
 )
 def test_no_sequence_that_chooses_or_reports_is_fitted_or_searched_on(counts, sizes):
     if sum(counts) < 32:
@@ -34,6 +34,8 @@ def test_no_sequence_that_chooses_or_reports_is_fitted_or_searched_on(counts, si
     assert len(set(chosen)) == len(chosen) >= 8 and len(set(reported)) == len(reported) >= 8
     assert not fitted & {*chosen, *reported} and not set(chosen) & set(reported)
     assert fitted | {*chosen, *reported} <= set(everything)
+    assert set(texts.held_out) == set(texts.test) == set(domains)  # no source is left out where plans are judged
+    assert len(keys(texts.search)) >= 8 and len(keys(texts.calibration)) >= 8
     assert sorted(data_fingerprint([batch]) for batch in texts.fitted) == sorted(fitted)
 
 
