@@ -45,6 +45,16 @@ def test_a_swap_exchanges_one_kept_expert_for_one_pruned_anywhere(small):
     assert len(touched) > 0.9 * sum(shape.num_experts for shape in scores.shapes.values())  # far from the border, too
 
 
+def test_swaps_respect_multiples_and_the_most_a_layer_may_keep(small):
+    evaluator, scores = small
+    for limits in ({"multiple_of": 2, "max_kept": 6}, {"max_kept": 5}):
+        limited = scores.constrained(**limits)
+        search, found = swaps(evaluator, limited, mp.uniform_plan(limited, 0.5))
+        assert any(kept != search.start for kept in found)
+        for kept in found:
+            assert all(len(ids) % limits.get("multiple_of", 1) == 0 and len(ids) <= limits["max_kept"] for ids in kept)
+
+
 def test_protected_experts_and_the_fewest_to_keep_stay(small):
     evaluator, scores = small
     stricter = scores.constrained(min_kept=4, protect={2: range(3)})
