@@ -51,7 +51,8 @@ def split_texts(domains: Domains, sizes: TextSizes) -> Texts:
     """Splits every domain in the same proportions, its last sequences being the test part.
 
     Where there is less text than asked for, all parts shrink alike, but the held-out and the test part keep 8 sequences
-    each, and calibration also takes what is searched on.
+    each, and calibration also takes what is searched on. Parts are cut between sequences: of packed texts, one that
+    lies across a cut is in two parts.
 
     Args:
         domains: {domain: batches}.
@@ -85,7 +86,7 @@ def split_texts(domains: Domains, sizes: TextSizes) -> Texts:
         parts["search"][name] = its[end - holds - searches : end - holds]
         rest = its[: end - holds - searches] if scale == 1 else its[: end - holds]
         parts["calibration"][name] = rest
-    return Texts(**{name: _nonempty(domains) for name, domains in parts.items()})
+    return Texts(**parts)
 
 
 def _dealt(left: list[int], counts: list[int], count: int, later: int) -> list[int]:
@@ -107,7 +108,3 @@ def _dealt(left: list[int], counts: list[int], count: int, later: int) -> list[i
         if behind:
             part[-max(behind)[1]] += 1
     return part
-
-
-def _nonempty(domains: dict[str, list[TokenBatch]]) -> dict[str, list[TokenBatch]]:
-    return {name: batches for name, batches in domains.items() if batches}
