@@ -65,6 +65,20 @@ def load(
     return model if device is None else model.to(device)
 
 
+def load_tokenizer(model: Path) -> Any:
+    """Loads a model directory's tokenizer; ValueError if it has none."""
+    from transformers import AutoTokenizer  # takes seconds, which a refusal need not
+
+    read_config(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except Exception as error:  # each tokenizer class fails in its own way
+        raise ValueError(f"{model} has no usable tokenizer: {str(error)[:200]}") from error
+    if len(tokenizer) < 16:  # transformers makes up an empty one where the files are missing
+        raise ValueError(f"{model} has no tokenizer files; copy the original model's tokenizer there")
+    return tokenizer
+
+
 def _check_counts(folder: Path, model: PreTrainedModel, record: Mapping[str, Any]) -> None:
     """Refuses (ValueError) a record that leaves layers other experts than it says."""
     expected = record.get("kept_per_layer")

@@ -17,7 +17,7 @@ from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.artifacts.stats import RoutingStats
 from moeprune_ext.calibration.criteria import score_experts, super_experts
-from moeprune_ext.checkpoint.load import load
+from moeprune_ext.checkpoint.load import load, load_tokenizer
 from moeprune_ext.checkpoint.read import read_checkpoint, read_config, read_hf_config, skeleton
 from moeprune_ext.cli.arguments import Budgeted, Common, Data, Limits, Scored, Streaming
 from moeprune_ext.data.batches import TokenBatch
@@ -117,20 +117,6 @@ def check_new_file(path: Path) -> None:
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise ValueError(f"{path} cannot be written: {above} is not a directory")
-
-
-def load_tokenizer(model: Path) -> Any:
-    """Loads a model directory's tokenizer; ValueError if it has none."""
-    from transformers import AutoTokenizer  # takes seconds, which a refusal need not
-
-    read_config(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except Exception as error:  # each tokenizer class fails in its own way
-        raise ValueError(f"{model} has no usable tokenizer: {str(error)[:200]}") from error
-    if len(tokenizer) < 16:  # transformers makes up an empty one where the files are missing
-        raise ValueError(f"{model} has no tokenizer files; copy the original model's tokenizer there")
-    return tokenizer
 
 
 def tokenizer_of(model: Path) -> Callable[[], Any]:

@@ -16,7 +16,7 @@ from moeprune_ext.allocation.budget import Budget
 from moeprune_ext.allocation.selection import HeldOut
 from moeprune_ext.allocation.settings import EvolveSettings
 from moeprune_ext.artifacts.plan import PruningPlan
-from moeprune_ext.checkpoint.load import load
+from moeprune_ext.checkpoint.load import load, load_tokenizer
 from moeprune_ext.checkpoint.read import read_checkpoint
 from moeprune_ext.data.batches import load_domains
 from moeprune_ext.files import write_json, write_text
@@ -162,21 +162,12 @@ def open_source(
     checkpoint = read_checkpoint(folder)
     domains = load_domains(
         list(data),
-        cache(lambda: _tokenizer(folder)),
+        cache(lambda: load_tokenizer(folder)),
         sequence_length=sequence_length,
         sequences=sizes.total,
         say=say,
     )
     return Source(checkpoint, loader, split_texts(domains, sizes), settings, shared, dtype, progress, say)
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer  # takes seconds, which a refusal need not
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # each tokenizer class fails in its own way
-        raise ValueError(f"{folder} has no usable tokenizer: {str(error)[:200]}") from error
 
 
 def prune_to(source: Source, budget: Budget, out: Path) -> PruneResult:

@@ -164,7 +164,8 @@ def _visit(
     steps: list[Tensor] = []
     for trial, side in zip(trials, sides, strict=True):
         before, side = trial.changes[place], _over_all(side)
-        ridged = gram + trial.ridge * scale * torch.eye(width, dtype=gram.dtype, device=gram.device)
+        ridged = gram.clone()
+        ridged.diagonal().add_(trial.ridge * scale)
         factor, failed = torch.linalg.cholesky_ex(ridged)
         if failed:  # an expert that no row reaches, too
             steps.append(torch.zeros_like(before))
