@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import os
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -41,17 +42,14 @@ def module_split(name: str) -> str:
 
 
 @cache
-def _modules(split: str) -> tuple[tuple[str, str], ...]:
-    """Returns the (relative path, text) of a split's modules, in the order of their paths."""
+def _modules(split: str) -> tuple[Path, ...]:
+    """Returns the paths of a split's modules, in order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _SKIPPED_FOLDERS.isdisjoint(relative.parts) and module_split(relative.as_posix()) == split:
-            try:
-                modules.append((relative.as_posix(), path.read_text(encoding="utf-8")))
-            except (OSError, UnicodeDecodeError):
-                continue
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        modules += [Path(folder, name) for name in names if name.endswith(".py")]
+    modules = sorted(path for path in modules if module_split(path.relative_to(root).as_posix()) == split)
     if not modules:
         raise ValueError(
             f"no standard-library sources under {root}; the demo reads its text from there, so it needs a Python "
@@ -60,28 +58,39 @@ def _modules(split: str) -> tuple[tuple[str, str], ...]:
     return tuple(modules)
 
 
+@cache
+def _code(module: Path) -> str:
+    """Returns a module's text, nothing if it cannot be read."""
+    try:
+        return module.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+@cache
+def _prose(module: Path) -> str:
+    """Returns a module's docstrings, nothing if it has none of any length."""
+    try:
+        tree = ast.parse(_code(module))
+    except (SyntaxError, ValueError):
+        return ""
+    parts = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring and len(docstring) > 40:
+                parts.append(inspect.cleandoc(docstring))
+    return "\n\n".join(parts) + "\n" if parts else ""
+
+
 def code_documents(split: str) -> list[str]:
     """Returns the text of each of a split's modules."""
-    return [text for _, text in _modules(split)]
+    return [text for module in _modules(split) if (text := _code(module))]
 
 
 def prose_documents(split: str) -> list[str]:
     """Returns the docstrings of a split's modules, one document a module."""
-    documents = []
-    for _, text in _modules(split):
-        try:
-            tree = ast.parse(text)
-        except (SyntaxError, ValueError):
-            continue
-        parts = []
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                docstring = ast.get_docstring(node)
-                if docstring and len(docstring) > 40:
-                    parts.append(inspect.cleandoc(docstring))
-        if parts:
-            documents.append("\n\n".join(parts) + "\n")
-    return documents
+    return [text for module in _modules(split) if (text := _prose(module))]
 
 
 def solve(a: int, operation: str, b: int) -> int:
@@ -129,6 +138,6 @@ def documents(domain: str, split: str, rng: random.Random) -> Iterator[str]:
         problems_split = "held_out" if split == "evaluation" else "train"
         while True:
             yield arithmetic_document(rng, split=problems_split)
-    pool = code_documents(split) if domain == "code" else prose_documents(split)
-    while True:
-        yield from rng.sample(pool, len(pool))
+    read, modules = _code if domain == "code" else _prose, _modules(split)
+    while True:  # modules are read one by one: parsing all of them takes seconds
+        yield from filter(None, map(read, rng.sample(modules, len(modules))))

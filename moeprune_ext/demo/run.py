@@ -23,7 +23,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from moeprune_ext.allocation.budget import uniform_plan
 from moeprune_ext.allocation.evolve import SearchSpace, search
 from moeprune_ext.artifacts.plan import PruningPlan
-from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.checkpoint.export import export
 from moeprune_ext.checkpoint.load import load
 from moeprune_ext.checkpoint.read import read_checkpoint
@@ -172,10 +171,10 @@ def run_demo(
     arithmetic = arithmetic_task(tokenizer, PROBLEMS, seed)
     word_order = word_order_task(tokenizer, QUESTIONS, seed)
 
-    def measure(name: str, candidate: PreTrainedModel, plan: PruningPlan, checkpoint: Path) -> DemoRow:
+    def measure(name: str, candidate: PreTrainedModel, plan: PruningPlan, checkpoint: Path, esap: float) -> DemoRow:
         return DemoRow(
             model=name,
-            esap=_esap(source.reporter, plan),
+            esap=esap,
             perplexity={domain: perplexity(candidate, joined(b, 2048)) for domain, b in source.texts.test.items()},
             exact_match=accuracy(candidate, arithmetic),
             multiple_choice=accuracy(candidate, word_order),
@@ -184,7 +183,7 @@ def run_demo(
         )
 
     scores = source.scores("reap")
-    rows = [measure("full", model, PruningPlan.from_pruned_counts(scores, {}), folder)]
+    rows: list[DemoRow] = []
     for sparsity in SPARSITIES:
         percent = f"{100 * sparsity:.0f}"
         found = search(
@@ -194,20 +193,23 @@ def run_demo(
             progress=progress,
         )
         step(f"EvoESAP by REAP at {percent}%: kept per layer {[len(ids) for ids in found.plan.kept.values()]}")
-        for name, plan in (("uniform REAP", uniform_plan(scores, sparsity)), ("EvoESAP by REAP", found.plan)):
-            checkpoint = export(folder, plan, out / f"{name.replace(' ', '-').lower()}-{percent}")
-            rows.append(measure(f"{name} {percent}%", load(checkpoint, dtype=torch.float32), plan, checkpoint))
         pruned = prune_to(source, sparsity, out / f"prune-{percent}")
-        rows.append(measure(f"prune {percent}%", load(pruned.out, dtype=torch.float32), pruned.plan, pruned.out))
+        measured = {row.model: row.esap.value for row in pruned.measured.rows}
+        esap = source.reporter.evaluate([found.plan])[0].esap
+        assert esap is not None
+        if not rows:
+            rows.append(measure("full", model, PruningPlan.from_pruned_counts(scores, {}), folder, measured["full"]))
+        for name, plan, its in (
+            ("uniform REAP", uniform_plan(scores, sparsity), measured["uniform, reap"]),
+            ("EvoESAP by REAP", found.plan, esap),
+        ):
+            checkpoint = export(folder, plan, out / f"{name.replace(' ', '-').lower()}-{percent}")
+            rows.append(measure(f"{name} {percent}%", load(checkpoint, dtype=torch.float32), plan, checkpoint, its))
+        last = pruned.measured.rows[-1].esap.value
+        rows.append(measure(f"prune {percent}%", load(pruned.out, dtype=torch.float32), pruned.plan, pruned.out, last))
+        step(f"exported at {percent}%, loaded again and measured")
     write_tasks(out / "tasks", seed)
-    step("exported, loaded again and measured")
     return rows
-
-
-def _esap(evaluator: CandidateEvaluator, plan: PruningPlan) -> float:
-    score = evaluator.evaluate([plan])[0].esap
-    assert score is not None
-    return score
 
 
 def format_table(rows: list[DemoRow]) -> str:
