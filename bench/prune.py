@@ -1,6 +1,6 @@
 """What each part of `moeprune prune` is worth, and what it costs.
 
-    python bench/prune.py [--model DIR] [--seeds N] [-o FILE]
+    python bench/prune.py [--model DIR] [--seeds N] [--population P] [--generations G] [-o FILE]
 
 On the embedded model, or another one with its tokenizer, on the demo's text (demo.run.demo_texts). Each row is a plan
 measured on the test text: the uniform plan by REAP, EvoESAP by REAP, the criterion chosen without a search, the search
@@ -54,11 +54,13 @@ class Clock:
         return result
 
 
-def compare(model: Path, sparsity: float, seed: int) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def compare(
+    model: Path, sparsity: float, settings: SearchSettings
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Returns {row: {metric: value}} and the seconds by part, of one seed."""
     network = load(model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    settings = SearchSettings(population=SEARCHED_POPULATION, generations=SEARCHED_GENERATIONS, seed=seed)
+    seed = settings.seed
     clock, task = Clock(), arithmetic_task(tokenizer, 300, seed)
     with tempfile.TemporaryDirectory() as folder:
         source = Source(
@@ -102,6 +104,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=demo_folder(), help="model directory with the demo's tokenizer")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--population", type=int, default=SEARCHED_POPULATION)
+    parser.add_argument("--generations", type=int, default=SEARCHED_GENERATIONS)
     parser.add_argument("-o", "--out", type=Path, help="append the Markdown to this file")
     arguments = parser.parse_args()
     text = [
@@ -109,7 +113,14 @@ def main() -> None:
         f"`python {' '.join(sys.argv)}`\n"
     ]
     for sparsity in arguments.sparsities:
-        results = [compare(arguments.model, sparsity, seed) for seed in range(arguments.seeds)]
+        results = [
+            compare(
+                arguments.model,
+                sparsity,
+                SearchSettings(population=arguments.population, generations=arguments.generations, seed=seed),
+            )
+            for seed in range(arguments.seeds)
+        ]
         lines = []
         for name in results[0][0]:
             cells = [[rows[name][metric] for rows, _ in results] for metric in ("ESAP", "KL", "arithmetic")]

@@ -13,7 +13,7 @@ import pytest
         "import moeprune_ext; moeprune_ext.reference.overlap",
         "import moeprune_ext.eep, moeprune_ext.repair",
         "from moeprune_ext.eep.search import search",
-        "from moeprune_ext.repair.walk import walk_of",
+        "from moeprune_ext.repair.walk import replay_to_repair",
         "import moeprune_ext.eep.table, moeprune_ext.allocation.grape",
         "from moeprune_ext.cli.main import main",
     ],

@@ -26,7 +26,7 @@ from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.calibration.samples import LayerSample, expert_outputs, sample_layers
 from moeprune_ext.data.batches import as_batches, without_padding
-from moeprune_ext.models.layers import masked
+from moeprune_ext.models.layers import MoeLayer, masked
 from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.patches import evaluating
 from moeprune_ext.models.routers import RoutedLayer, routed_layer
@@ -181,14 +181,7 @@ def _by_layer(
     layers = {index: layer for index, layer in moe.layers.items() if layer.shape.capacity}
     checked = without_padding(as_batches(batches, moe.vocab_size))
     check_slicing(layers)
-    routed = {index: routed_layer(layer, "fused") for index, layer in layers.items()}
-    for index, layer in layers.items():
-        grouped = layer.shape.n_group > 1  # groups lose experts in turn: unequal ones cannot be sliced, only fused
-        if routed[index].places is None or layer.trailing or (grouped and routed[index].spec is None):
-            raise ValueError(
-                f"{type(layer.router).__name__} (layer {index}) cannot be run on its own under many masks, as naee "
-                "needs; score experts by another criterion"
-            )
+    routed = {index: routed_under_masks(layer) for index, layer in layers.items()}
     samples = sample_layers(moe, layers, checked, tokens, seed=seed, progress=progress)
     indices = list(layers)
     judged = {index: torch.zeros(shape.num_experts, dtype=torch.float64) for index, shape in moe.shapes.items()}
@@ -240,6 +233,18 @@ def _eliminate(errors: SubsetErrors, shape: LayerShape, count: int) -> list[int]
 
 
 # ---- errors of subsets
+
+
+def routed_under_masks(layer: MoeLayer) -> RoutedLayer:
+    """Returns how a layer's router runs under many masks; raises ValueError for one that cannot."""
+    routed = routed_layer(layer, "fused")
+    grouped = layer.shape.n_group > 1  # groups lose experts in turn: unequal ones cannot be sliced, only fused
+    if routed.places is None or layer.trailing or (grouped and routed.spec is None):
+        raise ValueError(
+            f"{type(layer.router).__name__} (layer {layer.index}) cannot be run on its own under many masks, as naee "
+            "needs; score experts by another criterion"
+        )
+    return routed
 
 
 def subset_errors(routed: RoutedLayer, sample: LayerSample) -> SubsetErrors:

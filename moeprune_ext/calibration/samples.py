@@ -75,7 +75,7 @@ def sample_layers(
     used = [
         (batch, rows) for batch, rows in zip(batches, choose_positions(batches, tokens, seed), strict=True) if len(rows)
     ]
-    recorders = {index: _Recorder(layer, used) for index, layer in layers.items()}
+    recorders = {index: Recorder(layer, used) for index, layer in layers.items()}
     replay = replay_of_streamed(moe, used[0][0])
     with evaluating(moe.model), ExitStack() as stack:
         for index, layer in layers.items():
@@ -83,7 +83,7 @@ def sample_layers(
             stack.enter_context(intercepted(layer.experts, recorders[index].experts))
         line = stack.enter_context(bar(progress, "sample", len(used), "batch"))
         run_batches(moe, replay, [batch for batch, _ in used], line)
-    return {index: recorder.sample() for index, recorder in recorders.items()}
+    return {index: as_sample(recorder.parts) for index, recorder in recorders.items()}
 
 
 def choose_positions(batches: Sequence[TokenBatch], tokens: int, seed: int) -> list[Tensor]:
@@ -96,13 +96,24 @@ def choose_positions(batches: Sequence[TokenBatch], tokens: int, seed: int) -> l
     return [positions[mask] for positions, mask in zip(attended, chosen.split(lengths), strict=True)]
 
 
-class _Recorder:
-    """Keeps one layer's rows. Every batch calls the layer's router once, then its experts, in the batches' order."""
+Part = tuple[Tensor, Tensor, Tensor, Tensor | None]  # of one batch: hidden, expert ids, weights, router's input
+
+
+class Recorder:
+    """Keeps one layer's rows. Every batch calls the layer's router once, then its experts, in the batches' order.
+
+    Args:
+        layer: whose rows are kept.
+        batches: the batches, and the positions to keep of each.
+
+    Attributes:
+        parts: the rows of each batch so far.
+    """
 
     def __init__(self, layer: MoeLayer, batches: Sequence[tuple[TokenBatch, Tensor]]) -> None:
         self._index, self._device = layer.index, next(layer.router.parameters()).device
         self._expected = [(batch.input_ids.numel(), rows) for batch, rows in batches]
-        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        self.parts: list[Part] = []
         self._router_input: Tensor | None = None
 
     def router(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +126,7 @@ class _Recorder:
 
     def experts(self, original: ExpertsFunction, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Replaces the experts' forward: keeps the sampled rows."""
-        call = len(self._parts)
+        call = len(self.parts)
         positions, rows = self._expected[call] if call < len(self._expected) else (0, torch.empty(0))
         if len(expert_ids) != positions:
             raise ValueError(
@@ -128,17 +139,18 @@ class _Recorder:
         if router_input is not None:
             router_input = router_input[rows].cpu() if len(router_input) == positions else None
             router_input = sampled if router_input is not None and torch.equal(router_input, sampled) else router_input
-        self._parts.append((sampled, expert_ids[rows].cpu(), weights[rows].cpu(), router_input))
+        self.parts.append((sampled, expert_ids[rows].cpu(), weights[rows].cpu(), router_input))
         return original(hidden, expert_ids, weights)
 
-    def sample(self) -> LayerSample:
-        """Returns the rows of all batches."""
-        hidden, expert_ids, weights, router_inputs = zip(*self._parts, strict=True)
-        rows = torch.cat(hidden)
-        router_input: Tensor | None = rows
-        if any(own is not shared for own, shared in zip(router_inputs, hidden, strict=True)):
-            router_input = None if any(part is None for part in router_inputs) else torch.cat(router_inputs)
-        return LayerSample(rows, torch.cat(expert_ids), torch.cat(weights), router_input)
+
+def as_sample(parts: Sequence[Part]) -> LayerSample:
+    """Joins the rows of several batches."""
+    hidden, expert_ids, weights, router_inputs = zip(*parts, strict=True)
+    rows = torch.cat(hidden)
+    router_input: Tensor | None = rows
+    if any(own is not shared for own, shared in zip(router_inputs, hidden, strict=True)):
+        router_input = None if any(part is None for part in router_inputs) else torch.cat(router_inputs)
+    return LayerSample(rows, torch.cat(expert_ids), torch.cat(weights), router_input)
 
 
 @torch.no_grad()

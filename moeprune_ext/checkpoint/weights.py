@@ -125,12 +125,12 @@ class PlannedWeights:
         if merge is None:
             return self._rows(role, stored)
         count = merge.experts.shape[1]
-        down = self._down(role, stored[0])
+        down = self._down(role, stored[0], slice(None))
         sums = combined(stored[:count], merge.experts) if down is None else down
         return sums if not role.trailing else torch.cat([sums, stored[count:]])
 
-    def _down(self, role: Role, stored: Tensor) -> Tensor | None:
-        """Returns a repaired layer's down projections [K', ...], laid out and typed as one that is stored.
+    def _down(self, role: Role, stored: Tensor, rows: slice) -> Tensor | None:
+        """Returns some of a repaired layer's down projections [n, ...], laid out and typed as one that is stored.
 
         None for other tensors.
 
@@ -141,7 +141,7 @@ class PlannedWeights:
         if merge.down is None or role.is_router or role.path.rpartition(".")[2] != DOWN:
             return None
         transposed = merge.down.shape[1:] != stored.shape if role.transposed is None else role.transposed
-        down = merge.down.transpose(1, 2) if transposed else merge.down
+        down = merge.down[rows].transpose(1, 2) if transposed else merge.down[rows]
         if down.shape[1:] != stored.shape:
             raise ValueError(
                 f"layer {role.layer}: a repaired down projection is {tuple(down.shape[1:])}, the stored one "
@@ -158,8 +158,8 @@ class PlannedWeights:
         if merge is None or row >= len(merge.experts):
             yield numbered(name, row), stored[...]
             return
-        if (down := self._down(role, stored[...])) is not None:
-            yield numbered(name, row), down[row].clone()
+        if (down := self._down(role, stored[...], slice(row, row + 1))) is not None:
+            yield numbered(name, row), down[0].clone()
             return
         if merge.keeps(self.kept[role.layer]):
             yield numbered(name, row), stored[...]

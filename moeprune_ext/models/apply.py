@@ -44,13 +44,17 @@ def applied(model: nn.Module | MoeModel, plan: PruningPlan | HasPlan) -> Iterato
 
 
 @contextmanager
-def planned(layers: Mapping[int, MoeLayer], plan: PruningPlan, map_router: MapRouter = mapped_layer) -> Iterator[None]:
+def planned(
+    layers: Mapping[int, MoeLayer], plan: PruningPlan, map_router: MapRouter = mapped_layer, *, held: bool = False
+) -> Iterator[None]:
     """`applied`, for a plan that has been checked.
 
     Args:
         layers: of the model, by decoder layer.
         plan: what to apply.
         map_router: finds how a router maps its scores; give one that remembers where plans are many.
+        held: whether merged experts are made once, for a plan of one layer, which is resident; otherwise they are made
+            anew whenever their layer is called.
     """
     buffers, scratch = Scratch(), Scratch()
     with ExitStack() as stack:
@@ -61,6 +65,8 @@ def planned(layers: Mapping[int, MoeLayer], plan: PruningPlan, map_router: MapRo
                 routed = routed_layer(layer, "sliced") if merge.router is None else map_router(layer)
                 experts = MergedExperts(layer, buffers, scratch)
                 stack.enter_context(merged(routed, Treatment(tuple(kept), merge), experts))
+                if held:
+                    stack.enter_context(experts.held(merge))
             elif len(kept) < layer.shape.num_experts:
                 stack.enter_context(masked(layer, kept))
         yield

@@ -38,7 +38,7 @@ from moeprune_ext.pipeline.settings import PruneSettings
 from moeprune_ext.pipeline.texts import Domains, Texts, flat
 from moeprune_ext.progress import View
 from moeprune_ext.repair.checks import NotRepairable
-from moeprune_ext.repair.repair import repair
+from moeprune_ext.repair.repair import TARGETS, check_repairable, repair
 
 FOLDER = "moeprune"  # of a run's products, inside its output directory
 
@@ -188,6 +188,7 @@ class Run:
 
     def finish(self) -> tuple[PruningPlan, HeldOut, Measured]:
         """Does the stages that are not done, and returns the plan, how it was chosen, and what it is worth."""
+        self._check_repair()
         plan, held_out = self.chosen()
         repaired = self.repaired(plan)
         self._export(repaired)
@@ -321,6 +322,12 @@ class Run:
         self._clean_repairs()
         return plans[ranked.best]
 
+    def _check_repair(self) -> None:
+        """Refuses a model that cannot be repaired as asked for before any other work."""
+        settings, done = self.source.settings, self.products / "plan.json"
+        if settings.repair in TARGETS and not distributed.from_first(done.exists):
+            check_repairable(self.source.moe, settings.repair, self.source.texts.fitted)
+
     def _clean_repairs(self) -> None:
         """Removes the repairs' directories: the plan has the weights."""
         if distributed.is_first():
@@ -332,7 +339,7 @@ class Run:
         settings = self.source.settings
         if settings.repair == "off" or not any(plan.pruned_counts.values()):
             return {}
-        targets = ("layer", "hidden") if settings.repair == "auto" else (settings.repair,)
+        targets = TARGETS if settings.repair == "auto" else (settings.repair,)
         ways: dict[str, dict[str, Any]] = {target: {"target": target} for target in targets}
         criterion = self._criteria()
         if settings.sequential == "off" or (criterion is None and settings.sequential == "auto"):

@@ -37,7 +37,7 @@ from moeprune_ext.models.slicing import check_slicing
 from moeprune_ext.progress import View, track
 from moeprune_ext.repair.fit import LayerRows, Refit, refit
 from moeprune_ext.repair.sequential import Chooser
-from moeprune_ext.repair.walk import Walk, walk_of
+from moeprune_ext.repair.walk import ReplayWalk, Walk, WholeWalk, replay_to_repair
 
 RIDGES = (0.01, 0.1, 1.0)  # strengths that "auto" chooses from, for each layer
 PASSES = 3
@@ -131,7 +131,7 @@ def repair(
     if not pruned:
         return RepairResult(plan)
     check_slicing(moe.layers)
-    chooser = Chooser(plan, criterion, fit) if sequential else None
+    chooser = Chooser(plan, criterion, fit, moe.layers) if sequential else None
     if distributed.world()[1] > len(fit) + len(judge):
         raise ValueError(f"{distributed.world()[1]} processes cannot share {len(fit) + len(judge)} sequences")
     own = distributed.own_share(len(fit) + len(judge))
@@ -147,9 +147,18 @@ def repair(
         "ridges": list(fitting.ridges),
     }
     with evaluating(moe.model):
-        walk = walk_of(moe, texts, pruned, target == "hidden", (fit + judge)[0])
+        with_full = target == "hidden"
+        replay = replay_to_repair(moe, pruned, with_full, (fit + judge)[0])
         journal = _Finished(Path(out), settings) if out is not None else None
+        walk = WholeWalk(moe, texts) if replay is None else ReplayWalk(moe, replay, texts, with_full)
         return _Run(moe, walk, texts, own, len(fit), fitting, chooser).layers(plan, pruned, journal, progress)
+
+
+def check_repairable(moe: MoeModel, target: str, batches: Sequence[TokenBatch]) -> None:
+    """Refuses (NotRepairable) a model whose layers `repair` would refuse, on a few tokens of the first batch."""
+    layers = [index for index, shape in moe.shapes.items() if shape.capacity]
+    with evaluating(moe.model):
+        replay_to_repair(moe, layers, target == "hidden", batches[0])
 
 
 @dataclass(frozen=True)
@@ -219,12 +228,17 @@ class _Finished:
         done = LayerRepair(record["ridge"], tuple(record["fitted"]), tuple(record["held_out"]))
         return record["kept"], done, self._down(index) if done.ridge is not None else None
 
-    def add(self, index: int, kept: Sequence[int], done: LayerRepair, down: Tensor | None) -> None:
-        """Writes what became of a layer."""
-        if down is not None and distributed.is_first():
-            with replacing(self._file(index)) as beside:
-                save_file({"down": down.cpu().contiguous()}, beside)
+    def add(self, index: int, kept: Sequence[int], done: LayerRepair, down: Tensor | None) -> Tensor | None:
+        """Writes what became of a layer; returns its weights, which are mapped from their file and take no memory."""
+
+        def write() -> None:
+            if down is not None:
+                with replacing(self._file(index)) as beside:
+                    save_file({"down": down.contiguous()}, beside)
+
+        distributed.from_first(write)  # the others go on when the file is there
         self._journal.append({"generation": index, "kept": list(kept), **asdict(done)})
+        return None if down is None else self._down(index)
 
     def _down(self, index: int) -> Tensor:
         file = self._file(index)
@@ -277,7 +291,7 @@ class _Run:
                 layer_repair = LayerRepair(fitted.ridge, fitted.fitted, fitted.judged)
                 down = None if fitted.down is None else fitted.down.cpu()
                 if finished is not None:
-                    finished.add(index, kept, layer_repair, down)
+                    down = finished.add(index, kept, layer_repair, down)
             kept_by_layer[index], done[index] = kept, layer_repair
             count = plan.num_experts[index]
             if down is not None:
@@ -294,8 +308,8 @@ class _Run:
         missed = _Missed(self.texts)
         if self.chooser is not None:
             then = missed.add_wanted if self.settings.target == "layer" else _only_run
-            observe = self.chooser.observing(layer, self.texts, self.numbers, then)
-            self.walk.look(index, observe, nullcontext, missed.take_size)
+            observe, context = self.chooser.observing(layer, self.texts, self.numbers, then)
+            self.walk.look(index, observe, context, missed.take_size)
             kept = self.chooser.choose(layer, len(kept))
         elif self.settings.target == "layer":
             self.walk.look(index, missed.add_wanted, nullcontext, missed.take_size)

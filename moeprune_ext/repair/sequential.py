@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from moeprune_ext import distributed
-from moeprune_ext.allocation.naee import least_missed, subset_errors
+from moeprune_ext.allocation.naee import least_missed, routed_under_masks, subset_errors
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.stats import RoutingStats
 from moeprune_ext.calibration.calibrate import MomentsTable
 from moeprune_ext.calibration.criteria import CRITERIA, score_experts
-from moeprune_ext.calibration.samples import LayerSample, choose_positions
+from moeprune_ext.calibration.samples import Part, Recorder, as_sample, choose_positions
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.models.layers import MoeLayer
-from moeprune_ext.models.patches import ExpertsFunction, Observe
-from moeprune_ext.models.routers import routed_layer
+from moeprune_ext.models.patches import ExpertsFunction, Observe, replaced_forward
 from moeprune_ext.models.scratch import Scratch
+from moeprune_ext.repair.walk import Context
 
 NAEE_TOKENS = 1024  # positions on which naee judges subsets of a layer, as `naee_scores` does by default
 
@@ -31,13 +32,14 @@ class Chooser:
         plan: its counts stay.
         criterion: by which to choose, for all layers or by layer; None: the plan's.
         fit: all processes' batches to score on.
+        layers: of the model, by decoder layer.
 
     Attributes:
         criterion: its name, for a plan's record.
         recorded: what the choice depends on, as JSON.
 
     Raises:
-        ValueError: for a criterion that cannot be computed layer by layer.
+        ValueError: for a criterion that cannot be computed layer by layer, and for routers that naee cannot run.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Chooser:
         plan: PruningPlan,
         criterion: str | Mapping[int, str] | None,
         fit: Sequence[TokenBatch],
+        layers: Mapping[int, MoeLayer],
     ) -> None:
         names = (plan.criterion or "") if criterion is None else criterion
         self._criteria = dict(names) if isinstance(names, Mapping) else dict.fromkeys(plan.kept, names)
@@ -54,15 +57,20 @@ class Chooser:
                     f"sequential needs a criterion for each layer, {', '.join(CRITERIA)} or naee; layer {index} has "
                     f"{self._criteria.get(index)!r}"
                 )
+            if self._criteria[index] == "naee" and plan.pruned_counts[index]:
+                routed_under_masks(layers[index])
         self._positions = choose_positions(fit, NAEE_TOKENS, 0)
         self._table: MomentsTable | None = None
-        self._rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # {number of a batch: its sampled rows}
+        self._recorder: Recorder | None = None
+        self._numbers: Sequence[int] = ()
         named = sorted({self._criteria[index] for index in plan.kept})
         self.criterion = f"{' and '.join(named)}, sequential"
         self.recorded = {str(index): name for index, name in self._criteria.items()}
 
-    def observing(self, layer: MoeLayer, texts: Sequence[TokenBatch], numbers: Sequence[int], then: Observe) -> Observe:
-        """Returns what replaces the experts' forward while the layer is looked at without a mask.
+    def observing(
+        self, layer: MoeLayer, texts: Sequence[TokenBatch], numbers: Sequence[int], then: Observe
+    ) -> tuple[Observe, Context]:
+        """Returns what replaces the experts' forward while the layer is looked at without a mask, and what else holds.
 
         Args:
             layer: to be scored.
@@ -70,30 +78,32 @@ class Chooser:
             numbers: of each of them among those to score on; those beyond do not count.
             then: observes besides.
         """
+        self._numbers = numbers
+        if self._criteria[layer.index] == "naee":
+            none = torch.empty(0, dtype=torch.int64)
+            scored = [self._positions[number] if number < len(self._positions) else none for number in numbers]
+            recorder = self._recorder = Recorder(layer, list(zip(texts, scored, strict=True)))
+            return (
+                lambda original, *call: then(partial(recorder.experts, original), *call),
+                lambda: replaced_forward(layer.router, recorder.router),
+            )
         table = self._table = MomentsTable(layer, Scratch())
-        self._rows = {}
         coming = iter(zip(texts, numbers, strict=True))
 
-        def observe(original: ExpertsFunction, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        def observe(original: ExpertsFunction, *call: Tensor) -> Tensor:
             text, number = next(coming)
-            counts = number < len(self._positions)
-            table.attended = text.attention_mask.flatten() & counts
-            if counts and self._criteria[layer.index] == "naee":
-                rows = self._positions[number].to(hidden.device)
-                self._rows[number] = (hidden[rows].cpu(), ids[rows].cpu(), weights[rows].cpu())
+            table.attended = text.attention_mask.flatten() & (number < len(self._positions))
+            return then(partial(table.observe, original), *call)
 
-            def counted(*call: Any) -> Tensor:
-                return table.observe(original, *call)
-
-            return then(counted, hidden, ids, weights)
-
-        return observe
+        return observe, nullcontext
 
     def choose(self, layer: MoeLayer, count: int) -> list[int]:
         """Returns ascending ids of the experts that a layer keeps, `count` of them."""
         criterion, shape = self._criteria[layer.index], layer.shape
         if criterion == "naee":
-            everywhere = {number: rows for part in distributed.gathered(self._rows) for number, rows in part.items()}
+            assert self._recorder is not None
+            own = dict(zip(self._numbers, self._recorder.parts, strict=True))
+            everywhere = {number: part for parts in distributed.gathered(own) for number, part in parts.items()}
             return distributed.from_first(lambda: _least_missed(layer, count, everywhere))
         assert self._table is not None
         moments = distributed.sum_(self._table.moments.cpu())
@@ -105,9 +115,8 @@ class Chooser:
         return plan.kept[layer.index]
 
 
-def _least_missed(layer: MoeLayer, count: int, rows: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> list[int]:
+def _least_missed(layer: MoeLayer, count: int, parts: Mapping[int, Part]) -> list[int]:
     """Keeps the subset whose output is closest to the layer's on sampled rows, {number of a batch: its rows}."""
-    hidden, ids, weights = (torch.cat(parts) for parts in zip(*(rows[n] for n in sorted(rows)), strict=True))
-    errors = subset_errors(routed_layer(layer, "fused"), LayerSample(hidden, ids, weights, hidden))
+    errors = subset_errors(routed_under_masks(layer), as_sample([parts[number] for number in sorted(parts)]))
     gone = set(least_missed(errors, layer.shape, layer.shape.num_experts - count))
     return [expert for expert in range(layer.shape.num_experts) if expert not in gone]

@@ -44,23 +44,23 @@ class Walk(Protocol):
         """
 
     def full(self, index: int, then: Then = _no_more) -> None:
-        """Runs the layer on the unpruned model's states, where `walk_of` was asked for them."""
+        """Runs the layer on the unpruned model's states, where it was asked for them."""
 
     def leave(self, index: int, plan: PruningPlan) -> None:
         """Goes on behind the layer, as it is under a plan of that layer alone."""
 
 
-def walk_of(
-    moe: MoeModel, batches: Sequence[TokenBatch], layers: Sequence[int], with_full: bool, tried: TokenBatch
-) -> Walk:
-    """Finds how a model can be walked.
+def replay_to_repair(moe: MoeModel, layers: Sequence[int], with_full: bool, tried: TokenBatch) -> Replay | None:
+    """Finds how a model can be walked, and refuses one that cannot be repaired.
 
     Args:
-        moe: the model.
-        batches: this process's.
+        moe: the model, in eval mode without gradients.
         layers: to be looked at.
         with_full: whether decoder layers' outputs are wanted, the pruned model's and the unpruned one's.
         tried: a few tokens of it are tried; the same in all processes, so that all decide alike.
+
+    Returns:
+        The model taken apart; None where it cannot be, and is run from its beginning.
 
     Raises:
         NotRepairable: where they are wanted, and cannot be had or say nothing of the experts.
@@ -76,10 +76,10 @@ def walk_of(
                 f"{type(moe.model).__name__} cannot be run layer by layer ({reason}), so the full model's hidden "
                 'states are not known beside the pruned one\'s; use target="layer"'
             ) from None
-        return WholeWalk(moe, batches)
+        return None
     if with_full:
         check_passes_through(moe, layers, replay, tokens)
-    return ReplayWalk(moe, replay, batches, with_full)
+    return replay
 
 
 class ReplayWalk:
@@ -110,7 +110,8 @@ class ReplayWalk:
     def leave(self, index: int, plan: PruningPlan) -> None:
         """See Walk."""
         self._reach(index)
-        with planned(self._moe.layers, plan):
+        self._moe.make_resident(index)
+        with planned(self._moe.layers, plan, held=True):
             self._advance(index, self._states)
         self._at = index + 1
 
@@ -181,7 +182,7 @@ class WholeWalk:
 
     def full(self, index: int, then: Then = _no_more) -> None:
         """See Walk."""
-        raise AssertionError("walk_of does not choose this walk where states are wanted")
+        raise AssertionError("states were not asked for")
 
     def leave(self, index: int, plan: PruningPlan) -> None:
         """See Walk."""

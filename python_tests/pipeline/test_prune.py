@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_model import tiny
 from safetensors.torch import load_file, save_file
 from tiny_models import random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
@@ -33,8 +34,8 @@ def work(tmp_path_factory):
 
 def prune(work, out, **changes):
     options = {"sparsity": 0.5, "search": SEARCH, "texts": SIZES, "sequence_length": LENGTH, "dtype": torch.float32}
-    data = [work / "first.safetensors", work / "second.safetensors"]
-    return prune_checkpoint(work / "model", out, data=data, **{**options, **changes})
+    options["data"] = [work / "first.safetensors", work / "second.safetensors"]
+    return prune_checkpoint(work / "model", out, **{**options, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,13 @@ def test_what_cannot_be_is_refused_before_the_weights_are_read(work, tmp_path, m
     with pytest.raises(ValueError, match="no config.json"):
         prune_checkpoint(tmp_path, tmp_path / "out", data=[work / "first.safetensors"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_repaired_as_asked_is_refused_before_other_work(tmp_path, work, monkeypatch):
+    tiny("flex_olmo").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("moeprune_ext.pipeline.run.calibrate", lambda *args, **kwargs: pytest.fail("it calibrates"))
+    with pytest.raises(ValueError, match='use target="layer"'):
+        prune(tmp_path, tmp_path / "out", data=[work / "first.safetensors"], repair="hidden")
 
 
 def test_a_triple_is_a_criterion_and_its_run_goes_on(work, tmp_path):

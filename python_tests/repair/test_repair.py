@@ -16,6 +16,7 @@ from moeprune_ext.allocation.naee import naee_subsets
 from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.checkpoint.read import _is_transposed
 from moeprune_ext.models.patches import intercepted
+from moeprune_ext.models.routers import routed_layer
 
 TOKENS = random_tokens(24, 24, seed=1)
 SCORED = random_tokens(4, 24, seed=3)
@@ -345,6 +346,18 @@ def test_each_layer_is_scored_behind_the_pruned_and_repaired_ones(criterion):
     assert got.kept != mp.uniform_plan(one_shot, 0.5).kept
 
 
+def test_naee_runs_routers_on_their_own_input():
+    """A norm before the experts, as some families have, gives them other rows than the router."""
+    model, plan = planned()
+    fit, held_out = TOKENS[:18], TOKENS[18:]
+    for layer in mp.MoeModel.of(model).layers.values():
+        layer.experts.register_forward_pre_hook(lambda _, call: (call[0] * torch.linspace(-2, 2, 32), *call[1:]))
+    counts = {index: count * (index == 0) for index, count in plan.pruned_counts.items()}
+    first = naee_subsets(model, [fit], counts)
+    got = mp.repair(model, plan, [fit], held_out=[held_out], sequential=True, criterion="naee").plan
+    assert got.kept[0] == first.kept[0]
+
+
 def test_layers_may_be_scored_by_criteria_of_their_own():
     model, plan = planned()
     by_layer = {0: "reap", 1: "frequency", 2: "reap", 3: "naee"}
@@ -379,6 +392,9 @@ def test_what_cannot_be_repaired_is_refused_before_any_work(monkeypatch):
         repair(model, dataclasses.replace(plan, model="other:0"), [TOKENS], match="made for another model")
         for criterion in ("best", {0: "reap"}):
             repair(model, plan, [TOKENS], sequential=True, criterion=criterion, match="a criterion for each layer")
+        unknown = dataclasses.replace(routed_layer(mp.MoeModel.of(model).layers[0], "fused"), places=None)
+        patched.setattr("moeprune_ext.allocation.naee.routed_layer", lambda *_: unknown)
+        repair(model, plan, [TOKENS], sequential=True, criterion="naee", match="cannot be run on its own")
     repaired = mp.repair(model, plan, [TOKENS]).plan
     repair(model, repaired, [TOKENS], match="repaired already")
 
