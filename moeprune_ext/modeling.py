@@ -120,38 +120,57 @@ def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
     Raises:
         ValueError: for a rule that cannot be.
     """
-    score, rows, experts, places = SCORES[rule["score"]], rule["rows"], rule["experts"], rule["places"]
+    rows, experts, places = rule["rows"], rule["experts"], rule["places"]
     if not all(isinstance(count, int) and count > 0 for count in (rows, experts)) or sorted(places) != [0, 1, 2]:
         raise ValueError(f"a router cannot be mapped by {dict(rule)}")
     logits_index, weights_index, ids_index = places
-    scale, eps, renormalize = float(rule["scale"]), float(rule["eps"]), bool(rule["renormalize"])
-    weight = router_weight(router)
-    for name, shape in zip(MAPPED, ((rows, experts), (rows,)), strict=True):
-        if name == "router_map" or rule["bias"]:
-            empty = torch.empty(shape, dtype=torch.float32, device=weight.device)
-            router.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    register_map_(router, rule, router_weight(router).device)
     original: Any = type(router)
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         answer = list(original.forward(self, *args, **kwargs))
-        logits, before = answer[logits_index].float(), answer[weights_index]
-        map_ = self.router_map.float()
-        referred = (map_ != 0).any(0)
-        pi = choice = F.linear(score(logits.masked_fill(~referred, -torch.inf)), map_)
-        if rule["bias"]:
-            if rule["score"] == "softmax":  # the bias is made for the probabilities among all experts
-                choice = F.linear(score(logits), map_)
-            choice = choice + self.mapped_bias.float()
-        ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, : before.shape[-1]]
-        weights = pi.gather(-1, ids)
-        if renormalize or rule["score"] == "softmax_over_chosen":
-            weights = weights / (weights.sum(-1, keepdim=True) + (eps if renormalize else 0.0))
-        answer[logits_index], answer[weights_index], answer[ids_index] = pi, (weights * scale).to(before.dtype), ids
+        before = answer[weights_index]
+        pi, weights, ids = mapped_choice(answer[logits_index], self, rule, before.shape[-1])
+        answer[logits_index], answer[weights_index], answer[ids_index] = pi, weights.to(before.dtype), ids
         return tuple(answer)
 
     router.moeprune_rule = dict(rule)  # type: ignore[assignment]
     router.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
+
+
+def register_map_(router: nn.Module, rule: Mapping[str, Any], device: torch.device) -> None:
+    """Gives a router the map that a rule needs, as float32 parameters that are not filled in."""
+    for name, shape in zip(MAPPED, ((rule["rows"], rule["experts"]), (rule["rows"],)), strict=True):
+        if name == "router_map" or rule["bias"]:
+            empty = torch.empty(shape, dtype=torch.float32, device=device)
+            router.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+
+def mapped_choice(logits: Tensor, router: Any, rule: Mapping[str, Any], top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Chooses among stored experts by the mapped scores of the original ones.
+
+    Args:
+        logits: [T, E].
+        router: has the map, see `register_map_`.
+        rule: see `map_router_`.
+        top_k: experts per token, K.
+
+    Returns:
+        float32 pi [T, K'], float32 weights [T, K], int64 ids [T, K].
+    """
+    score, logits, map_ = SCORES[rule["score"]], logits.float(), router.router_map.float()
+    referred = (map_ != 0).any(0)
+    pi = choice = F.linear(score(logits.masked_fill(~referred, -torch.inf)), map_)
+    if rule["bias"]:
+        if rule["score"] == "softmax":  # the bias is made for the probabilities among all experts
+            choice = F.linear(score(logits), map_)
+        choice = choice + router.mapped_bias.float()
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = pi.gather(-1, ids)
+    if rule["renormalize"] or rule["score"] == "softmax_over_chosen":
+        weights = weights / (weights.sum(-1, keepdim=True) + (float(rule["eps"]) if rule["renormalize"] else 0.0))
+    return pi, weights * float(rule["scale"]), ids
 
 
 def router_weight(router: nn.Module) -> Tensor:
@@ -244,9 +263,14 @@ class MoepruneForMultimodalLM(MoepruneModel):
     auto = "AutoModelForMultimodalLM"
 
 
-CLASSES: dict[str, type[MoepruneModel]] = {
-    loader.auto: loader for loader in (MoepruneModel, MoepruneForImageTextToText, MoepruneForMultimodalLM)
-}
+class MoepruneBase(MoepruneModel):
+    """Does the same for models without a head, to which other runtimes give their own."""
+
+    auto = "AutoModel"
+
+
+WITH_HEAD = (MoepruneModel, MoepruneForImageTextToText, MoepruneForMultimodalLM)
+CLASSES: dict[str, type[MoepruneModel]] = {loader.auto: loader for loader in (*WITH_HEAD, MoepruneBase)}
 
 
 def auto_map(config: Any) -> dict[str, str]:
@@ -270,7 +294,7 @@ def auto_class(config: Any) -> Any:
     """
     import transformers  # here, because it doubles the time to import what uses this file
 
-    for name in CLASSES:
+    for name in (loader.auto for loader in WITH_HEAD):
         if type(config) in getattr(transformers, name)._model_mapping:
             return getattr(transformers, name)
     raise ValueError(f"{config.model_type} is not a language model that transformers can load")

@@ -48,6 +48,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_addoption(parser):
     parser.addoption("--write-models", type=Path, help="write the table of architectures (test_models.py) to this file")
+    parser.addoption("--write-serving", type=Path, help="write the table of served exports (test_vllm.py) to this file")
 
 
 def to_gpu(value):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import random_tokens, tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import moeprune_ext as mp
 from moeprune_ext.artifacts.plan import Merge
@@ -42,11 +42,11 @@ def logits_of(model, tokens):
         return torch.cat([model(row, use_cache=False).logits for row in tokens.split(1)])
 
 
-def from_transformers(folder, monkeypatch, tmp_path):
+def from_transformers(folder, monkeypatch, tmp_path, auto=AutoModelForCausalLM):
     """With the folder's own code, which transformers copies into a cache first."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    return auto.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
 
 
 @pytest.mark.parametrize("active", [None, 1])
@@ -118,6 +118,10 @@ def test_a_plan_of_different_counts_loads_with_transformers_alone_too(tmp_path, 
     for loaded in (mp.load(out), from_transformers(out, monkeypatch, tmp_path)):
         torch.testing.assert_close(logits_of(loaded, tokens), expected, rtol=0, atol=1e-5)
         assert [layer.shape.num_experts for layer in find_moe_layers(loaded).values()] == [3, 6, E, 2]
+    headless = from_transformers(out, monkeypatch, tmp_path, AutoModel)  # as vLLM's Transformers backend has it
+    with torch.no_grad():
+        hidden = torch.cat([headless(row, use_cache=False).last_hidden_state for row in tokens.split(1)])
+    torch.testing.assert_close(loaded.lm_head(hidden), expected, rtol=0, atol=1e-5)
     assert mp.PruningPlan.load(out / "pruning_plan.json") == plan
     with pytest.raises(Exception, match="size|shape|mismatch"):  # without its code it is no stock checkpoint
         AutoModelForCausalLM.from_pretrained(out)

@@ -1,0 +1,216 @@
+"""Exports in the real server: vLLM on the CPU gives transformers' tokens, and holds no more than the export.
+
+Not among the tests that run by default, because vLLM needs an environment of its own: `bench/serving.sh DIR` makes one,
+runs these, and writes their table (`--write-serving`) to docs/serving.md.
+"""
+
+import gc
+import os
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import moeprune_ext as mp
+from moeprune_ext.artifacts.plan import Merge
+
+pytestmark = pytest.mark.vllm
+
+PROMPTS, NEW = 12, 24
+SIZES = dict(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=0,
+    eos_token_id=1,
+    tie_word_embeddings=False,
+)
+QWEN = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1)
+DEEPSEEK = dict(n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=64)
+FAMILIES = {
+    "qwen3_moe": dict(**QWEN, head_dim=32, norm_topk_prob=True),
+    "qwen2_moe": dict(**QWEN, shared_expert_intermediate_size=64),
+    "qwen3_next": dict(
+        **QWEN,
+        head_dim=32,
+        shared_expert_intermediate_size=64,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        norm_topk_prob=True,
+    ),
+    "olmoe": dict(num_experts=8, num_experts_per_tok=2),
+    "mixtral": dict(num_local_experts=8, num_experts_per_tok=2),
+    "glm4_moe": dict(**DEEPSEEK, head_dim=32, n_group=1, topk_group=1, first_k_dense_replace=1),
+    "gpt_oss": dict(num_local_experts=8, num_experts_per_tok=2, head_dim=32),
+    "ernie4_5_moe": dict(
+        moe_num_experts=8,
+        moe_k=2,
+        moe_intermediate_size=64,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=1,
+        moe_layer_end_index=3,
+    ),
+    "granitemoe": dict(num_local_experts=8, num_experts_per_tok=2),
+    "phimoe": dict(num_local_experts=8, num_experts_per_tok=2),
+    "deepseek_v2": dict(
+        **DEEPSEEK,
+        num_key_value_heads=4,
+        kv_lora_rank=32,
+        q_lora_rank=32,
+        qk_rope_head_dim=32,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+        topk_method="group_limited_greedy",
+    ),
+    "deepseek_v3": dict(
+        **DEEPSEEK,
+        num_key_value_heads=4,
+        kv_lora_rank=32,
+        q_lora_rank=32,
+        qk_rope_head_dim=32,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+    ),
+}
+GROUPED = ("deepseek_v2", "deepseek_v3")
+KINDS = ("uniform", "uneven", "merged")
+# What this vLLM computes otherwise than transformers on a CPU, without any pruning too.
+ZERO_BIAS = "ernie4_5_moe"  # its CPU router drops the correction bias of softmax routing
+ROWS = []  # of the table
+
+
+def model_of(family):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "bias" in name and "rotary" not in name:
+                tensor.normal_(0, 0.0 if family == ZERO_BIAS and "correction" in name else 0.05)
+            elif tensor.ndim >= 2 and "embed" not in name:
+                tensor.normal_(0, 0.15 if "norm" not in name else 0.02)
+    return model
+
+
+def plan_of(kind, model):
+    """Uniform, uneven, or uneven and behind maps."""
+    shapes = mp.MoeModel.of(model).shapes
+    tokens = torch.randint(2, 256, (8, 32), generator=torch.Generator().manual_seed(1))
+    scores = mp.score_experts(mp.calibrate(model, [tokens]), "reap")
+    if kind == "uniform":
+        return mp.uniform_plan(scores, 0.25)
+    step = {index: shape.n_group for index, shape in shapes.items()}
+    pruned = {index: (4, 2, 0, 2)[number % 4] // step[index] * step[index] for number, index in enumerate(shapes)}
+    plan = mp.PruningPlan.from_pruned_counts(scores, pruned)
+    if kind == "uneven":
+        return plan
+    generator, merges = torch.Generator().manual_seed(2), {}
+    for index, kept in plan.kept.items():
+        both = torch.eye(shapes[index].num_experts)[kept], torch.eye(shapes[index].num_experts)[kept]
+        experts, router = (m + 0.2 * torch.rand(m.shape, generator=generator) for m in both)
+        if len(kept) < shapes[index].num_experts:
+            merges[index] = Merge(experts, router)
+    return mp.PruningPlan.from_merges(merges)
+
+
+def prompts():
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(4, 30, (PROMPTS,), generator=generator).tolist()
+    return [torch.randint(2, 256, (length,), generator=generator).tolist() for length in lengths]
+
+
+def greedy(model):
+    options = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
+    return [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts()]
+
+
+def served(folder, **options):
+    """Tokens that vLLM gives, and the bytes of its parameters."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    fixed = dict(dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=16, skip_tokenizer_init=True)
+    llm = LLM(str(folder), **fixed, **options)
+    try:
+        sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts()], sampling, use_tqdm=False)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        (size,) = llm.apply_model(_size)
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    return tokens, size
+
+
+def _size(model):
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_one_process():
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for apply_model
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def table(request):
+    """Writes the table where --write-serving says."""
+    yield ROWS
+    file = request.config.getoption("--write-serving")
+    if file is not None and ROWS:
+        import vllm
+
+        lines = [f"| {' | '.join(map(str, row))} |" for row in ROWS]
+        header = "| architecture | export | tokens equal transformers' | parameters, bytes | export, bytes |"
+        file.write_text(
+            f"vLLM {vllm.__version__}, CPU, float32, {PROMPTS} prompts, {NEW} tokens each.\n\n{header}\n"
+            f"| --- | --- | ---: | ---: | ---: |\n" + "\n".join(lines) + "\n"
+        )
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """{family: folder of the unpruned model}, made when first asked for."""
+    root, made = tmp_path_factory.mktemp("full"), {}
+
+    def make(family):
+        if family not in made:
+            made[family] = model_of(family)
+            made[family].save_pretrained(root / family)
+        return made[family], root / family
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_server_gives_the_tokens_of_transformers(family, kind, full, table, tmp_path):
+    if kind == "merged" and family in GROUPED:
+        pytest.skip("routers that choose among groups are not mapped")
+    model, folder = full(family)
+    out = mp.export(folder, plan_of(kind, model), tmp_path / "out")
+    expected = greedy(mp.load(out, dtype=torch.float32).eval())
+    tokens, size = served(out)
+    equal = sum(ours == theirs for ours, theirs in zip(tokens, expected, strict=True))
+    stored = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    table.append([family, kind, f"{equal} of {PROMPTS}", f"{size:,}", f"{stored:,}"])
+    assert equal == PROMPTS
+    assert size < 1.02 * stored + 2**16
