@@ -33,6 +33,7 @@ VERBS = {
     "eep": "EEP: which experts a task needs, and how the others merge into them; resumes RUN_DIR if it exists",
     "export": "write the pruned checkpoint",
     "eval": "accuracy on task files, perplexity on text",
+    "serve-check": "which runtimes load an export, how, and why others do not",
 }
 
 SHARED = (
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not distributed.is_first() and values.verb not in SHARED:
             distributed.leave()
             return
-        verb: Any = import_module(f"moeprune_ext.cli.{values.verb}")
+        verb: Any = _file_of(values.verb)
         result, text = verb.run(read_flags(verb.Options, values))
     except ValueError as error:
         _end(command, error, 2)
@@ -76,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if distributed.is_first():
         print(json.dumps(result) if values.json else text)
     distributed.leave()
+
+
+def _file_of(verb: str) -> Any:
+    return import_module(f"moeprune_ext.cli.{verb.replace('-', '_')}")
 
 
 def _end(command: str, error: object, status: int) -> NoReturn:
@@ -90,7 +95,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     for name, about in VERBS.items():
         verb_parser = parsers.add_parser(name, help=about, description=about)
         if name in words[:1]:
-            verb: Any = import_module(f"moeprune_ext.cli.{name}")
+            verb: Any = _file_of(name)
             verb_parser.epilog = f"example: {verb.EXAMPLE}"
             add_flags(verb_parser, verb.Options)
     return parser

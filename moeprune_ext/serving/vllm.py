@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from moeprune_ext.modeling import CONFIG_KEY, mapped_choice, register_map_
 from moeprune_ext.models.layers import EXPERT_COUNT_NAMES
+from moeprune_ext.serving.check import refusal
 
 TRIED = ("0.32",)  # versions of vLLM that docs/serving.md's table was made with
 WRAPPED = "moeprune_wrapped"
@@ -195,7 +196,7 @@ def _is_router(weight: Tensor, rows: int) -> bool:
 def _check(whole: Any, record: Mapping[str, Any]) -> None:
     """Refuses (ValueError) ways of serving that unequal layers do not allow."""
     counts = {int(index): count for index, count in record["kept_per_layer"].items()}
-    parallel, config = whole.parallel_config, whole.model_config.hf_text_config
+    parallel = whole.parallel_config
     if parallel.enable_eplb:
         raise ValueError("EPLB moves experts between layers of equal numbers, which this export has not; leave it out")
     if parallel.enable_expert_parallel:
@@ -211,14 +212,5 @@ def _check(whole: Any, record: Mapping[str, Any]) -> None:
             f"tensor parallel size {parallel.tensor_parallel_size} is greater than the {min(counts.values())} experts "
             "of the smallest layer, which vLLM refuses; use a smaller one"
         )
-    method = (getattr(whole.model_config.hf_config, "quantization_config", None) or {}).get("quant_method")
-    if method == "mxfp4" and len(set(counts.values())) > 1:
-        raise ValueError(
-            "vLLM loads MXFP4 experts by the configuration's one count; export a uniform plan, or dequantised weights"
-        )
-    groups = getattr(config, "n_group", None) or 1
-    if groups > 1 and min(counts.values()) <= groups:
-        raise ValueError(
-            f"a layer keeps {min(counts.values())} experts in {groups} routing groups, and vLLM drops the groups where "
-            "each has one expert; keep two in each (--min-kept-per-group 2)"
-        )
+    if reason := refusal(whole.model_config.hf_config.to_dict(), list(counts.values())):
+        raise ValueError(reason)
