@@ -135,8 +135,31 @@ def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
         answer[logits_index], answer[weights_index], answer[ids_index] = pi, weights.to(before.dtype), ids
         return tuple(answer)
 
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Moves the router; its map stays float32 whatever dtype the model is given."""
+        maps = {name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name in MAPPED}
+        result = original._apply(self, *args, **kwargs)
+        for name, data in maps.items():
+            now = getattr(self, name)
+            if now.dtype != torch.float32 and not data.is_meta:
+                now.data = data.to(now.device)
+        return result
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return _unpickled_router, (original, self.moeprune_rule), self.__dict__
+
     router.moeprune_rule = dict(rule)  # type: ignore[assignment]
-    router.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
+    methods = {"forward": forward, "_apply": _apply, "__reduce_ex__": __reduce_ex__, "__module__": original.__module__}
+    router.__class__ = type(original.__name__, (original,), methods)
+
+
+def _unpickled_router(original: Any, rule: Mapping[str, Any]) -> Any:
+    """Makes a mapped router without content, which pickle fills in."""
+    router = original.__new__(original)
+    nn.Module.__init__(router)
+    router.weight = nn.Parameter(torch.empty(rule["experts"], 1))  # for `map_router_`, which looks for its device
+    map_router_(router, rule)
+    return router
 
 
 def register_map_(router: nn.Module, rule: Mapping[str, Any], device: torch.device) -> None:
@@ -210,8 +233,17 @@ def model_class(base: Any, differences: Mapping[str, Any], **methods: Any) -> An
             shutil.copyfile(__file__, Path(folder) / "modeling.py")
         return result
 
-    attributes = {"__init__": __init__, "save_pretrained": save_pretrained, "__module__": base.__module__}
-    return type(base.__name__, (base,), {**attributes, **methods})
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return _unpickled_model, (base, differences, methods), self.__dict__
+
+    attributes = {"__init__": __init__, "save_pretrained": save_pretrained, "__reduce_ex__": __reduce_ex__}
+    return type(base.__name__, (base,), {**attributes, "__module__": base.__module__, **methods})
+
+
+def _unpickled_model(base: Any, differences: Mapping[str, Any], methods: Mapping[str, Any]) -> Any:
+    """Makes a model without content, which pickle fills in."""
+    made = model_class(base, differences, **methods)
+    return made.__new__(made)
 
 
 class MoepruneModel:

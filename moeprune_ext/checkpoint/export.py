@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from moeprune_ext import modeling
 from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
+from moeprune_ext.checkpoint.card import SOURCE_CARD, model_card
 from moeprune_ext.checkpoint.read import (
     INDEX,
     SINGLE,
@@ -51,8 +52,9 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
     """Writes the pruned or merged checkpoint of a model directory to a new directory.
 
-    Written are weights in the source's shards and names, config.json, the tokenizer and other files as they are, the
-    plan (pruning_plan.json; a repair's weights are among the others), and a model card.
+    Written are weights in the source's shards and names, config.json, the tokenizer, licence and other files as they
+    are, the plan (pruning_plan.json; a repair's weights are among the others), and a model card; the source's own is
+    kept as README.source.md.
 
     Args:
         source: a Hugging Face directory with safetensors weights, or an earlier export.
@@ -192,7 +194,9 @@ def _write(folder: Path, result: _Result, config: dict[str, Any]) -> None:
         shutil.copyfile(modeling.__file__, folder / "modeling.py")
     # A repair's weights are in the shards; loaders that read every safetensors file must not find them twice.
     result.plan.unrepaired.save(folder / "pruning_plan.json")
-    (folder / "README.md").write_text(_model_card(result, size))
+    if (card := checkpoint.folder / "README.md").is_file() and not (folder / SOURCE_CARD).exists():
+        shutil.copyfile(card, folder / SOURCE_CARD)
+    (folder / "README.md").write_text(model_card(checkpoint, result.plan, result.counts, result.is_stock, size))
 
 
 def _check_config(folder: Path, result: _Result, config: dict[str, Any]) -> None:
@@ -225,41 +229,3 @@ def _write_weights(folder: Path, result: _Result) -> int:
         index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
         (folder / INDEX).write_text(index_text + "\n")
     return total
-
-
-def _model_card(result: _Result, size: int) -> str:
-    """Makes the text of README.md; `size` is that of the weights, in bytes."""
-    checkpoint, plan = result.checkpoint, result.plan
-    layers, name = checkpoint.layers, checkpoint.folder.resolve().name
-    before = sum(layer.shape.num_experts for layer in layers.values())
-    after = sum(result.counts.values())
-    loader = (
-        f'{checkpoint.loader}.from_pretrained("<this directory>")'
-        if result.is_stock
-        else f'moeprune_ext.load("<this directory>")\n# or, with the modeling.py that is here:\n'
-        f'{checkpoint.loader}.from_pretrained("<this directory>", trust_remote_code=True)'
-    )
-    if plan.mapped_layers:
-        how = "merged from it without gradients (EEP)"
-        changed = "Experts are sums of the original ones, and routers map their scores to them."
-    else:
-        how = f"criterion {plan.criterion or 'unknown'}"
-        merges = sum(merge.sums for merge in plan.merges.values())
-        changed = f"{merges} experts are averages of merged ones." if merges else ""
-        if plan.repaired_layers:
-            changed += (
-                f" In {len(plan.repaired_layers)} layers the kept experts' down projections were refitted by ridge "
-                "least squares, without gradients, so that the layers give again what they gave before; no other "
-                "weight was changed."
-            )
-        changed = changed.strip() or "No weight was retrained or changed."
-    if plan.active is not None:
-        changed += f" Every token is given to {plan.active} experts."
-    rows = "\n".join(f"| {i} | {layers[i].shape.num_experts} | {n} |" for i, n in result.counts.items())
-    return (
-        f"---\ntags:\n- moeprune\n- expert-pruning\n---\n\n# {name}, {after} of {before} experts\n\n"
-        f"Made from `{name}` with moeprune_ext, {how}, "
-        f"{1 - after / before:.1%} of the routed experts removed; weights take {size / 1e6:,.1f} MB. {changed} "
-        f"The plan is in `pruning_plan.json`.\n\n```python\n{loader}\n```\n\n"
-        f"| layer | experts before | kept |\n| --- | --- | --- |\n{rows}\n"
-    )

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import pickle
 import subprocess
 import sys
 
@@ -370,3 +371,25 @@ def test_damaged_records_are_refused(tmp_path):
         (out / "config.json").write_text(json.dumps(good | {"moeprune": damage}))
         with pytest.raises(ValueError, match="moeprune|router_map"):
             mp.load(out)
+
+
+@pytest.mark.parametrize("merges", [True, False])
+def test_exports_are_pickled_copied_and_cast_as_other_models(merges, tmp_path):
+    """Maps stay float32, as they were found."""
+    model, tokens = tiny_model("ernie4_5_moe"), random_tokens()
+    model.save_pretrained(tmp_path / "full")
+    counts = {1: [0, 3, 4], 2: [1, 2, 3, 4, 5, 6]}
+    plan = merged_plan(model) if merges else mp.PruningPlan(counts, dict.fromkeys(counts, E))
+    loaded = mp.load(mp.export(tmp_path / "full", plan, tmp_path / "out"))
+    expected = logits_of(loaded, tokens)
+    again = pickle.loads(pickle.dumps(loaded))
+    for other in (again, copy.deepcopy(loaded)):
+        assert torch.equal(logits_of(other, tokens), expected) and type(other).__name__ == type(loaded).__name__
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(mp.load(tmp_path / "again"), tokens), expected)
+    maps = {name: value.clone() for name, value in loaded.state_dict().items() if name.endswith("router_map")}
+    loaded.to(torch.bfloat16)
+    assert bool(maps) == merges and loaded.lm_head.weight.dtype == torch.bfloat16
+    for name, value in maps.items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert torch.isfinite(logits_of(loaded, tokens)).all()

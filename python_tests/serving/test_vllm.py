@@ -71,7 +71,8 @@ DEEPSEEK_V3 = dict(
     first_k_dense_replace=1,
     n_group=2,
     topk_group=1,
-    topk_method="noaux_tc",
+    topk_method="noaux_tc",  # as in the published configuration, which vLLM reads and transformers does not
+    scoring_func="sigmoid",
 )
 KINDS = ("uniform", "uneven", "merged")
 # What this vLLM computes otherwise than transformers on a CPU, without any pruning too (Qwen3-Next wants bfloat16):

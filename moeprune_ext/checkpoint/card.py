@@ -1,0 +1,99 @@
+"""The model card of an export: what it was made of and how, under which licence, how to load and serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.checkpoint.read import Checkpoint
+
+SOURCE_CARD = "README.source.md"  # the source's own card, kept beside ours
+KEPT = ("license", "license_name", "license_link", "language")  # of the source's card
+
+
+def model_card(checkpoint: Checkpoint, plan: PruningPlan, counts: Mapping[int, int], is_stock: bool, size: int) -> str:
+    """Makes the text of README.md.
+
+    Args:
+        checkpoint: the source.
+        plan: what became of it.
+        counts: {decoder layer: experts stored}.
+        is_stock: whether stock loaders read the result.
+        size: of the weights, in bytes.
+    """
+    layers, name = checkpoint.layers, checkpoint.folder.resolve().name
+    before = sum(layer.shape.num_experts for layer in layers.values())
+    after = sum(counts.values())
+    rows = "\n".join(f"| {i} | {layers[i].shape.num_experts} | {n} |" for i, n in counts.items())
+    return (
+        f"---\n{_metadata(checkpoint)}\n---\n\n# {name}, {after} of {before} experts\n\n"
+        f"Made from `{name}` with moeprune_ext, {_how(plan)}, "
+        f"{1 - after / before:.1%} of the routed experts removed; weights take {size / 1e6:,.1f} MB. {_changed(plan)} "
+        f"The plan is in `pruning_plan.json`. Its licence is that of `{name}`.\n\n{_loading(checkpoint, is_stock)}\n\n"
+        f"| layer | experts before | kept |\n| --- | --- | --- |\n{rows}\n"
+    )
+
+
+def _metadata(checkpoint: Checkpoint) -> str:
+    """Makes the card's YAML, of which licence and languages are the source's."""
+    from huggingface_hub import ModelCardData, metadata_load
+
+    card = checkpoint.folder / "README.md"
+    try:
+        source: dict[str, Any] = (metadata_load(card) or {}) if card.is_file() else {}
+    except Exception:  # a card that is no YAML fails in many ways, and is kept beside ours in any case
+        source = {}
+    named = str(checkpoint.config.get("_name_or_path") or "")
+    base = named if named.count("/") == 1 and not Path(named).exists() else checkpoint.folder.resolve().name
+    text_alone = checkpoint.loader == "AutoModelForCausalLM"
+    return ModelCardData(
+        **{key: source[key] for key in KEPT if key in source},
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation" if text_alone else source.get("pipeline_tag", "image-text-to-text"),
+        tags=["moeprune", "expert-pruning"],
+    ).to_yaml()
+
+
+def _how(plan: PruningPlan) -> str:
+    if plan.mapped_layers:
+        return "merged from it without gradients (EEP)"
+    return f"criterion {plan.criterion or 'unknown'}"
+
+
+def _changed(plan: PruningPlan) -> str:
+    """Says what became of weights."""
+    sentences = []
+    if plan.mapped_layers:
+        sentences.append("Experts are sums of the original ones, and routers map their scores to them.")
+    elif merges := sum(merge.sums for merge in plan.merges.values()):
+        sentences.append(f"{merges} experts are averages of merged ones.")
+    if plan.repaired_layers:
+        sentences.append(
+            f"In {len(plan.repaired_layers)} layers the kept experts' down projections were refitted by ridge least "
+            "squares, without gradients, so that the layers give again what they gave before; no other weight was "
+            "changed."
+        )
+    if not sentences:
+        sentences.append("No weight was retrained or changed.")
+    if plan.active is not None:
+        sentences.append(f"Every token is given to {plan.active} experts.")
+    return " ".join(sentences)
+
+
+def _loading(checkpoint: Checkpoint, is_stock: bool) -> str:
+    """Says how to load and serve."""
+    here = "<this directory>"
+    if is_stock:
+        return (
+            f'```python\n{checkpoint.loader}.from_pretrained("{here}")\n```\n\nServe it as the original, for example '
+            f"with `vllm serve {here}`."
+        )
+    return (
+        "Its layers differ, so it needs its own `modeling.py`, which is here:\n\n```python\n"
+        f'moeprune_ext.load("{here}")\n# or:\n{checkpoint.loader}.from_pretrained("{here}", trust_remote_code=True)'
+        "\n```\n\nWithout `trust_remote_code=True` transformers reports weights of other sizes. vLLM serves it where "
+        f"moeprune_ext is installed beside vLLM: `vllm serve {here}`. `moeprune serve-check {here}` says what else loads it."
+    )
