@@ -1,6 +1,6 @@
 """Does screening children save evaluations at equal quality? Plain, screened and raced searches, paired over seeds.
 
-    python bench/screen.py [--model DIR] [--orders reap naee] [--sparsities 0.25 0.5] [--seeds 5]
+    python bench/screen.py [--model DIR] [--orders reap naee] [--sparsities 0.25 0.5] [--seeds 5] [--first-seed 0]
                            [--population 16] [--generations 8] [--search N] [--held-out N] [-o FILE]
 
 The model is the embedded one, or one in DIR that shares its tokenizer and corpus; data as in bench/allocations.py.
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", default=["reap", "naee"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.25, 0.5])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--population", type=int, default=POPULATION)
     parser.add_argument("--generations", type=int, default=GENERATIONS)
     parser.add_argument("--search", type=int, default=SEARCH_SEQUENCES, help="search sequences a domain")
@@ -222,7 +223,7 @@ def main() -> None:
                 held_out,
                 scores,
                 sparsity,
-                range(arguments.seeds),
+                range(arguments.first_seed, arguments.first_seed + arguments.seeds),
                 arguments.population,
                 arguments.generations,
                 arguments.ways,

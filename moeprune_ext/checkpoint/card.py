@@ -13,25 +13,41 @@ SOURCE_CARD = "README.source.md"  # the source's own card, kept beside ours
 KEPT = ("license", "license_name", "license_link", "language")  # of the source's card
 
 
-def model_card(checkpoint: Checkpoint, plan: PruningPlan, counts: Mapping[int, int], is_stock: bool, size: int) -> str:
+def model_card(
+    checkpoint: Checkpoint,
+    plan: PruningPlan,
+    kept: Mapping[int, int],
+    counts: Mapping[int, int],
+    *,
+    is_stock: bool,
+    size: int,
+) -> str:
     """Makes the text of README.md.
 
     Args:
         checkpoint: the source.
         plan: what became of it.
-        counts: {decoder layer: experts stored}.
+        kept: {decoder layer: experts kept}.
+        counts: {decoder layer: experts stored}: more in a padded export.
         is_stock: whether stock loaders read the result.
         size: of the weights, in bytes.
     """
     layers, name = checkpoint.layers, checkpoint.folder.resolve().name
     before = sum(layer.shape.num_experts for layer in layers.values())
-    after = sum(counts.values())
-    rows = "\n".join(f"| {i} | {layers[i].shape.num_experts} | {n} |" for i, n in counts.items())
+    after = sum(kept.values())
+    rows = "\n".join(f"| {i} | {layers[i].shape.num_experts} | {n} |" for i, n in kept.items())
+    padded = (
+        f" Every layer is stored with {max(counts.values())} experts; those beyond the ones kept are zeros, and a bias "
+        "keeps them from being chosen."
+        if kept != counts
+        else ""
+    )
     return (
         f"---\n{_metadata(checkpoint)}\n---\n\n# {name}, {after} of {before} experts\n\n"
         f"Made from `{name}` with moeprune_ext, {_how(plan)}, "
-        f"{1 - after / before:.1%} of the routed experts removed; weights take {size / 1e6:,.1f} MB. {_changed(plan)} "
-        f"The plan is in `pruning_plan.json`. Its licence is that of `{name}`.\n\n{_loading(checkpoint, is_stock)}\n\n"
+        f"{1 - after / before:.1%} of the routed experts removed; weights take {size / 1e6:,.1f} MB. {_changed(plan)}"
+        f"{padded} The plan is in `pruning_plan.json`. Its licence is that of `{name}`.\n\n"
+        f"{_loading(checkpoint, is_stock)}\n\n"
         f"| layer | experts before | kept |\n| --- | --- | --- |\n{rows}\n"
     )
 

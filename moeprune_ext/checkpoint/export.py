@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from moeprune_ext import modeling
 from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
 from moeprune_ext.checkpoint.card import SOURCE_CARD, model_card
+from moeprune_ext.checkpoint.padding import padded
 from moeprune_ext.checkpoint.read import (
     INDEX,
     SINGLE,
@@ -49,7 +50,7 @@ REPLACED = {"config.json", INDEX, "README.md", "pruning_plan.json"}  # written a
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
-def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
+def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder, *, pad: bool = False) -> Path:
     """Writes the pruned or merged checkpoint of a model directory to a new directory.
 
     Written are weights in the source's shards and names, config.json, the tokenizer, licence and other files as they
@@ -60,17 +61,19 @@ def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder) -> Path:
         source: a Hugging Face directory with safetensors weights, or an earlier export.
         plan: or the result of a search.
         out: must not exist, or be empty; it appears whole or not at all.
+        pad: whether every layer is stored with as many experts as the largest keeps, absent ones as zeros that are
+            never chosen (padding.py). The result is a stock checkpoint.
 
     Returns:
         The path of the new directory.
 
     Raises:
         ValueError: before `out` appears, for a directory that is not such a model, a plan for another model or of what
-            its layers cannot do, or tensor names that do not fit the architecture.
+            its layers cannot do, tensor names that do not fit the architecture, or routers that cannot be padded.
     """
     source, out = Path(source), Path(out)
     check_new_folder(out)
-    result = _result(read_checkpoint(source), plan_of(plan))
+    result = _result(read_checkpoint(source), plan_of(plan), pad)
     config = _new_config(result)
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -101,13 +104,15 @@ class _Result:
     Attributes:
         checkpoint: the source.
         plan: what becomes of it.
-        counts: {decoder layer: experts stored} of every layer.
+        kept: {decoder layer: experts kept} of every layer.
+        counts: {decoder layer: experts stored} of every layer: those kept, and in a padded export absent ones.
         rules: {decoder layer: router_rule} of the layers whose routers map their scores.
         weights: makes the tensors.
     """
 
     checkpoint: Checkpoint
     plan: PruningPlan
+    kept: dict[int, int]
     counts: dict[int, int]
     rules: dict[int, dict[str, Any]]
     weights: PlannedWeights
@@ -118,7 +123,7 @@ class _Result:
         return not self.rules and len(set(self.counts.values())) == 1
 
 
-def _result(checkpoint: Checkpoint, plan: PruningPlan) -> _Result:
+def _result(checkpoint: Checkpoint, plan: PruningPlan, pad: bool) -> _Result:
     """Checks that the plan can be carried out on the checkpoint; raises ValueError if not."""
     folder, layers = checkpoint.folder, checkpoint.layers
     if recorded(checkpoint.config).get("routers"):
@@ -127,8 +132,10 @@ def _result(checkpoint: Checkpoint, plan: PruningPlan) -> _Result:
         )
     routers = stored_routers(checkpoint) if plan.mapped_layers else {}
     check_plan(plan, layers, checkpoint.fingerprint, lambda layer: routers[layer.index])
-    kept = {index: list(range(layer.shape.num_experts)) for index, layer in layers.items()} | plan.kept
+    stored, absent = padded(checkpoint, plan) if pad else (plan, {})
+    kept = {index: list(range(layer.shape.num_experts)) for index, layer in layers.items()} | stored.kept
     counts = {index: len(ids) for index, ids in kept.items()}
+    live = {index: count - len(absent.get(index, ())) for index, count in counts.items()}
     if routers and all(counts[index] == layer.shape.num_experts for index, layer in layers.items()):
         raise ValueError(
             "these merges leave every layer all of its experts, so other loaders would take the result for the "
@@ -136,8 +143,8 @@ def _result(checkpoint: Checkpoint, plan: PruningPlan) -> _Result:
         )
     rules = {index: router_rule(routers[index], counts[index]) for index in plan.mapped_layers}
     parameters = {index: mapped_parameters(routers[index], plan.merges[index]) for index in rules}
-    weights = PlannedWeights(checkpoint, plan, kept, parameters, Siblings(checkpoint, plan.merges))
-    result = _Result(checkpoint, plan, counts, rules, weights)
+    weights = PlannedWeights(checkpoint, stored, kept, parameters, Siblings(checkpoint, stored.merges), absent)
+    result = _Result(checkpoint, plan, live, counts, rules, weights)
     if not result.is_stock and CONFIG_KEY not in checkpoint.config and (folder / "modeling.py").exists():
         raise ValueError(f"{folder} has a modeling.py of its own, where the result needs ours; rename it there")
     return result
@@ -196,7 +203,8 @@ def _write(folder: Path, result: _Result, config: dict[str, Any]) -> None:
     result.plan.unrepaired.save(folder / "pruning_plan.json")
     if (card := checkpoint.folder / "README.md").is_file() and not (folder / SOURCE_CARD).exists():
         shutil.copyfile(card, folder / SOURCE_CARD)
-    (folder / "README.md").write_text(model_card(checkpoint, result.plan, result.counts, result.is_stock, size))
+    text = model_card(checkpoint, result.plan, result.kept, result.counts, is_stock=result.is_stock, size=size)
+    (folder / "README.md").write_text(text)
 
 
 def _check_config(folder: Path, result: _Result, config: dict[str, Any]) -> None:

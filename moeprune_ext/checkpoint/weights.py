@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.checkpoint.padding import ABSENT
 from moeprune_ext.checkpoint.read import Checkpoint, Role, stored_tensors
 from moeprune_ext.models.experts import DOWN
 from moeprune_ext.models.merging import combined
@@ -73,6 +74,7 @@ class PlannedWeights:
         kept: {decoder layer: ids of the experts kept} of every layer.
         router_parameters: {decoder layer: {name: value}}, what mapped routers have beside what is stored.
         siblings: experts' weights in any shard.
+        absent: {decoder layer: ids of kept experts that are none}, which routers must never choose (padding.py).
     """
 
     checkpoint: Checkpoint
@@ -80,6 +82,7 @@ class PlannedWeights:
     kept: Mapping[int, list[int]]
     router_parameters: Mapping[int, Mapping[str, Tensor]]
     siblings: Siblings
+    absent: Mapping[int, Sequence[int]]
 
     def __post_init__(self) -> None:
         self._sums: tuple[tuple[int, str], Tensor] | None = None  # of the projection that was added up last
@@ -117,7 +120,10 @@ class PlannedWeights:
         """The slices of kept experts, and those beyond the experts'."""
         size = stored.shape[role.axis]
         rows = [*self.kept[role.layer], *range(size - role.trailing, size)]
-        return stored.index_select(role.axis, torch.tensor(rows))
+        remaining = stored.index_select(role.axis, torch.tensor(rows))
+        if role.is_router and stored.ndim == 1 and role.layer in self.absent:
+            remaining[[rows.index(expert) for expert in self.absent[role.layer]]] = ABSENT
+        return remaining
 
     def _stacked(self, role: Role, stored: Tensor) -> Tensor:
         """A tensor of all experts."""

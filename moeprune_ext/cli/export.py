@@ -20,12 +20,15 @@ class Options(Common):
     model: Path = model_argument()
     plan: Path = flag("plan file of any verb")
     out: Path = flag("new directory for the checkpoint", short="-o")
+    pad: bool = flag(
+        "store every layer with as many experts as the largest keeps, absent ones as zeros that are never chosen", False
+    )
 
 
 def run(options: Options) -> tuple[Any, str]:
     """Writes the pruned checkpoint and returns its size and how to load it."""
     plan = PruningPlan.load(options.plan)
-    out = export(options.model, plan, options.out)
+    out = export(options.model, plan, options.out, pad=options.pad)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     stock = CONFIG_KEY not in read_config(out)
     result = {"out": str(out), "bytes": size, "sparsity": plan.sparsity, "active": plan.active, "uniform": stock}

@@ -98,8 +98,9 @@ def repair(
 
     Memory for a layer of N positions: (1 + ridges) x N x H float32 and N x H of the model's dtype, and for each ridge
     the down projections of its kept experts in float32. On the host: all batches' hidden states, twice with
-    target="hidden", and without `out` the new weights (with it they are mapped from their files). Streamed layers visit the device once, besides the checks on a few tokens. Under torchrun the
-    batches are dealt out, and normal equations are added up.
+    target="hidden", and without `out` the new weights (with it they are mapped from their files). Streamed layers visit
+    the device once, besides the checks on a few tokens. Under torchrun the batches are dealt out, and normal equations
+    are added up.
 
     Args:
         model: a transformers model or a MoeModel; it is left as it was.
