@@ -32,7 +32,7 @@ def model_card(
         is_stock: whether stock loaders read the result.
         size: of the weights, in bytes.
     """
-    layers, name = checkpoint.layers, checkpoint.folder.resolve().name
+    layers, name = checkpoint.layers, _hub_name(checkpoint) or checkpoint.folder.resolve().name
     before = sum(layer.shape.num_experts for layer in layers.values())
     after = sum(kept.values())
     rows = "\n".join(f"| {i} | {layers[i].shape.num_experts} | {n} |" for i, n in kept.items())
@@ -61,16 +61,25 @@ def _metadata(checkpoint: Checkpoint) -> str:
         source: dict[str, Any] = (metadata_load(card) or {}) if card.is_file() else {}
     except Exception:  # a card that is no YAML fails in many ways, and is kept beside ours in any case
         source = {}
-    named = str(checkpoint.config.get("_name_or_path") or "")
-    base = named if named.count("/") == 1 and not Path(named).exists() else checkpoint.folder.resolve().name
+    ours = "moeprune" in (source.get("tags") or [])  # an export was pruned again
+    base = source.get("base_model") if ours else _hub_name(checkpoint)
     text_alone = checkpoint.loader == "AutoModelForCausalLM"
+    kept: Any = {key: source[key] for key in KEPT if key in source} | ({"base_model": base} if base else {})
     return ModelCardData(
-        **{key: source[key] for key in KEPT if key in source},
-        base_model=base,
+        **kept,
         library_name="transformers",
         pipeline_tag="text-generation" if text_alone else source.get("pipeline_tag", "image-text-to-text"),
         tags=["moeprune", "expert-pruning"],
     ).to_yaml()
+
+
+def _hub_name(checkpoint: Checkpoint) -> str | None:
+    """Returns the source's name on the Hub, from its configuration or the Hub's cache; None if neither says it."""
+    named = str(checkpoint.config.get("_name_or_path") or "")
+    if named.count("/") == 1 and not Path(named).exists():
+        return named
+    cached = [part for part in checkpoint.folder.resolve().parts if part.startswith("models--")]
+    return cached[-1].removeprefix("models--").replace("--", "/", 1) if cached else None
 
 
 def _how(plan: PruningPlan) -> str:

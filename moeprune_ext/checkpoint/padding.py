@@ -49,6 +49,8 @@ def padded(checkpoint: Checkpoint, plan: PruningPlan) -> tuple[PruningPlan, dict
         layer = checkpoint.layers[index]
         _check(checkpoint, routers[index])
         absent[index] = _absent(layer, ids, most)
+        if len(ids) + len(absent[index]) < most:
+            raise ValueError(f"layer {index} has {layer.shape.num_experts} experts, not {most}; pad the original model")
         kept[index] = sorted([*ids, *absent[index]])
         merges[index] = _with_nothing(merges.get(index), ids, kept[index], layer.shape.num_experts)
     counts = {index: layer.shape.num_experts for index, layer in checkpoint.layers.items()}

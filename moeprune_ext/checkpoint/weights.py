@@ -38,8 +38,8 @@ class Siblings:
             dtype, role = stored.get_dtype(), roles[name]
             if dtype not in ("F64", "F32", "F16", "BF16"):
                 raise ValueError(
-                    f"{name} is stored as {dtype}: quantised experts cannot be merged or repaired; dequantise them "
-                    "first"
+                    f"{name} is stored as {dtype}: quantised experts cannot be merged, repaired or padded; dequantise "
+                    "them first"
                 )
             if role.expert is not None:
                 self._names.setdefault((role.layer, numbered(name, "*")), {})[role.expert] = name

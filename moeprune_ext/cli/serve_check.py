@@ -21,5 +21,6 @@ class Options(Common):
 def run(options: Options) -> tuple[Any, str]:
     """Returns a row for every runtime."""
     rows = runtimes(options.model)
-    cells = [[row.name, "yes" if row.loads else "no", row.how] for row in rows]
+    said = {True: "yes", False: "no", None: "perhaps"}
+    cells = [[row.name, said[row.loads], row.how] for row in rows]
     return [asdict(row) for row in rows], text_table(["runtime", "loads it", "how, or why not"], cells)

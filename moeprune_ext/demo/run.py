@@ -1,9 +1,9 @@
 """`moeprune demo`: `moeprune prune` on the embedded model, beside what other tools do, ending in one table.
 
-At 25 % and 50 % sparsity: the uniform plan by REAP, EvoESAP by REAP (raced, with `prune`'s settings), and `prune`,
-which chooses the criterion by measurement, searches, and repairs. All see the same text. Every row is a checkpoint on
-disk, loaded again and measured on text that neither training nor calibration nor search has seen. ESAP is the
-evaluator's on that text: a plan's score is its checkpoint's score.
+At 25 % and 50 % sparsity: the uniform plan by REAP, EvoESAP by REAP (with `prune`'s settings, children screened), and
+`prune`, which chooses the criterion by measurement, searches, and repairs. All see the same text. Every row is a
+checkpoint on disk, loaded again and measured on text that neither training nor calibration nor search has seen. ESAP is
+the evaluator's on that text: a plan's score is its checkpoint's score.
 """
 
 from __future__ import annotations

@@ -319,8 +319,10 @@ class Run:
         if distributed.is_first():
             write_json(self.products / "repair.json", ranked.as_json(), indent=1)
             plans[ranked.best].save(file)
+        distributed.from_first(file.exists)  # the others go on when it is there
+        plan = PruningPlan.load(file)  # with its weights mapped from there
         self._clean_repairs()
-        return plans[ranked.best]
+        return plan
 
     def _check_repair(self) -> None:
         """Refuses a model that cannot be repaired as asked for before any other work."""

@@ -42,14 +42,9 @@ class TextSizes:
 
 @dataclass(frozen=True)
 class SearchSettings(EvolveSettings):
-    """The published search, raced: clearly worse plans are dropped early."""
+    """The published search with screened children: better plans for fewer evaluations (bench/results/screen.md)."""
 
-    fidelity: str = field(default="race", metadata=dict(EvolveSettings.__dataclass_fields__["fidelity"].metadata))
-
-    def __post_init__(self) -> None:
-        if self.objective == "worst":  # a race compares means
-            object.__setattr__(self, "fidelity", "full")
-        super().__post_init__()
+    screen: int = field(default=32, metadata=dict(EvolveSettings.__dataclass_fields__["screen"].metadata))
 
 
 @dataclass(frozen=True)

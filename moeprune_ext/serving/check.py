@@ -5,16 +5,23 @@ What was tried, and with which versions: docs/serving.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moeprune_ext.checkpoint.read import Folder, read_config, read_hf_config, recorded, skeleton
+from moeprune_ext.modeling import CONFIG_KEY, auto_class
 from moeprune_ext.models.moe import MoeModel
 
 UNEQUAL = "it takes one number of experts for all layers; export a uniform plan for it"
 MAPS = "it has no routers that map their scores; prune instead of merging for it"
+NESTED = (
+    "vLLM builds a multimodal model's language part from a copy of its configuration, which moeprune_ext's plugin does "
+    "not reach; export a uniform plan"
+)
+ONE_COUNT = {"step3p5", "step3p7"}  # vLLM's loader compares with the configuration's one count
+OWN_NAMES = {"granitemoe", "granitemoehybrid", "granitemoeshared"}  # vLLM renames these routers' tensors one by one
 
 
 @dataclass(frozen=True)
@@ -23,12 +30,12 @@ class Runtime:
 
     Attributes:
         name: of the runtime.
-        loads: whether it does.
+        loads: whether it does; None: if it loads the unpruned model.
         how: what to run, or why it does not.
     """
 
     name: str
-    loads: bool
+    loads: bool | None
     how: str
 
 
@@ -43,59 +50,76 @@ def runtimes(folder: Folder) -> list[Runtime]:
     """
     folder = Path(folder)
     config = read_config(folder)
+    hf_config = read_hf_config(folder)
     record = recorded(config)
-    if record:
-        counts = [int(count) for count in record["kept_per_layer"].values()]
-    else:
-        layers = MoeModel.of(skeleton(read_hf_config(folder), config)).layers
-        counts = [layer.shape.num_experts for layer in layers.values()]
-    stock = not record
-    code = "" if stock else ", trust_remote_code=True"
-    return [
+    MoeModel.of(skeleton(hf_config, config))  # raises ValueError for a model without experts
+    loader = auto_class(hf_config).__name__
+    code = ", trust_remote_code=True" if record else ""
+    found = [
         Runtime("moeprune_ext", True, f'moeprune_ext.load("{folder}")'),
-        Runtime("transformers", True, f'AutoModelForCausalLM.from_pretrained("{folder}"{code})'),
-        *([_vllm(folder, config, counts), _vllm_alone(folder, record)] if record else [_vllm_stock(folder)]),
-        *(
-            Runtime(name, stock, "as it loads the unpruned model" if stock else MAPS if record["routers"] else UNEQUAL)
-            for name in ("SGLang", "llama.cpp", "mlx-lm")
-        ),
+        Runtime("transformers", True, f'{loader}.from_pretrained("{folder}"{code})'),
     ]
+    if not record:
+        how = "as it loads the unpruned model, if it does"
+        return found + [Runtime(name, None, how) for name in ("vLLM", "SGLang", "llama.cpp", "mlx-lm")]
+    found += [_vllm(folder, config, record), _vllm_alone(folder, config, record)]
+    reason = MAPS if record["routers"] else UNEQUAL
+    return found + [Runtime(name, False, reason) for name in ("SGLang", "llama.cpp", "mlx-lm")]
 
 
-def _vllm_stock(folder: Path) -> Runtime:
-    return Runtime("vLLM", True, f"vllm serve {folder}")
-
-
-def _vllm(folder: Path, config: Mapping[str, Any], counts: list[int]) -> Runtime:
+def _vllm(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> Runtime:
     name = "vLLM, moeprune_ext installed beside it"
-    if reason := refusal(config, counts):
+    if reason := refusal(config):
         return Runtime(name, False, reason)
-    sizes = [size for size in (2, 4, 8, 16) if not any(count % size for count in counts)]
+    counts = _counts(record)
+    scored = [rule["experts"] for rule in record["routers"].values()]
+    sizes = expert_parallel_sizes(config, counts, (2, 4, 8, 16))
     expert = f"expert parallel {' or '.join(map(str, sizes))}" if sizes else "no expert parallelism"
-    return Runtime(name, True, f"vllm serve {folder}; tensor parallel up to {min(counts)}, {expert}")
+    most = min(scored) if len(scored) == len(counts) else min(counts)
+    return Runtime(name, True, f"vllm serve {folder}; tensor parallel up to {most}, {expert}")
 
 
-def _vllm_alone(folder: Path, record: Mapping[str, Any]) -> Runtime:
+def _vllm_alone(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> Runtime:
     name = "vLLM without us"
-    if record["routers"]:
-        return Runtime(name, False, MAPS)
+    if record["routers"] or isinstance(config.get("text_config"), dict):
+        return Runtime(name, None, "not tried: vllm serve --model-impl transformers --trust-remote-code")
     how = f"vllm serve {folder} --model-impl transformers --trust-remote-code; its experts take the full model's memory"
     return Runtime(name, True, how)
 
 
-def refusal(config: Mapping[str, Any], counts: list[int]) -> str | None:
-    """Returns why vLLM cannot serve unequal layers of this configuration, None if it can."""
-    text = config.get("text_config")
-    parts = [config, text] if isinstance(text, dict) else [config]
-    methods = [(part.get("quantization_config") or {}).get("quant_method") for part in parts]
-    if "mxfp4" in methods and len(set(counts)) > 1:
-        return (
-            "vLLM loads MXFP4 experts by the configuration's one count; export a uniform plan, or dequantised weights"
-        )
-    groups = max(part.get("n_group") or 1 for part in parts)
+def expert_parallel_sizes(config: Mapping[str, Any], counts: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Returns those sizes of expert parallelism that divide every layer's experts.
+
+    vLLM deals out a remainder in some ways of communicating and not in others; GPT-OSS's weights it slices by the
+    configuration's one count.
+    """
+    if config.get("model_type") == "gpt_oss":
+        return []
+    return [size for size in sizes if not any(count % size for count in counts)]
+
+
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """Returns why vLLM cannot serve an export of this configuration, None if it can."""
+    record = config[CONFIG_KEY]
+    counts, name = _counts(record), config.get("model_type")
+    if isinstance(config.get("text_config"), dict):
+        return NESTED
+    if record.get("routers") and name in OWN_NAMES:
+        return f"vLLM renames {name}'s router tensors one by one, and knows none of the map; prune instead of merging"
+    uneven = len(set(counts)) > 1
+    if uneven and name in ONE_COUNT:
+        return f"vLLM's loader of {name} takes one number of experts for all layers; export a uniform plan"
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if uneven and name == "gpt_oss" and method in ("mxfp4", "quark"):
+        return "vLLM loads MXFP4 experts by one count for all layers; export a uniform plan, or dequantised weights"
+    groups = config.get("n_group") or 1
     if groups > 1 and min(counts) <= groups:
         return (
             f"a layer keeps {min(counts)} experts in {groups} routing groups, and vLLM drops the groups where each has "
             "one expert; keep two in each (--min-kept-per-group 2)"
         )
     return None
+
+
+def _counts(record: Mapping[str, Any]) -> list[int]:
+    return [int(count) for count in record["kept_per_layer"].values()]

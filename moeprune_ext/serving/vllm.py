@@ -1,18 +1,19 @@
 """vLLM serves exports whose layers differ: a plugin that it loads by itself where moeprune_ext is installed.
 
-vLLM's models build every decoder layer from one configuration, through one function, `make_layers`. While the plugin
+vLLM's models build their decoder layers from one configuration, through one function, `make_layers`. While the plugin
 has a layer built, the configuration's expert counts are that layer's own, read from the record that the export keeps
 under `moeprune` in config.json (modeling.py); afterwards they are the original ones again. So no model is known by
 name, and each layer's parameters take the memory of the experts that it has. Behind a merged layer's router stands the
 recorded map. Models without a record are built as before.
 
-pyproject.toml names `register` as an entry point of `vllm.general_plugins`; vLLM calls it in every process. Without
-remote code, stock vLLM fails on such exports with an AssertionError about the weights' sizes.
+pyproject.toml names `register` as an entry point of `vllm.general_plugins`; vLLM calls it in every process. Without it
+vLLM fails on such exports with an AssertionError about the weights' sizes.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from moeprune_ext.modeling import CONFIG_KEY, mapped_choice, register_map_
 from moeprune_ext.models.layers import EXPERT_COUNT_NAMES
-from moeprune_ext.serving.check import refusal
+from moeprune_ext.serving.check import NESTED, expert_parallel_sizes, refusal
 
 TRIED = ("0.32",)  # versions of vLLM that docs/serving.md's table was made with
 WRAPPED = "moeprune_wrapped"
@@ -42,12 +43,19 @@ class _Layer:
         count: experts stored.
         rule: of a mapped router; None where the router has one row for each expert.
         router: the router, once the layer is there.
+        config: that the layer is built from.
     """
 
     index: int
     count: int
     rule: Mapping[str, Any] | None
     router: Any = None
+    config: Any = None
+
+    @property
+    def scored(self) -> int:
+        """Experts that the router scores."""
+        return self.count if self.rule is None else int(self.rule["experts"])
 
 
 _building: ContextVar[_Layer | None] = ContextVar("moeprune_building", default=None)
@@ -55,20 +63,20 @@ _building: ContextVar[_Layer | None] = ContextVar("moeprune_building", default=N
 
 def register() -> None:
     """Makes vLLM build each layer as its export records; called again it does nothing."""
-    import vllm
-    from vllm.model_executor.layers import fused_moe
-    from vllm.model_executor.models import utils
+    try:
+        from vllm.config import VllmConfig
+        from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+        from vllm.model_executor.models.utils import make_layers
 
-    if getattr(utils.make_layers, WRAPPED, False):
+        with_hf_config = VllmConfig.with_hf_config
+    except (AttributeError, ImportError) as error:
+        logger.warning("moeprune_ext's plugin does not know this version of vLLM, and does nothing (%s)", error)
         return
-    if not vllm.__version__.startswith(tuple(f"{version}." for version in TRIED)):
-        logger.warning(
-            "moeprune_ext's plugin was tried with vLLM %s, this is %s: compare a few answers with transformers'",
-            ", ".join(TRIED),
-            vllm.__version__,
-        )
-    _replace(utils.make_layers, _own_layers(utils.make_layers))
-    _replace(fused_moe.FusedMoEFactory, _own_experts(fused_moe.FusedMoEFactory))
+    if getattr(make_layers, WRAPPED, False):
+        return
+    _replace(make_layers, _own_layers(make_layers))
+    _replace(FusedMoEFactory, _own_experts(FusedMoEFactory))
+    VllmConfig.with_hf_config = _own_copy(with_hf_config)
 
 
 def _replace(original: Any, wrapper: Any) -> None:
@@ -85,21 +93,15 @@ def _own_layers(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def make_layers(count: int, layer_fn: Callable[..., Any], prefix: str, *args: Any, **kwargs: Any) -> Any:
-        from vllm.config import get_current_vllm_config
-
-        whole = get_current_vllm_config()
-        config = whole.model_config.hf_config
-        record = getattr(config, CONFIG_KEY, None)
-        if not record:
+        layers = _current_layers()
+        if not layers:
             return original(count, layer_fn, prefix, *args, **kwargs)
-        _check(whole, record)
-        layers = _layers(record)
 
         def build(prefix: str) -> Any:
             layer = layers.get(_index(prefix))
             if layer is None:
                 return layer_fn(prefix=prefix)
-            with _counts(whole.model_config.hf_text_config, layer):
+            with _counts(layer):
                 module = layer_fn(prefix=prefix)
                 if layer.rule is not None:
                     layer.router = _map_router(module, layer)
@@ -112,28 +114,71 @@ def _own_layers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _own_experts(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps vLLM's `FusedMoEFactory`, which makes a layer's experts."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
-        from vllm.config import get_current_vllm_config
-
-        layer = _building.get()
-        if layer is None:  # its Transformers backend builds whole models, and puts its experts in afterwards
-            record = getattr(get_current_vllm_config().model_config.hf_config, CONFIG_KEY, None)
-            layer = _layers(record).get(_index(kwargs.get("prefix", ""))) if record else None
-            if layer is None or layer.rule is not None:  # there the model's own router maps
-                if layer is not None:
-                    kwargs["num_experts"] = layer.count
-                return original(*args, **kwargs)
-        kwargs["num_experts"] = layer.count
-        if layer.rule is not None:
-            scaled = kwargs.get("apply_routed_scale_to_output", False)
-            rule = {**layer.rule, "scale": 1.0} if scaled else dict(layer.rule)
-            kwargs |= {"use_grouped_topk": False, "e_score_correction_bias": None}
-            kwargs["custom_routing_function"] = functools.partial(_choose, layer, rule)
-        return original(*args[1:] if args else (), **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        asked, layer = bound.arguments, _building.get()
+        if layer is None:
+            # The Transformers backend has whole models built, whose routers are as recorded, and replaces experts then.
+            if "routed_experts_cls" in asked and (ours := _current_layers().get(_index(asked.get("prefix", "")))):
+                asked["num_experts"] = ours.count
+        else:
+            asked["num_experts"] = layer.count
+            if layer.rule is not None:
+                # Where the runner scales the output, the weights are not scaled.
+                rule = {**layer.rule, "scale": 1.0} if asked.get("apply_routed_scale_to_output") else layer.rule
+                asked |= {"use_grouped_topk": False, "e_score_correction_bias": None}
+                asked["custom_routing_function"] = functools.partial(_choose, layer, rule)
+        return original(*bound.args, **bound.kwargs)
 
     return factory
+
+
+def _own_copy(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps `VllmConfig.with_hf_config`, by which a multimodal model gives its language part a copy of its own."""
+
+    @functools.wraps(original)
+    def with_hf_config(self: Any, hf_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.model_config.hf_config, CONFIG_KEY, None):
+            raise ValueError(NESTED)
+        return original(self, hf_config, *args, **kwargs)
+
+    return with_hf_config
+
+
+def _current_layers() -> dict[int, _Layer]:
+    """Returns what the export that is being built records of its layers; {} for other models.
+
+    Raises:
+        ValueError: for ways of serving that unequal layers do not allow.
+    """
+    import vllm
+    from vllm.config import get_current_vllm_config
+
+    whole = get_current_vllm_config()
+    record = getattr(whole.model_config.hf_config, CONFIG_KEY, None)
+    if not record:
+        return {}
+    _warn_of(vllm.__version__)
+    rules = {_index(path): rule for path, rule in record.get("routers", {}).items()}
+    layers = {int(i): _Layer(int(i), count, rules.get(int(i))) for i, count in record["kept_per_layer"].items()}
+    check(whole.parallel_config, whole.model_config.hf_config.to_dict(), layers)
+    for layer in layers.values():
+        layer.config = whole.model_config.hf_text_config
+    return layers
+
+
+@functools.cache  # once
+def _warn_of(version: str) -> None:
+    """Says so where vLLM's version is another than was tried."""
+    if not version.startswith(tuple(f"{tried}." for tried in TRIED)):
+        logger.warning(
+            "moeprune_ext's plugin was tried with vLLM %s, this is %s: compare a few answers with transformers'",
+            ", ".join(TRIED),
+            version,
+        )
 
 
 def _choose(
@@ -144,28 +189,22 @@ def _choose(
     return weights, ids.int()
 
 
-def _layers(record: Mapping[str, Any]) -> dict[int, _Layer]:
-    """Returns what an export records, by decoder layer."""
-    rules = {_index(path): rule for path, rule in record.get("routers", {}).items()}
-    return {int(i): _Layer(int(i), count, rules.get(int(i))) for i, count in record["kept_per_layer"].items()}
-
-
 def _index(path: str) -> int:
     """Returns the number of the decoder layer in a module's path, -1 if there is none."""
     return next((int(part) for part in path.split(".") if part.isdigit()), -1)
 
 
 @contextmanager
-def _counts(config: Any, layer: _Layer) -> Iterator[None]:
+def _counts(layer: _Layer) -> Iterator[None]:
     """Inside, the configuration says how many experts the layer's router scores."""
+    config = layer.config
     before = {
         name: getattr(config, name) for name in EXPERT_COUNT_NAMES if isinstance(getattr(config, name, None), int)
     }
-    scored = layer.count if layer.rule is None else layer.rule["experts"]
     token = _building.set(layer)
     try:
         for name in before:
-            setattr(config, name, scored)
+            setattr(config, name, layer.scored)
         yield
     finally:
         for name, count in before.items():
@@ -193,24 +232,31 @@ def _is_router(weight: Tensor, rows: int) -> bool:
     return weight.ndim == 2 and weight.shape[0] == rows
 
 
-def _check(whole: Any, record: Mapping[str, Any]) -> None:
-    """Refuses (ValueError) ways of serving that unequal layers do not allow."""
-    counts = {int(index): count for index, count in record["kept_per_layer"].items()}
-    parallel = whole.parallel_config
+def check(parallel: Any, config: Mapping[str, Any], layers: Mapping[int, _Layer]) -> None:
+    """Refuses (ValueError) ways of serving that unequal layers do not allow.
+
+    Args:
+        parallel: vLLM's ParallelConfig.
+        config: the export's configuration.
+        layers: by decoder layer.
+    """
+    if reason := refusal(config):
+        raise ValueError(reason)
     if parallel.enable_eplb:
         raise ValueError("EPLB moves experts between layers of equal numbers, which this export has not; leave it out")
-    if parallel.enable_expert_parallel:
-        size = parallel.tensor_parallel_size * parallel.data_parallel_size
-        if odd := {index: count for index, count in counts.items() if count % size}:
+    tensor = parallel.tensor_parallel_size
+    if not parallel.enable_expert_parallel:
+        if small := [layer for layer in layers.values() if layer.scored < tensor]:
             raise ValueError(
-                f"expert parallelism over {size} devices needs multiples of {size} experts in every layer; layer "
-                f"{next(iter(odd))} has {next(iter(odd.values()))}: prune with --multiple-of {size}, or use tensor "
-                "parallelism"
+                f"tensor parallel size {tensor} is greater than the {small[0].scored} experts of layer "
+                f"{small[0].index}, which many of vLLM's models refuse; use a smaller one"
             )
-    elif parallel.tensor_parallel_size > min(counts.values()):
+        return
+    size = tensor * parallel.data_parallel_size * getattr(parallel, "prefill_context_parallel_size", 1)
+    if size not in expert_parallel_sizes(config, [layer.count for layer in layers.values()], [size]):
         raise ValueError(
-            f"tensor parallel size {parallel.tensor_parallel_size} is greater than the {min(counts.values())} experts "
-            "of the smallest layer, which vLLM refuses; use a smaller one"
+            f"expert parallelism over {size} devices wants multiples of {size} experts in every layer (and none of "
+            f"GPT-OSS's): prune with --multiple-of {size}, or use tensor parallelism"
         )
-    if reason := refusal(whole.model_config.hf_config.to_dict(), list(counts.values())):
-        raise ValueError(reason)
+    if getattr(parallel, "enable_ep_weight_filter", False):
+        raise ValueError("the expert weight filter reads one number of experts for all layers; leave it out")
