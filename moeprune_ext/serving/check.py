@@ -76,7 +76,8 @@ def _vllm(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) ->
     sizes = expert_parallel_sizes(config, counts, (2, 4, 8, 16))
     expert = f"expert parallel {' or '.join(map(str, sizes))}" if sizes else "no expert parallelism"
     most = min(scored) if len(scored) == len(counts) else min(counts)
-    return Runtime(name, True, f"vllm serve {folder}; tensor parallel up to {most}, {expert}")
+    how = f"vllm serve {folder} (--trust-remote-code where vLLM has no model of its own)"
+    return Runtime(name, True, f"{how}; tensor parallel up to {most}, {expert}")
 
 
 def _vllm_alone(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> Runtime:
