@@ -107,7 +107,7 @@ class PairOutputs:
             if experts.has_bias:
                 outputs[pairs] += experts.down_proj_bias[expert]
             start += count
-        return experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs
+        return experts.post_expert_norm(outputs) if has_post_expert_norm(experts) else outputs
 
     def _agrees(self) -> bool:
         """Tells whether the products are what the module computes: two rows for each of its first experts."""
@@ -134,8 +134,13 @@ def _on_cpu(module: nn.Module) -> bool:
     return all(p.device.type == "cpu" for p in module.parameters())
 
 
+def has_post_expert_norm(experts: Any) -> bool:
+    """Whether a norm stands behind each expert; transformers 5.17 knows of none."""
+    return bool(getattr(experts, "has_post_expert_norm", False))
+
+
 def _has_known_names(experts: Any) -> bool:
-    names = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "down_proj")
+    names = ("has_gate", "has_bias", "is_transposed", "down_proj")
     return all(hasattr(experts, name) for name in names) and not getattr(experts, "_is_expert_parallel", False)
 
 

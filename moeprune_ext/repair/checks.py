@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeprune_ext.models.experts import PairOutputs
+from moeprune_ext.models.experts import PairOutputs, has_post_expert_norm
 from moeprune_ext.models.layers import MoeLayer
 from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.models.patches import ExpertsFunction, Observe, intercepted
@@ -64,7 +64,7 @@ def _check_layout(layer: MoeLayer) -> None:
         raise NotRepairable(
             f"{name} has quantised weights ({', '.join(odd)}), which cannot be repaired; dequantise them"
         )
-    if not PairOutputs(layer).is_standard or experts.has_post_expert_norm:
+    if not PairOutputs(layer).is_standard or has_post_expert_norm(experts):
         raise NotRepairable(
             f"{name} does not end in a down projection of the known layout, so it cannot be repaired; export the plan "
             "as it is"
