@@ -119,6 +119,7 @@ def _loading(checkpoint: Checkpoint, is_stock: bool) -> str:
     return (
         "Its layers differ, so it needs its own `modeling.py`, which is here:\n\n```python\n"
         f'moeprune_ext.load("{here}")\n# or:\n{checkpoint.loader}.from_pretrained("{here}", trust_remote_code=True)'
-        "\n```\n\nWithout `trust_remote_code=True` transformers reports weights of other sizes. vLLM serves it where "
-        f"moeprune_ext is installed beside vLLM: `vllm serve {here}`. Else: `moeprune serve-check {here}`."
+        "\n```\n\nWithout `trust_remote_code=True` transformers reports weights of other sizes. vLLM serves text "
+        "models of this kind where moeprune_ext is installed beside it; what loads this one: "
+        f"`moeprune serve-check {here}`."
     )

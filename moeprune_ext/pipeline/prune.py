@@ -208,6 +208,6 @@ def how_to_load(result: PruneResult) -> str:
         return f'A stock checkpoint: AutoModelForCausalLM.from_pretrained("{result.out}"), vllm serve {result.out}.'
     return (
         f'Load: moeprune_ext.load("{result.out}"), or AutoModelForCausalLM.from_pretrained("{result.out}", '
-        f"trust_remote_code=True). Serve, moeprune_ext being installed beside vLLM: vllm serve {result.out}. What else "
-        f"loads it: moeprune serve-check {result.out}."
+        f"trust_remote_code=True). Serve, with moeprune_ext beside vLLM: vllm serve {result.out}; whether "
+        f"that and other runtimes load it: moeprune serve-check {result.out}."
     )
