@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -25,6 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONFIG_KEY = "moeprune"
+# Stock classes would fail with a table of sizes. They refuse this name of a weight file first, and show it.
+WEIGHTS_KEY = "transformers_weights"
+HINT = "layers differ: pass trust_remote_code=True, which runs modeling.py of this directory, or use moeprune_ext.load"
+LOSS, LOSS_ARGUMENTS = "load_balancing_loss_func", ["gate_logits", "num_experts", "top_k", "attention_mask"]
 MAPPED = ("router_map", "mapped_bias")  # a mapped router's own parameters, loaded as float32 whatever the model's dtype
 SCORES = {
     "softmax": lambda logits: logits.softmax(-1),
@@ -115,7 +122,7 @@ def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
             "score": a name of SCORES.
             "renormalize", "eps", "scale": what becomes of the chosen weights.
             "bias": whether a correction bias [K'] is added to what experts are chosen by.
-            "places": indices of logits, weights and ids in the tuple; pi [T, K'] takes the logits' place.
+            "places": indices of logits, weights and ids in the tuple; log pi [T, K'] takes the logits' place.
 
     Raises:
         ValueError: for a rule that cannot be.
@@ -132,7 +139,8 @@ def map_router_(router: nn.Module, rule: Mapping[str, Any]) -> None:
         answer = list(original.forward(self, *args, **kwargs))
         before = answer[weights_index]
         pi, weights, ids = mapped_choice(answer[logits_index], self, rule, before.shape[-1])
-        answer[logits_index], answer[weights_index], answer[ids_index] = pi, weights.to(before.dtype), ids
+        answer[weights_index], answer[ids_index] = weights.to(before.dtype), ids
+        answer[logits_index] = pi.clamp(min=torch.finfo(pi.dtype).tiny).log()  # their softmax is pi's shares
         return tuple(answer)
 
     def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,11 +219,44 @@ def freeze_maps_(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
+def balanced_loss(
+    original: Any, gate_logits: Any, num_experts: Any = None, top_k: int = 2, attention_mask: Any = None
+) -> Any:
+    """Computes the load-balancing loss of layers with different numbers of experts.
+
+    Layers with equal numbers are a group, whose loss is that of transformers' function (`original`, which has the other
+    arguments) with the group's number. The groups' losses are averaged, weighted by their layers.
+    """
+    groups: dict[int, list[Tensor]] = {}
+    for logits in gate_logits or ():
+        groups.setdefault(logits.shape[-1], []).append(logits)
+    losses = [original(tuple(group), size, top_k, attention_mask) for size, group in groups.items()]
+    shares = [len(group) / len(gate_logits) for group in groups.values()]
+    return sum(share * loss.to(losses[0].device) for share, loss in zip(shares, losses, strict=True))
+
+
+def with_global(function: Any, name: str, value: Any) -> Any:
+    """Copies a function and its decorators, so that a global name has another value there and nowhere else."""
+    inner = getattr(function, "__wrapped__", None)
+    scope, closure, attributes = function.__globals__, function.__closure__, dict(vars(function))
+    if inner is None:
+        scope = {**scope, name: value}
+        del scope["__name__"]  # torch.compile would look names up in the module of that name
+    else:
+        attributes["__wrapped__"] = made = with_global(inner, name, value)
+        closure = tuple(CellType(made) if cell.cell_contents is inner else cell for cell in closure)
+    made = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    for attribute in (*functools.WRAPPER_ASSIGNMENTS, "__kwdefaults__"):
+        setattr(made, attribute, getattr(function, attribute))
+    vars(made).update(attributes)
+    return made
+
+
 def model_class(base: Any, differences: Mapping[str, Any], **methods: Any) -> Any:
     """Makes a subclass of a transformers model class whose models differ as recorded before their weights arrive.
 
-    It has the base's name and module because transformers looks weight conversions up by them. Its save_pretrained
-    leaves this file beside the weights, where there are differences.
+    It has the base's name and module because transformers looks weight conversions up by them. Its load-balancing loss
+    is `balanced_loss`. Its save_pretrained leaves this file beside the weights, where there are differences.
 
     Args:
         base: the transformers class.
@@ -229,15 +270,22 @@ def model_class(base: Any, differences: Mapping[str, Any], **methods: Any) -> An
 
     def save_pretrained(self: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
         result = base.save_pretrained(self, folder, *args, **kwargs)
-        if differences:
+        if differences and kwargs.get("is_main_process", True):
             shutil.copyfile(__file__, Path(folder) / "modeling.py")
+            file = Path(folder) / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {WEIGHTS_KEY: HINT}, indent=2) + "\n")
         return result
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         return _unpickled_model, (base, differences, methods), self.__dict__
 
     attributes = {"__init__": __init__, "save_pretrained": save_pretrained, "__reduce_ex__": __reduce_ex__}
-    return type(base.__name__, (base,), {**attributes, "__module__": base.__module__, **methods})
+    innermost = inspect.unwrap(base.forward)
+    original = innermost.__globals__[LOSS] if LOSS in innermost.__code__.co_names else None
+    if original is not None and [*inspect.signature(original).parameters] == LOSS_ARGUMENTS:
+        attributes["forward"] = with_global(base.forward, LOSS, functools.partial(balanced_loss, original))
+    attributes |= {"moeprune_base": base, "__module__": base.__module__}
+    return type(base.__name__, (base,), {**attributes, **methods})
 
 
 def _unpickled_model(base: Any, differences: Mapping[str, Any], methods: Mapping[str, Any]) -> Any:
@@ -335,11 +383,13 @@ def auto_class(config: Any) -> Any:
 def base_class(auto: Any, config: Any) -> tuple[Any, Any]:
     """Returns the class with which an auto class loads a configuration, and that class's configuration.
 
-    Where a model of text and more is loaded as a language model alone, that is the language model's, with the record
-    of the whole one.
+    It does not say which file to read (WEIGHTS_KEY). Where a model of text and more is loaded as a language model
+    alone, it is the language model's, with the record of the whole one.
     """
     base = auto._model_mapping[type(config)]
     if base.config_class is type(config):
+        config = copy.copy(config)
+        vars(config).pop(WEIGHTS_KEY, None)
         return base, config
     text_config = copy.deepcopy(config.get_text_config())
     if hasattr(config, CONFIG_KEY):

@@ -209,7 +209,8 @@ def choose_criterion(
         ValueError: for a sparsity that cannot be, scores of another model, and if every plan gives NaN logits.
     """
     evaluator.check_objective(fitness, objective)
-    scores = [limits(score_experts(stats, name)) for name in CRITERIA] + [limits(given) for given in more_scores]
+    scores = [limits(score_experts(stats, name)) for name in CRITERIA]
+    scores += [replace(limits(given), mtp=given.mtp or scores[0].mtp) for given in more_scores]
     candidates = {str(one.criterion): one for one in scores}
     if len(candidates) < len(scores):
         raise ValueError(f"two of the scores are of one criterion: {', '.join(str(one.criterion) for one in scores)}")

@@ -270,7 +270,7 @@ def plan_from_similarity(
         if merge and averages:
             merges[layer] = Merge.averages(kept[layer], averages, scores.shapes[layer].num_experts)
     num_experts = {layer: shape.num_experts for layer, shape in scores.shapes.items()}
-    return PruningPlan(kept, num_experts, scores.model, scores.criterion, merges)
+    return PruningPlan(kept, num_experts, scores.model, scores.criterion, merges, mtp=dict(scores.mtp))
 
 
 def _units(scores: ExpertScores, sparsity: Budget, entropy: float, who: str, merge: bool) -> Units:

@@ -180,7 +180,9 @@ class _Search:
     def plan(self, kept: Kept) -> PruningPlan:
         """Returns the plan that keeps these experts."""
         by_layer = {layer: list(ids) for layer, ids in zip(self.layers, kept, strict=True)}
-        return PruningPlan(by_layer, self.origin.num_experts, self.origin.model, self.origin.criterion)
+        return PruningPlan(
+            by_layer, self.origin.num_experts, self.origin.model, self.origin.criterion, mtp=self.origin.mtp
+        )
 
     def ranked(self) -> list[Kept]:
         """Returns the plans scored on all sequences, best first, equal ones in a fixed order."""

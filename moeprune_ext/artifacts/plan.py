@@ -136,6 +136,8 @@ class PruningPlan:
         criterion: name of the scores behind it, for the record.
         merges: {decoder layer: Merge} of the layers whose new experts are sums.
         active: experts that every router selects per token; None: as many as the model's do.
+        mtp: {multi-token-prediction layer: its experts' ids, the first to be pruned first}, where statistics say so;
+            an export that stores equally many experts in every layer prunes these by it.
     """
 
     kept: dict[int, list[int]]
@@ -144,6 +146,7 @@ class PruningPlan:
     criterion: str | None = None
     merges: dict[int, Merge] = field(default_factory=dict)
     active: int | None = None
+    mtp: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.kept:
@@ -166,6 +169,9 @@ class PruningPlan:
                 )
             if merge.router is not None and list(self.kept[layer]) != list(range(kept)):
                 raise ValueError(f"layer {layer}: behind a mapped router experts are numbered from 0")
+        for layer, order in self.mtp.items():
+            if sorted(order) != list(range(len(order))):
+                raise ValueError(f"multi-token-prediction layer {layer}: {order} is no order of its experts")
 
     @property
     def pruned_counts(self) -> dict[int, int]:
@@ -245,7 +251,7 @@ class PruningPlan:
             gone = set(scores.pruning_order(layer)[:count])
             kept[layer] = [expert for expert in range(shape.num_experts) if expert not in gone]
         num_experts = {layer: shape.num_experts for layer, shape in scores.shapes.items()}
-        return cls(kept, num_experts, scores.model, scores.criterion)
+        return cls(kept, num_experts, scores.model, scores.criterion, mtp=dict(scores.mtp))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, beside the target and then renamed; matrices in the shortest numbers that read back alike.
@@ -262,6 +268,8 @@ class PruningPlan:
         }
         if self.active is not None:
             content["active"] = self.active
+        if self.mtp:
+            content["mtp"] = {str(layer): order for layer, order in self.mtp.items()}
         if self.merges:
             content["merges"] = {
                 str(layer): {name: _as_lists(matrix) for name, matrix in merge.matrices.items()}
@@ -300,7 +308,8 @@ class PruningPlan:
                 merge = merges.get(layer) or Merge.as_they_are(kept[layer], num_experts[layer])
                 merges[layer] = replace(merge, down=down)
             active = None if content.get("active") is None else int(content["active"])
-            return cls(kept, num_experts, content.get("model"), content.get("criterion"), merges, active)
+            mtp = {int(layer): [int(e) for e in order] for layer, order in content.get("mtp", {}).items()}
+            return cls(kept, num_experts, content.get("model"), content.get("criterion"), merges, active, mtp)
 
 
 def _weights_file(path: str | os.PathLike[str]) -> Path:

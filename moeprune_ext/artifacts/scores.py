@@ -28,6 +28,8 @@ class ExpertScores(Mapping[int, Tensor]):
         criterion: its name, None when unknown.
         model: fingerprint of the model, None when unknown.
         protected: {decoder layer: ids of experts that no plan may remove, whatever they score}.
+        mtp: {multi-token-prediction layer: its experts' ids, the first to be pruned first}, numbered on from the last
+            decoder layer; plans carry it, and no search counts these layers.
     """
 
     values_by_layer: dict[int, Tensor]
@@ -35,6 +37,7 @@ class ExpertScores(Mapping[int, Tensor]):
     criterion: str | None = None
     model: str | None = None
     protected: dict[int, frozenset[int]] = field(default_factory=dict)
+    mtp: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.values_by_layer:
@@ -175,7 +178,7 @@ class ExpertScores(Mapping[int, Tensor]):
             "shapes": {str(layer): shape.recorded() for layer, shape in self.shapes.items()},
             "scores": {str(layer): values.tolist() for layer, values in self.items()},
             "protected": {str(layer): sorted(ids) for layer, ids in self.protected.items()},
-        }
+        } | ({"mtp": {str(layer): order for layer, order in self.mtp.items()}} if self.mtp else {})
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ExpertScores:
@@ -183,7 +186,8 @@ class ExpertScores(Mapping[int, Tensor]):
         values = {int(k): torch.tensor(v, dtype=torch.float64) for k, v in content["scores"].items()}
         shapes = {int(k): LayerShape(**v) for k, v in content["shapes"].items()}
         protected = {int(k): frozenset(map(int, v)) for k, v in content.get("protected", {}).items()}
-        return cls(values, shapes, content.get("criterion"), content.get("model"), protected)
+        mtp = {int(k): [int(expert) for expert in v] for k, v in content.get("mtp", {}).items()}
+        return cls(values, shapes, content.get("criterion"), content.get("model"), protected, mtp)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, beside the target and then renamed."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +31,7 @@ class RoutingStats:
         tokens: attended positions seen.
         shapes: {decoder layer: LayerShape}.
         model: fingerprint of the model.
+        mtp: the same of multi-token-prediction layers, numbered on from the last decoder layer; None: not gathered.
     """
 
     moments: dict[int, Tensor]
@@ -36,6 +39,7 @@ class RoutingStats:
     tokens: int
     shapes: dict[int, LayerShape]
     model: str
+    mtp: RoutingStats | None = None
 
     @property
     def tokens_per_expert(self) -> dict[int, Tensor]:
@@ -48,7 +52,7 @@ class RoutingStats:
         return {layer: experts for layer, experts in rare.items() if experts}
 
     def __add__(self, other: RoutingStats) -> RoutingStats:
-        if self.model != other.model or self.shapes != other.shapes:
+        if self.model != other.model or self.shapes != other.shapes or (self.mtp is None) != (other.mtp is None):
             raise ValueError(f"cannot add statistics of different models: {self.model} and {other.model}")
         return RoutingStats(
             {layer: table + other.moments[layer] for layer, table in self.moments.items()},
@@ -56,14 +60,19 @@ class RoutingStats:
             self.tokens + other.tokens,
             self.shapes,
             self.model,
+            None if self.mtp is None or other.mtp is None else self.mtp + other.mtp,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, beside the target and then renamed."""
-        tensors = {f"moments.{layer}": table for layer, table in self.moments.items()}
-        tensors |= {f"max_norm.{layer}": norm for layer, norm in self.max_norm.items()}
-        shapes = {str(layer): shape.recorded() for layer, shape in self.shapes.items()}
-        metadata = {"format": FORMAT, "model": self.model, "tokens": str(self.tokens), "shapes": json.dumps(shapes)}
+        tensors: dict[str, Tensor] = {}
+        metadata = {"format": FORMAT, "model": self.model}
+        for prefix, stats in (("", self), ("mtp.", self.mtp)):
+            if stats is not None:
+                tensors |= {f"{prefix}moments.{layer}": table for layer, table in stats.moments.items()}
+                tensors |= {f"{prefix}max_norm.{layer}": norm for layer, norm in stats.max_norm.items()}
+                shapes = {str(layer): shape.recorded() for layer, shape in stats.shapes.items()}
+                metadata |= {f"{prefix}tokens": str(stats.tokens), f"{prefix}shapes": json.dumps(shapes)}
         with replacing(path) as beside:
             save_file(tensors, beside, metadata=metadata)
 
@@ -75,10 +84,19 @@ class RoutingStats:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"{path} holds no routing statistics (safetensors with format {FORMAT!r})")
-                shapes = {int(k): LayerShape(**v) for k, v in json.loads(metadata["shapes"]).items()}
-                moments = {layer: file.get_tensor(f"moments.{layer}") for layer in shapes}
-                max_norm = {layer: file.get_tensor(f"max_norm.{layer}") for layer in shapes}
-                tokens, model = int(metadata["tokens"]), metadata["model"]
+                mtp = _read(file, metadata, "mtp.") if "mtp.shapes" in metadata else None
+                return replace(_read(file, metadata, ""), mtp=mtp)
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a readable file of routing statistics: {error}") from None
-        return cls(moments, max_norm, tokens, shapes, model)
+
+
+def _read(file: Any, metadata: Mapping[str, str], prefix: str) -> RoutingStats:
+    """Reads the statistics whose names begin so from an open file."""
+    shapes = {int(k): LayerShape(**v) for k, v in json.loads(metadata[f"{prefix}shapes"]).items()}
+    return RoutingStats(
+        {layer: file.get_tensor(f"{prefix}moments.{layer}") for layer in shapes},
+        {layer: file.get_tensor(f"{prefix}max_norm.{layer}") for layer in shapes},
+        int(metadata[f"{prefix}tokens"]),
+        shapes,
+        metadata["model"],
+    )

@@ -7,19 +7,22 @@ moments[e, a, b] += g^a ||f||^b.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeprune_ext import distributed
+from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.artifacts.stats import RoutingStats
 from moeprune_ext.data.batches import TokenBatch, as_batches, without_padding
 from moeprune_ext.models.experts import PairOutputs, distinct_pairs, weighted_sum
 from moeprune_ext.models.layers import MoeLayer
 from moeprune_ext.models.moe import MoeModel
+from moeprune_ext.models.mtp import MtpLayer, running
 from moeprune_ext.models.patches import ExpertsFunction, evaluating, intercepted
 from moeprune_ext.models.replay import replay_of_streamed, run_batches
 from moeprune_ext.models.scratch import Scratch
@@ -30,7 +33,13 @@ from moeprune_ext.progress import View, bar
 PAIRS_AT_ONCE = 65_536  # routed pairs whose outputs [pairs, H] are alive at a time: 0.5 GB at H = 4096 in bfloat16
 
 
-def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: bool | View = False) -> RoutingStats:
+def calibrate(
+    model: nn.Module | MoeModel,
+    batches: Iterable[Any],
+    *,
+    mtp: Sequence[MtpLayer] = (),
+    progress: bool | View = False,
+) -> RoutingStats:
     """Runs the model over `batches` once and gathers RoutingStats of every MoE layer.
 
     Memory beside the model's own: 9 float64 per expert, and expert outputs of PAIRS_AT_ONCE routed pairs. Streamed
@@ -42,6 +51,7 @@ def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: 
     Args:
         model: a transformers model or a MoeModel; it is left as it was.
         batches: see `as_batches`. Attended positions count, label masks do not.
+        mtp: multi-token-prediction layers (`checkpoint.mtp.load_mtp`), which get statistics of their own.
         progress: whether to show progress on stderr, or the View to show it on.
 
     Returns:
@@ -56,28 +66,45 @@ def calibrate(model: nn.Module | MoeModel, batches: Iterable[Any], *, progress: 
     own_batches = [batches[number] for number in distributed.own_share(len(batches))]
     scratch = Scratch()
     tables = {index: MomentsTable(layer, scratch) for index, layer in layers.items()}
+    more = {one.layer.index: MomentsTable(one.layer, scratch) for one in mtp}
+    now: list[TokenBatch] = []
 
     def attend(batch: TokenBatch) -> None:
+        now[:] = [batch]
         for table in tables.values():
             table.attended = batch.attention_mask.reshape(-1)
+
+    def attend_mtp(attended: Tensor) -> None:
+        for table in more.values():
+            table.attended = attended
 
     replay = replay_of_streamed(moe, batches[0])
     with evaluating(moe.model), ExitStack() as stack:
         for index, layer in layers.items():
             stack.enter_context(intercepted(layer.experts, tables[index].observe))
+        for one in mtp:
+            stack.enter_context(intercepted(one.layer.experts, more[one.layer.index].observe))
+        if mtp:
+            stack.enter_context(running(moe, mtp, lambda: now[0], attend_mtp))
         line = stack.enter_context(bar(progress, "calibrate", len(own_batches), "batch"))
         run_batches(moe, replay, own_batches, line, before=attend)
+    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    stats = _summed(tables, tokens, moe.shapes, moe.fingerprint)
+    if not mtp:
+        return stats
+    return replace(stats, mtp=_summed(more, tokens, {one.layer.index: one.layer.shape for one in mtp}, moe.fingerprint))
+
+
+def _summed(
+    tables: Mapping[int, MomentsTable], tokens: int, shapes: Mapping[int, LayerShape], model: str
+) -> RoutingStats:
+    """Makes the statistics of all processes; raises ValueError for outputs that are no numbers."""
     moments = {index: distributed.sum_(table.moments.cpu()) for index, table in tables.items()}
     broken = [index for index, table in moments.items() if not bool(torch.isfinite(table).all())]
     if broken:
         raise ValueError(f"experts' outputs are NaN or infinite in layers {broken}: check the weights and the dtype")
-    return RoutingStats(
-        moments,
-        {index: distributed.maximum_(table.max_norm.cpu()) for index, table in tables.items()},
-        sum(int(batch.attention_mask.sum()) for batch in batches),
-        moe.shapes,
-        moe.fingerprint,
-    )
+    max_norm = {index: distributed.maximum_(table.max_norm.cpu()) for index, table in tables.items()}
+    return RoutingStats(moments, max_norm, tokens, dict(shapes), model)
 
 
 class MomentsTable:

@@ -7,7 +7,8 @@ calibration gathers, so scoring by another criterion costs no further pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,13 +58,20 @@ def score_experts(
             layer: torch.rand(len(moments), generator=generator, dtype=torch.float64)
             for layer, moments in stats.moments.items()
         }
-        return ExpertScores(values, dict(stats.shapes), "random", stats.model)
+        mtp = {} if stats.mtp is None else score_experts(stats.mtp, "random", seed=seed)
+        return ExpertScores(values, dict(stats.shapes), "random", stats.model, mtp=_orders(mtp))
     name, (alpha, beta, reduce) = triple_of(criterion)
     values = {}
     for layer, moments in stats.moments.items():
         total = moments[:, alpha, beta]
         values[layer] = total / moments[:, 0, 0].clamp(min=1) if reduce == "mean" else total.clone()
-    return ExpertScores(values, dict(stats.shapes), name, stats.model)
+    mtp = {} if stats.mtp is None else score_experts(stats.mtp, criterion)
+    return ExpertScores(values, dict(stats.shapes), name, stats.model, mtp=_orders(mtp))
+
+
+def _orders(scores: ExpertScores | Mapping[int, Any]) -> dict[int, list[int]]:
+    """Returns the pruning orders of multi-token-prediction layers, whose scores these are."""
+    return {layer: scores.pruning_order(layer) for layer in scores} if isinstance(scores, ExpertScores) else {}
 
 
 def triple_of(criterion: str | tuple[int, int, str]) -> tuple[str, tuple[int, int, str]]:

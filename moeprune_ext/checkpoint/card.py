@@ -21,6 +21,7 @@ def model_card(
     *,
     is_stock: bool,
     size: int,
+    mtp: str,
 ) -> str:
     """Makes the text of README.md.
 
@@ -31,6 +32,7 @@ def model_card(
         counts: {decoder layer: experts stored}: more in a padded export.
         is_stock: whether stock loaders read the result.
         size: of the weights, in bytes.
+        mtp: what became of multi-token-prediction layers; empty where there are none.
     """
     layers, name = checkpoint.layers, _hub_name(checkpoint) or checkpoint.folder.resolve().name
     before = sum(layer.shape.num_experts for layer in layers.values())
@@ -46,7 +48,8 @@ def model_card(
         f"---\n{_metadata(checkpoint)}\n---\n\n# {name}, {after} of {before} experts\n\n"
         f"Made from `{name}` with moeprune_ext, {_how(plan)}, "
         f"{1 - after / before:.1%} of the routed experts removed; weights take {size / 1e6:,.1f} MB. {_changed(plan)}"
-        f"{padded} The plan is in `pruning_plan.json`. Its licence is that of `{name}`.\n\n"
+        f"{padded}{f' Its {mtp}.' if mtp else ''} The plan is in `pruning_plan.json`. "
+        f"Its licence is that of `{name}`.\n\n"
         f"{_loading(checkpoint, is_stock)}\n\n"
         f"| layer | experts before | kept |\n| --- | --- | --- |\n{rows}\n"
     )
@@ -119,7 +122,7 @@ def _loading(checkpoint: Checkpoint, is_stock: bool) -> str:
     return (
         "Its layers differ, so it needs its own `modeling.py`, which is here:\n\n```python\n"
         f'moeprune_ext.load("{here}")\n# or:\n{checkpoint.loader}.from_pretrained("{here}", trust_remote_code=True)'
-        "\n```\n\nWithout `trust_remote_code=True` transformers reports weights of other sizes. vLLM serves text "
-        "models of this kind where moeprune_ext is installed beside it; what loads this one: "
+        "\n```\n\nWithout `trust_remote_code=True` transformers refuses the weights and names this option. vLLM serves "
+        "text models of this kind where moeprune_ext is installed beside it; what loads this one: "
         f"`moeprune serve-check {here}`."
     )

@@ -1,12 +1,15 @@
 """A plan -> a checkpoint, streamed shard by shard.
 
 A uniform plan becomes a stock checkpoint that any loader of the original reads: only the expert count, and the experts
-per token where they are fewer, differ in its configuration (and multi-token-prediction layers, which the scores know
-nothing of, are left out). A non-uniform plan, and merged experts behind mapped routers, keep the original configuration
-and add the key `moeprune`, which says how layers differ, and modeling.py, which `load` uses, and transformers too under
-trust_remote_code: it builds the original model and reshapes each layer's router and experts before the weights arrive.
-The result is an ordinary model that can be calibrated, scored and searched again. Memory: one shard at a time, and
-where merged experts are stored one by one those of one projection of one layer, old and new.
+per token where they are fewer, differ in its configuration. A non-uniform plan, and merged experts behind mapped
+routers, keep the original configuration and add the key `moeprune`, which says how layers differ, and modeling.py,
+which `load` uses, and transformers too under trust_remote_code: it builds the original model and reshapes each layer's
+router and experts before the weights arrive. Without mapped routers, mlx_model.py does the same for mlx-lm. The result
+is an ordinary model that can be calibrated, scored and searched again.
+
+Experts that are stored quantised stay the bytes that they are, with their scales (quantised.py). What becomes of
+multi-token-prediction layers: mtp.py. Memory: one shard at a time, and where merged experts are stored one by one those
+of one projection of one layer, old and new.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,9 @@ from safetensors.torch import save_file
 from moeprune_ext import modeling
 from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
 from moeprune_ext.checkpoint.card import SOURCE_CARD, model_card
+from moeprune_ext.checkpoint.mtp import PlannedMtp, planned_mtp
 from moeprune_ext.checkpoint.padding import padded
+from moeprune_ext.checkpoint.quantised import FILES, KEY, renumbered
 from moeprune_ext.checkpoint.read import (
     INDEX,
     SINGLE,
@@ -36,21 +42,38 @@ from moeprune_ext.checkpoint.read import (
     skeleton,
     stored_routers,
 )
-from moeprune_ext.checkpoint.record import differences, mapped_parameters, router_rule
+from moeprune_ext.checkpoint.record import (
+    PER_LAYER,
+    differences,
+    experts_per_layer,
+    mapped_parameters,
+    router_rule,
+)
 from moeprune_ext.checkpoint.weights import PlannedWeights, Siblings
-from moeprune_ext.modeling import CONFIG_KEY
+from moeprune_ext.files import read_json, write_json
+from moeprune_ext.modeling import CONFIG_KEY, HINT, WEIGHTS_KEY
 from moeprune_ext.models.active import lowered
 from moeprune_ext.models.apply import check_plan
 from moeprune_ext.models.layers import EXPERT_COUNT_NAMES, TOP_K_CONFIG_NAMES
 from moeprune_ext.models.moe import MoeModel
 
 REPLACED = {"config.json", INDEX, "README.md", "pruning_plan.json"}  # written anew, not copied
+MLX_KEY, MLX_FILE = "model_file", "mlx_model.py"  # where mlx-lm looks for code
+CODE = ("modeling.py", MLX_FILE)  # beside modeling.py here
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
-def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder, *, pad: bool = False) -> Path:
+def export(
+    source: Folder,
+    plan: PruningPlan | HasPlan,
+    out: Folder,
+    *,
+    pad: bool = False,
+    drop_mtp: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Writes the pruned or merged checkpoint of a model directory to a new directory.
 
     Written are weights in the source's shards and names, config.json, the tokenizer, licence and other files as they
@@ -63,6 +86,8 @@ def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder, *, pad: boo
         out: must not exist, or be empty; it appears whole or not at all.
         pad: whether every layer is stored with as many experts as the largest keeps, absent ones as zeros that are
             never chosen (padding.py). The result is a stock checkpoint.
+        drop_mtp: whether to leave out multi-token-prediction layers (mtp.py).
+        say: is given a line about these layers, where there are some.
 
     Returns:
         The path of the new directory.
@@ -73,13 +98,15 @@ def export(source: Folder, plan: PruningPlan | HasPlan, out: Folder, *, pad: boo
     """
     source, out = Path(source), Path(out)
     check_new_folder(out)
-    result = _result(read_checkpoint(source), plan_of(plan), pad)
+    result = _result(read_checkpoint(source), plan_of(plan), pad, drop_mtp)
     config = _new_config(result)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.parent / f".{out.name}.partial"
     shutil.rmtree(beside, ignore_errors=True)  # what a killed export left
     beside.mkdir()
+    if result.mtp.says:
+        say(result.mtp.says)
     try:
         _write(beside, result, config)
         if out.exists():
@@ -108,6 +135,7 @@ class _Result:
         counts: {decoder layer: experts stored} of every layer: those kept, and in a padded export absent ones.
         rules: {decoder layer: router_rule} of the layers whose routers map their scores.
         weights: makes the tensors.
+        mtp: what becomes of multi-token-prediction layers.
     """
 
     checkpoint: Checkpoint
@@ -116,6 +144,7 @@ class _Result:
     counts: dict[int, int]
     rules: dict[int, dict[str, Any]]
     weights: PlannedWeights
+    mtp: PlannedMtp
 
     @property
     def is_stock(self) -> bool:
@@ -123,7 +152,7 @@ class _Result:
         return not self.rules and len(set(self.counts.values())) == 1
 
 
-def _result(checkpoint: Checkpoint, plan: PruningPlan, pad: bool) -> _Result:
+def _result(checkpoint: Checkpoint, plan: PruningPlan, pad: bool, drop_mtp: bool) -> _Result:
     """Checks that the plan can be carried out on the checkpoint; raises ValueError if not."""
     folder, layers = checkpoint.folder, checkpoint.layers
     if recorded(checkpoint.config).get("routers"):
@@ -143,10 +172,25 @@ def _result(checkpoint: Checkpoint, plan: PruningPlan, pad: bool) -> _Result:
         )
     rules = {index: router_rule(routers[index], counts[index]) for index in plan.mapped_layers}
     parameters = {index: mapped_parameters(routers[index], plan.merges[index]) for index in rules}
-    weights = PlannedWeights(checkpoint, stored, kept, parameters, Siblings(checkpoint, stored.merges), absent)
-    result = _Result(checkpoint, plan, live, counts, rules, weights)
-    if not result.is_stock and CONFIG_KEY not in checkpoint.config and (folder / "modeling.py").exists():
-        raise ValueError(f"{folder} has a modeling.py of its own, where the result needs ours; rename it there")
+    equal = len({*counts.values()}) == 1 and not rules
+    mtp = planned_mtp(checkpoint, plan.mtp, next(iter(counts.values())) if equal else None, drop_mtp)
+    weights = PlannedWeights(
+        replace(
+            checkpoint,
+            layers=layers | mtp.found.layers,
+            roles=checkpoint.roles | mtp.found.roles,
+            extra=mtp.left_out,
+        ),
+        stored,
+        kept | mtp.kept,
+        parameters,
+        Siblings(checkpoint, stored.merges),
+        absent,
+    )
+    result = _Result(checkpoint, plan, live, counts, rules, weights, mtp)
+    theirs = [] if result.is_stock or CONFIG_KEY in checkpoint.config else [n for n in CODE if (folder / n).exists()]
+    if theirs:
+        raise ValueError(f"{folder} has a {theirs[0]} of its own, where the result needs ours; rename it there")
     return result
 
 
@@ -154,18 +198,28 @@ def _new_config(result: _Result) -> dict[str, Any]:
     """Makes the content of config.json."""
     checkpoint, active = result.checkpoint, result.plan.active
     config = copy.deepcopy(checkpoint.config)
-    config.pop(CONFIG_KEY, None)
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    if config.pop(CONFIG_KEY, None) is not None:
+        config.pop(WEIGHTS_KEY, None)
+        parts[-1].pop(PER_LAYER, None)
+        config.pop(MLX_KEY, None)
     auto_map = {name: code for name, code in (config.pop("auto_map", None) or {}).items() if not _is_ours(code)}
     hf_config = read_hf_config(checkpoint.folder)
     if not result.is_stock:
-        config[CONFIG_KEY] = differences(MoeModel.of(skeleton(hf_config, {})).layers, result.counts, result.rules)
+        layers = MoeModel.of(skeleton(hf_config, {})).layers
+        config[CONFIG_KEY] = differences(layers, result.counts, result.rules)
+        config[WEIGHTS_KEY] = HINT
+        if not result.rules:
+            config[MLX_KEY] = MLX_FILE
+            parts[-1][PER_LAYER] = experts_per_layer(layers, result.counts, hf_config.get_text_config())
         auto_map |= modeling.auto_map(hf_config)
     if auto_map:
         config["auto_map"] = auto_map
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     for part in parts:
-        if part.get("num_nextn_predict_layers"):
-            part["num_nextn_predict_layers"] = 0  # its layers are not written
+        if KEY in part:
+            part[KEY] = _renumbered(result, part[KEY])
+        if result.mtp.left_out and part.get("num_nextn_predict_layers"):
+            part["num_nextn_predict_layers"] = 0
     numbers: list[tuple[tuple[str, ...], int]] = []
     if result.is_stock:
         numbers.append((EXPERT_COUNT_NAMES, next(iter(result.counts.values()))))
@@ -181,6 +235,11 @@ def _new_config(result: _Result) -> dict[str, Any]:
     return config
 
 
+def _renumbered(result: _Result, said: Any) -> Any:
+    """Returns what a quantisation's configuration says, with the experts' new numbers."""
+    return renumbered(said, result.weights.kept, result.mtp.decoder)
+
+
 def _is_ours(code: object) -> bool:
     """Whether an entry of auto_map, perhaps with a repository before it, names a class of modeling.py."""
     names = {f"modeling.{loader.__name__}" for loader in modeling.CLASSES.values()}
@@ -193,17 +252,28 @@ def _write(folder: Path, result: _Result, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     _check_config(folder, result, config)
     size = _write_weights(folder, result)
-    skipped = REPLACED | ({"modeling.py"} if CONFIG_KEY in checkpoint.config else set())
+    skipped = REPLACED | ({*CODE} if CONFIG_KEY in checkpoint.config else set())
     for file in sorted(checkpoint.folder.iterdir()):
-        if file.is_file() and file.name not in skipped and not file.name.endswith(WEIGHTS):
+        if file.name in FILES:
+            write_json(folder / file.name, _renumbered(result, read_json(file)), indent=2)
+        elif file.is_file() and file.name not in skipped and not file.name.endswith(WEIGHTS):
             shutil.copyfile(file, folder / file.name)
     if CONFIG_KEY in config:
-        shutil.copyfile(modeling.__file__, folder / "modeling.py")
+        for name in CODE if config.get(MLX_KEY) == MLX_FILE else CODE[:1]:
+            shutil.copyfile(Path(modeling.__file__).with_name(name), folder / name)
     # A repair's weights are in the shards; loaders that read every safetensors file must not find them twice.
     result.plan.unrepaired.save(folder / "pruning_plan.json")
     if (card := checkpoint.folder / "README.md").is_file() and not (folder / SOURCE_CARD).exists():
         shutil.copyfile(card, folder / SOURCE_CARD)
-    text = model_card(checkpoint, result.plan, result.kept, result.counts, is_stock=result.is_stock, size=size)
+    text = model_card(
+        checkpoint,
+        result.plan,
+        result.kept,
+        result.counts,
+        is_stock=result.is_stock,
+        size=size,
+        mtp=result.mtp.says,
+    )
     (folder / "README.md").write_text(text)
 
 

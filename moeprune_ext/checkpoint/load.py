@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moeprune_ext.checkpoint.quantised import KEY, as_numbers, is_dequantised, with_exact_numbers
 from moeprune_ext.checkpoint.read import Folder, from_pretrained, read_config, read_hf_config, recorded, refuse
 from moeprune_ext.checkpoint.streaming import load_streamed
 from moeprune_ext.modeling import CONFIG_KEY, auto_class, base_class, freeze_maps_, model_class
@@ -22,8 +24,9 @@ def load(
 ) -> PreTrainedModel:
     """Loads any export, uniform or not, and any plain MoE checkpoint.
 
-    Nothing is downloaded and no code from the folder runs unless kwargs say so. MXFP4 weights (GPT-OSS) are
-    dequantised, because their packed kernels bypass the router.
+    Nothing is downloaded and no code from the folder runs unless kwargs say so. Quantised weights are dequantised where
+    transformers can (FP8 blocks, MXFP4, compressed-tensors), because kernels of packed ones bypass the router; the
+    model takes the memory of its `dtype`, or with `stream` that of two layers.
 
     Args:
         folder: a Hugging Face directory.
@@ -36,7 +39,6 @@ def load(
         ValueError: for a directory that is not a model, and when weights are missing, damaged or do not fit.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils.quantization_config import Mxfp4Config
 
     folder = Path(folder)
     if stream is not None:
@@ -44,9 +46,6 @@ def load(
             raise ValueError(f"a streamed model takes device and dtype, not {', '.join(unknown)}")
         return load_streamed(folder, device="cpu" if device is None else device, source=stream, **kwargs)
     config = read_config(folder)
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
-        kwargs.setdefault("quantization_config", Mxfp4Config(dequantize=True))
     loader: Any = AutoModelForCausalLM
     try:
         hf_config = kwargs["config"] if "config" in kwargs else read_hf_config(folder)
@@ -54,15 +53,29 @@ def load(
     except ValueError:
         if CONFIG_KEY in config or not kwargs.get("trust_remote_code"):  # else of a class that the folder brings
             raise
-    if CONFIG_KEY in config:
+    if dequantise := KEY not in kwargs and is_dequantised(config):
+        base, kwargs["config"] = base_class(loader, as_numbers(hf_config, config))
+        loader = model_class(base, recorded(config), _load_pretrained_model=staticmethod(partial(_dequantised, base)))
+    elif CONFIG_KEY in config:
         base, kwargs["config"] = base_class(loader, hf_config)
         loader = model_class(base, recorded(config))
     model, problems = from_pretrained(loader, folder, **kwargs)
     refuse(folder, problems)
+    if dequantise:
+        vars(model).pop("_weight_conversions", None)  # by which older versions of transformers would save it quantised
+        model.__class__ = model_class(base, recorded(config)) if CONFIG_KEY in config else base
     if CONFIG_KEY in config:
         freeze_maps_(model)
         _check_counts(folder, model, recorded(config))
     return model if device is None else model.to(device)
+
+
+def _dequantised(
+    base: Any, model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Loads weights as the transformers class `base` does, FP8 ones with ragged blocks too."""
+    with_exact_numbers(load_config.weight_mapping)
+    return base._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
 
 
 def load_tokenizer(model: Path) -> Any:

@@ -10,8 +10,14 @@ from torch import nn
 
 from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
 from moeprune_ext.checkpoint.read import skeleton
-from moeprune_ext.checkpoint.record import differences, mapped_parameters, router_rule
-from moeprune_ext.modeling import CONFIG_KEY, map_router_
+from moeprune_ext.checkpoint.record import (
+    PER_LAYER,
+    differences,
+    experts_per_layer,
+    mapped_parameters,
+    router_rule,
+)
+from moeprune_ext.modeling import CONFIG_KEY, auto_map, map_router_, model_class
 from moeprune_ext.models.active import lowered, set_active_
 from moeprune_ext.models.apply import check_plan
 from moeprune_ext.models.layers import (
@@ -31,8 +37,9 @@ from moeprune_ext.models.moe import MoeModel, text_config
 def prune_(model: nn.Module | MoeModel, plan: PruningPlan | HasPlan) -> None:
     """Carries out a plan in place: experts and routers are sliced, merged experts get their weights, routers map.
 
-    The configuration follows: its numbers where they can describe the result, else with a record of the differences, so
-    that `load` reads what save_pretrained writes. Where merges cannot be made the model is left as it was.
+    The configuration follows: its numbers where they can describe the result, else with a record of the differences.
+    Then the model's class follows, too (modeling.model_class): what save_pretrained writes is such an export, and the
+    load-balancing loss is that of unequal layers. Where merges cannot be made the model is left as it was.
 
     Args:
         model: a transformers model, or the MoeModel made of it, which describes the model no longer afterwards.
@@ -77,6 +84,8 @@ def slice_layers_(moe: MoeModel, kept: Mapping[int, Sequence[int]], mapped: Coll
     counts = {len(kept.get(index, range(layer.shape.num_experts))) for index, layer in moe.layers.items()}
     if len(counts) == 1 and not mapped:
         before = {layer.shape.num_experts for layer in moe.layers.values()}
+        if hasattr(moe.model.config, CONFIG_KEY):  # the numbers are those without it
+            before |= {layer.shape.num_experts for layer in MoeModel.of(skeleton(moe.model.config, {})).layers.values()}
         for owner in (text_config(moe), moe.model):  # some models hold the number, too, for the load-balancing loss
             for name in EXPERT_COUNT_NAMES:
                 if getattr(owner, name, None) in before:
@@ -94,15 +103,26 @@ def _set_active_(moe: MoeModel, active: int) -> None:
 
 
 def _record_(model: Any) -> None:
-    """Makes the configuration say how the model differs from it, as an export does; `load` reads a saved one."""
+    """Makes the configuration say how the model differs from it, as an export does, and the class save it as such."""
+    from transformers import PreTrainedModel
+
     config = model.config
-    for name in (CONFIG_KEY, "auto_map"):
-        if hasattr(config, name):
-            delattr(config, name)
+    text = config.get_text_config()
+    for owner, name in ((config, CONFIG_KEY), (config, "auto_map"), (text, PER_LAYER)):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    if isinstance(model, PreTrainedModel):
+        model.__class__ = getattr(model, "moeprune_base", type(model))
     layers = MoeModel.of(model).layers
     counts = {index: layer.shape.num_experts for index, layer in layers.items()}
     rules = {index: getattr(layer.router, "moeprune_rule", None) for index, layer in layers.items()}
     mapped = {index: rule for index, rule in rules.items() if rule is not None}
     original = MoeModel.of(skeleton(config, {})).layers
     if mapped or counts != {index: layer.shape.num_experts for index, layer in original.items()}:
-        setattr(config, CONFIG_KEY, differences(original, counts, mapped))
+        record = differences(original, counts, mapped)
+        setattr(config, CONFIG_KEY, record)
+        config.auto_map = auto_map(config)
+        if not mapped:
+            setattr(text, PER_LAYER, experts_per_layer(original, counts, text))
+        if isinstance(model, PreTrainedModel):
+            model.__class__ = model_class(type(model), record)

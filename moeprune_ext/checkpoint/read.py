@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moeprune_ext.files import read_json
-from moeprune_ext.modeling import CONFIG_KEY, MAPPED, auto_class, reshape_
+from moeprune_ext.modeling import CONFIG_KEY, MAPPED, WEIGHTS_KEY, auto_class, reshape_
 from moeprune_ext.models.layers import MoeLayer, router_tensors
 from moeprune_ext.models.merging import mapped_layer
 from moeprune_ext.models.moe import MoeModel, decoder_layers, fingerprint_text, text_config, update_fingerprint
@@ -91,8 +91,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     rename = renaming(moe.model, None)
     renamed = {name: rename(name) for names in shards.values() for name in names}
     targets = {name: target for name, (target, _) in renamed.items()}
-    extra = _extra(targets, moe)
-    roles = _find_roles(shards, targets, moe.layers, extra)
+    extra = past_the_last(targets, moe)
+    known = {file: [name for name in names if name not in extra] for file, names in shards.items()}
+    roles = find_roles(known, targets, moe.layers)
     roles = {name: replace(role, transposed=_is_transposed(renamed[name][1])) for name, role in roles.items()}
     _check_roles(roles, moe.layers)
     fingerprint = _fingerprint(shards, roles, moe)
@@ -129,10 +130,12 @@ def read_hf_config(folder: Path) -> Any:
     from transformers import AutoConfig  # here, because it doubles the time to import this package
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each configuration class validates in its own way
         message = " ".join(str(error).split())
         raise ValueError(f"{folder}: transformers does not accept config.json: {message[:300]}") from error
+    vars(config).pop(WEIGHTS_KEY, None)
+    return config
 
 
 def skeleton(hf_config: Any, config: Mapping[str, Any]) -> Any:
@@ -232,8 +235,13 @@ def renaming(model: Any, rules: list[Any] | None) -> Callable[[str], tuple[str, 
     return rename
 
 
-def _extra(targets: Mapping[str, str], moe: MoeModel) -> frozenset[str]:
-    """Names of layers that the architecture does not have: multi-token prediction, past the last decoder layer."""
+def past_the_last(targets: Mapping[str, str], moe: MoeModel) -> frozenset[str]:
+    """Returns the stored names of layers that transformers does not build: multi-token prediction, past the last one.
+
+    Args:
+        targets: {stored name: the parameter that it becomes or goes into}.
+        moe: the model without weights.
+    """
     path, decoder = decoder_layers(moe)
     parameters = moe.model.state_dict()
     extra = []
@@ -245,11 +253,8 @@ def _extra(targets: Mapping[str, str], moe: MoeModel) -> frozenset[str]:
     return frozenset(extra)
 
 
-def _find_roles(
-    shards: Mapping[Path, Sequence[str]],
-    targets: Mapping[str, str],
-    layers: Mapping[int, MoeLayer],
-    extra: frozenset[str],
+def find_roles(
+    shards: Mapping[Path, Sequence[str]], targets: Mapping[str, str], layers: Mapping[int, MoeLayer]
 ) -> dict[str, Role]:
     """Finds the per-expert tensors among the stored ones.
 
@@ -257,7 +262,6 @@ def _find_roles(
         shards: {weight file: stored names}.
         targets: {stored name: the parameter that it becomes or goes into}.
         layers: {decoder layer: MoeLayer}.
-        extra: stored names to leave out.
 
     Returns:
         {stored name: Role}. Experts may be stored one by one (`experts.3.w1.weight`) or stacked.
@@ -266,7 +270,7 @@ def _find_roles(
     roles: dict[str, Role] = {}
     for name, stored in stored_tensors(shards):
         block = next((block for block in blocks if targets[name].startswith(block)), None)
-        if block is not None and name not in extra:
+        if block is not None:
             role = _role(name, targets[name].removeprefix(block), stored.get_shape(), blocks[block])
             if role is not None:
                 roles[name] = role

@@ -22,6 +22,8 @@ from moeprune_ext.models.layers import (
 )
 from moeprune_ext.models.routers import RoutedLayer
 
+PER_LAYER = "num_experts_per_layer"  # of config.json: a name by which other software knows unequal layers
+
 
 def router_rule(routed: RoutedLayer, rows: int) -> dict[str, Any]:
     """Makes the rule by which `modeling.map_router_` maps a router of known formula to so many experts."""
@@ -45,6 +47,21 @@ def mapped_parameters(routed: RoutedLayer, merge: Merge) -> dict[str, Tensor]:
     bias = routed.spec.correction_bias
     values = [merge.router.clone(), None if bias is None else merge.router @ bias.detach().cpu().float()]
     return {name: value for name, value in zip(MAPPED, values, strict=True) if value is not None}
+
+
+def experts_per_layer(layers: Mapping[int, MoeLayer], counts: Mapping[int, int], config: Any) -> list[int]:
+    """Makes the list that other software stores as PER_LAYER: a number for every decoder layer.
+
+    Source: EvoESAP's checkpoints, https://github.com/ZongfangLiu/EvoESAP. Dense layers get the configuration's number.
+
+    Args:
+        layers: {decoder layer: MoeLayer} as the configuration alone describes it.
+        counts: {decoder layer: experts stored}.
+        config: of the language model.
+    """
+    number = max(layer.shape.num_experts for layer in layers.values())
+    length = max(max(counts) + 1, getattr(config, "num_hidden_layers", 0))
+    return [counts.get(index, number) for index in range(length)]
 
 
 def differences(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from moeprune_ext.checkpoint.quantised import as_numbers, is_dequantised, quantisation, with_exact_numbers
 from moeprune_ext.checkpoint.read import (
     Folder,
     find_shards,
@@ -34,6 +35,7 @@ from moeprune_ext.checkpoint.read import (
     skeleton,
     stored_tensors,
 )
+from moeprune_ext.checkpoint.unread import Unread
 from moeprune_ext.modeling import model_class
 from moeprune_ext.models.layers import router_tensors
 from moeprune_ext.models.moe import MoeModel, decoder_layers
@@ -71,21 +73,22 @@ def load_streamed(
 
     Raises:
         ValueError: for bad arguments, a directory without safetensors weights, a shard that is missing or damaged,
-            weights that are missing or do not fit, and quantised weights.
+            weights that are missing or do not fit, and weights quantised in a way that is not known.
     """
     device = _checked(device, dtype, source)
     folder = Path(folder)
     config = read_config(folder)
-    if any(isinstance(part, dict) and part.get("quantization_config") for part in (config, config.get("text_config"))):
+    quantised = quantisation(config)
+    if quantised is not None and not is_dequantised(config):
         raise ValueError(
-            f"{folder} holds quantised weights (quantization_config), which cannot be streamed; load it unstreamed, or "
-            "save a dequantised copy and stream that"
+            f"{folder} holds weights quantised by {quantised.get('quant_method')}, which transformers cannot "
+            "dequantise while they are read; load it unstreamed, or save a dequantised copy and stream that"
         )
     reader = _LayerReader(folder, config)
     base: Any = type(reader.skeleton)
 
     def _load_pretrained_model(model: Any, _: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
-        state_dict = reader.state_dict(load_config.weight_mapping)
+        state_dict = reader.state_dict(with_exact_numbers(load_config.weight_mapping))
         return base._load_pretrained_model(model, state_dict, files, load_config, *args, **kwargs)
 
     loader = model_class(base, recorded(config), _load_pretrained_model=staticmethod(_load_pretrained_model))
@@ -93,6 +96,7 @@ def load_streamed(
     model.__class__ = base
     reader.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_meta}
     refuse(folder, problems + sorted(reader.dtypes.keys() - reader.streamed.keys()))
+    reader.give_dtypes()
     model.requires_grad_(False)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
     model.moeprune_stream = LayerStream(model, reader, device, source)
@@ -118,25 +122,13 @@ def _checked(device: str | torch.device, dtype: str | torch.dtype, source: str) 
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-class _Unread:
-    """Stands for a stored tensor that is not read yet: loading makes a meta tensor of it."""
-
-    def __init__(self, shape: list[int]) -> None:
-        self.shape = shape
-
-    def __getitem__(self, _: Any) -> _Unread:
-        return self
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(self.shape, dtype=dtype, device="meta")
-
-
 class _LayerReader:
     """Reads the parameters of one decoder layer from the shards, as transformers would load them.
 
     Attributes:
         skeleton: the model on the meta device.
         hf_config: the configuration to load the model with.
+        is_quantised: whether stored tensors are to be dequantised.
         streamed: {parameter that may leave the device: its decoder layer}.
         dtypes: {parameter that does leave it: its dtype}; to be set when the model is loaded.
     """
@@ -145,11 +137,14 @@ class _LayerReader:
         self.dtypes: dict[str, torch.dtype] = {}
         # {layer: {parameter: (converter, [(its pattern, stored name)])}}; one that makes several is under the first
         self._recipes: dict[int, dict[str, tuple[Any, list[tuple[str | None, str]]]]] = {}
-        self._shards = find_shards(folder)
+        self._folder, self._shards = folder, find_shards(folder)
         self.hf_config = read_hf_config(folder)
         self.skeleton = skeleton(self.hf_config, config)
         if type(self.skeleton.config) is not type(self.hf_config):  # of a model of text and more, the language model
             self.hf_config = self.hf_config.get_text_config()
+        self.is_quantised = quantisation(config) is not None
+        if self.is_quantised:
+            self.hf_config = as_numbers(self.hf_config, config)
         moe = MoeModel.of(self.skeleton)
         path, _ = decoder_layers(moe)
         tied = self.skeleton.all_tied_weights_keys
@@ -167,7 +162,7 @@ class _LayerReader:
             weight_mapping: transformers' conversions for this model.
 
         Returns:
-            {stored name: tensor, or _Unread}.
+            {stored name: tensor, or Unread}.
         """
         from transformers.core_model_loading import dot_natural_key
 
@@ -181,28 +176,55 @@ class _LayerReader:
                 recipes.setdefault(target, (converter, []))[1].append((pattern, name))
             elif target in parameters:
                 stay.add(name)
-        return {
-            name: stored[...].clone() if name in stay else _Unread(stored.get_shape())  # a copy: no shard stays mapped
+        state = {
+            name: stored[...].clone() if name in stay else Unread(stored.get_shape())  # a copy: no shard stays mapped
             for name, stored in stored_tensors(self._shards)
+            if name in stay or not self.is_quantised
         }
+        if self.is_quantised:  # a tensor without numbers cannot be dequantised: what it becomes stands for it
+            state |= {name: Unread(list(parameters[name].shape)) for name in self.streamed}
+        return state
 
-    @torch.no_grad()
+    def give_dtypes(self) -> None:
+        """Gives the skeleton's parameters the loaded model's dtypes, which dequantising asks for."""
+        for name, tensor in self.skeleton.state_dict(keep_vars=True).items():
+            if name in self.dtypes:
+                tensor.data = tensor.data.to(self.dtypes[name])
+
+    def stored(self, layer: int) -> dict[str, Tensor]:
+        """Reads what is stored of a layer's streamed parameters, {stored name: tensor}; it may be a map of the file."""
+        wanted = {name for _, sources in self._recipes.get(layer, {}).values() for _, name in sources}
+        return {name: tensor[...] for name, tensor in stored_tensors(self._shards, wanted)}
+
     def read(self, layer: int) -> dict[str, Tensor]:
         """Reads a layer's streamed parameters, {name: tensor}, into CPU memory of their own."""
-        recipes = self._recipes.get(layer, {})
-        wanted = {name for _, sources in recipes.values() for _, name in sources}
-        stored = {name: tensor[...] for name, tensor in stored_tensors(self._shards, wanted)}
+        return self.parameters(layer, self.stored(layer))
+
+    @torch.no_grad()
+    def parameters(self, layer: int, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Makes a layer's streamed parameters, {name: tensor}, of what is stored of them."""
+        stored = dict(stored)
         mapped = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
         parameters: dict[str, Tensor] = {}
-        for target, (converter, sources) in recipes.items():
+        for target, (converter, sources) in self._recipes.get(layer, {}).items():
+            dtype = self.dtypes[target]
             if converter is None:
-                parameters[target] = stored.pop(sources[0][1]).to(self.dtypes[target])
+                parameters[target] = stored.pop(sources[0][1]).to(dtype)
                 continue
             converter = copy.deepcopy(converter)  # it collects tensors
             for pattern, name in sources:
-                converter.add_tensor(target, name, pattern, stored.pop(name).to(self.dtypes[target]))
-            results = converter.convert(target, model=self.skeleton, config=self.skeleton.config)
-            parameters |= {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
+                tensor = stored.pop(name)
+                converter.add_tensor(target, name, pattern, tensor if self.is_quantised else tensor.to(dtype))
+            try:
+                results = converter.convert(target, model=self.skeleton, config=self.skeleton.config)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{self._folder}: {target} cannot be made of what is stored: {error}") from error
+            made = {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
+            parameters |= made
+        if self.is_quantised:  # which loading the model could not look into
+            expected = {name: self.skeleton.state_dict()[name] for name in self.dtypes if self.streamed[name] == layer}
+            made_shapes = {name: tensor.shape for name, tensor in parameters.items()}
+            refuse(self._folder, [name for name, meta in expected.items() if made_shapes.get(name) != meta.shape])
         # What no rule has changed is still a map of its file: kernels that use it would read from the disk.
         for name, tensor in parameters.items():
             if tensor.untyped_storage().data_ptr() in mapped:
@@ -235,7 +257,10 @@ class LayerStream:
         self.layer_bytes = {i: sum(t.nbytes for t in tensors.values()) for i, tensors in enumerate(self._placeholders)}
         self._gpu = _TwoBuffers(device, self._placeholders) if device.type == "cuda" else None
         self._read: Callable[[int], Mapping[str, Any]] = reader.read
-        if source == "host":
+        if source == "host" and reader.is_quantised:  # as they are stored, which takes less
+            stored = [{name: t.clone() for name, t in reader.stored(layer).items()} for layer in self.layer_bytes]
+            self._read = lambda layer: reader.parameters(layer, stored[layer])
+        elif source == "host":
             keep: Callable[[Tensor], Any] = _page_locked if self._gpu is not None else lambda tensor: tensor
             host = [{name: keep(tensor) for name, tensor in reader.read(layer).items()} for layer in self.layer_bytes]
             self._read = host.__getitem__

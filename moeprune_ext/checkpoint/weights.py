@@ -17,6 +17,26 @@ from moeprune_ext.checkpoint.read import Checkpoint, Role, stored_tensors
 from moeprune_ext.models.experts import DOWN
 from moeprune_ext.models.merging import combined
 
+PLAIN = ("F64", "F32", "F16", "BF16")  # how safetensors names the dtypes of numbers
+
+
+def quantised_experts(checkpoint: Checkpoint, layers: Collection[int] | None = None) -> str | None:
+    """Names a tensor of experts that is no plain number, and how it is stored; None if there is none.
+
+    Args:
+        checkpoint: where the experts are stored.
+        layers: decoder layers to look at; None: all.
+    """
+    experts = [
+        name
+        for name, role in checkpoint.roles.items()
+        if not role.is_router and (layers is None or role.layer in layers)
+    ]
+    for name, stored in stored_tensors(checkpoint.shards, frozenset(experts)):
+        if (dtype := stored.get_dtype()) not in PLAIN:
+            return f"{name} is stored as {dtype}"
+    return None
+
 
 class Siblings:
     """The stored experts' weights of the layers that merge some, read from any shard.
@@ -34,13 +54,12 @@ class Siblings:
         # {(layer, stored name without the expert's number): {expert: stored name}}
         self._names: dict[tuple[int, str], dict[int, str]] = {}
         roles = {name: role for name, role in checkpoint.roles.items() if role.layer in layers and not role.is_router}
-        for name, stored in stored_tensors(checkpoint.shards, roles):
-            dtype, role = stored.get_dtype(), roles[name]
-            if dtype not in ("F64", "F32", "F16", "BF16"):
-                raise ValueError(
-                    f"{name} is stored as {dtype}: quantised experts cannot be merged, repaired or padded; dequantise "
-                    "them first"
-                )
+        if odd := quantised_experts(checkpoint, layers):
+            raise ValueError(
+                f"{odd}: quantised experts cannot be merged, repaired or padded; make a dequantised copy and export "
+                f'the plan from that: moeprune_ext.load("{checkpoint.folder}").save_pretrained("copy")'
+            )
+        for name, role in roles.items():
             if role.expert is not None:
                 self._names.setdefault((role.layer, numbered(name, "*")), {})[role.expert] = name
 

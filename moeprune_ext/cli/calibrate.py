@@ -9,6 +9,7 @@ from typing import Any
 from moeprune_ext import distributed
 from moeprune_ext.artifacts.stats import RARELY
 from moeprune_ext.calibration.calibrate import calibrate
+from moeprune_ext.checkpoint.mtp import load_mtp
 from moeprune_ext.cli import io
 from moeprune_ext.cli.arguments import Common, Data, Streaming, data_flag, flag, model_argument, sequences_flag
 
@@ -27,7 +28,9 @@ def run(options: Options) -> tuple[Any, str]:
     """Writes the statistics and returns which experts the text hardly reached."""
     io.check_new_file(options.out)
     batches = io.load_data(options, io.tokenizer_of(options.model), labels=False)
-    stats = calibrate(io.load_model(options.model, options), batches, progress=distributed.is_first())
+    model = io.load_model(options.model, options)
+    mtp = load_mtp(options.model, model)
+    stats = calibrate(model, batches, mtp=mtp, progress=distributed.is_first())
     if distributed.is_first():
         stats.save(options.out)
     routed, rare = stats.tokens_per_expert, stats.rarely_routed()
@@ -36,10 +39,13 @@ def run(options: Options) -> tuple[Any, str]:
         "stats": str(options.out),
         "tokens": stats.tokens,
         "layers": len(routed),
+        "mtp_layers": len(mtp),
         "experts_never_routed_to": idle,
         "rarely_routed": {str(layer): {str(e): int(routed[layer][e]) for e in ids} for layer, ids in rare.items()},
     }
     lines = [f"{options.out}: {stats.tokens:,} tokens, {len(routed)} MoE layers, {idle} experts never routed to"]
+    if mtp:
+        lines.append(f"and {len(mtp)} multi-token-prediction layers")
     if rare:
         count = sum(map(len, rare.values()))
         lines.append(f"{count} experts saw fewer than {RARELY} tokens, so their averages say little; more text helps:")

@@ -23,16 +23,19 @@ class Options(Common):
     pad: bool = flag(
         "store every layer with as many experts as the largest keeps, absent ones as zeros that are never chosen", False
     )
+    drop_mtp: bool = flag("leave out multi-token-prediction layers, which are kept otherwise", False)
 
 
 def run(options: Options) -> tuple[Any, str]:
     """Writes the pruned checkpoint and returns its size and how to load it."""
     plan = PruningPlan.load(options.plan)
-    out = export(options.model, plan, options.out, pad=options.pad)
+    notes: list[str] = []
+    out = export(options.model, plan, options.out, pad=options.pad, drop_mtp=options.drop_mtp, say=notes.append)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     stock = CONFIG_KEY not in read_config(out)
     result = {"out": str(out), "bytes": size, "sparsity": plan.sparsity, "active": plan.active, "uniform": stock}
+    result["notes"] = notes
     loader = "from_pretrained" if stock else "moeprune_ext.load, or from_pretrained(..., trust_remote_code=True)"
     active = "" if plan.active is None else f", {plan.active} active per token"
     text = f"{out}: {plan.sparsity:.1%} of the experts removed{active}, {size / 1e6:,.1f} MB; load it with {loader}"
-    return result, text
+    return result, "\n".join([text, *notes])

@@ -57,6 +57,7 @@ class Options(Memory, Streaming, Budgeted, Common):
         "auto",
         choices=SEQUENTIAL,
     )
+    drop_mtp: bool = flag("leave out multi-token-prediction layers, which are kept otherwise", False)
     router: str = flag("fused: the kernel for half-precision logits too", "auto", choices=ROUTERS)
     out: Path = flag("directory for the checkpoint; the stages' files are in its folder moeprune", short="-o")
 
@@ -70,6 +71,7 @@ def run(options: Options) -> tuple[Any, str]:
         criterion=io.parse_criterion(options.criterion),
         repair=options.repair,
         sequential=options.sequential,
+        drop_mtp=options.drop_mtp,
         router=options.router,
         memory_budget=options.memory_bytes,
         **{name: getattr(options, name) for name in limits},

@@ -83,8 +83,8 @@ def _is_masked(layer: MoeLayer, kept: Sequence[int], full: Sequence[Tensor], sli
             a = a[..., rows].float()
         else:
             return False
-        if hasattr(layer.router, MAPPED[0]):  # its scores are shares of the experts that the kept rows refer to
-            a, b = (part / part.sum(-1, keepdim=True) for part in (a, b))
+        if hasattr(layer.router, MAPPED[0]):  # its logits are of shares of the experts that the kept rows refer to
+            a, b = a.softmax(-1), b.softmax(-1)
         options = (a, a / a.sum(-1, keepdim=True))
         return any(torch.allclose(option, b.float(), rtol=1e-2, atol=1e-3) for option in options)
 

@@ -30,7 +30,9 @@ from moeprune_ext.calibration.calibrate import calibrate
 from moeprune_ext.calibration.criteria import score_experts
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.checkpoint.export import export
+from moeprune_ext.checkpoint.mtp import load_mtp
 from moeprune_ext.checkpoint.read import Checkpoint
+from moeprune_ext.checkpoint.weights import quantised_experts
 from moeprune_ext.files import read_json, write_json
 from moeprune_ext.models.moe import MoeModel
 from moeprune_ext.pipeline.measure import Measured, measure
@@ -88,7 +90,9 @@ class Source:
         file = self.shared / "stats.safetensors"
         if distributed.from_first(file.exists):
             return RoutingStats.load(file)
-        stats = calibrate(self.moe, flat(self.texts.calibration), progress=self.progress)
+        has_mtp = self.checkpoint.extra and not self.settings.drop_mtp
+        mtp = load_mtp(self.checkpoint.folder, self.moe) if has_mtp else []
+        stats = calibrate(self.moe, flat(self.texts.calibration), mtp=mtp, progress=self.progress)
         if distributed.is_first():
             stats.save(file)
         self.say(f"calibrated on {stats.tokens:,} tokens")
@@ -328,6 +332,10 @@ class Run:
         """Refuses a model that cannot be repaired as asked for before any other work."""
         settings, done = self.source.settings, self.products / "plan.json"
         if settings.repair in TARGETS and not distributed.from_first(done.exists):
+            if odd := quantised_experts(self.source.checkpoint):
+                raise ValueError(
+                    f"{odd}: quantised experts cannot be repaired; use --repair off, or a dequantised copy"
+                )
             check_repairable(self.source.moe, settings.repair, self.source.texts.fitted)
 
     def _clean_repairs(self) -> None:
@@ -340,6 +348,9 @@ class Run:
         """Returns {name: arguments} of the repairs to try."""
         settings = self.source.settings
         if settings.repair == "off" or not any(plan.pruned_counts.values()):
+            return {}
+        if odd := quantised_experts(self.source.checkpoint):
+            self.source.say(f"repair is left out, so that quantised experts stay the bytes that they are ({odd})")
             return {}
         targets = TARGETS if settings.repair == "auto" else (settings.repair,)
         ways: dict[str, dict[str, Any]] = {target: {"target": target} for target in targets}
@@ -368,7 +379,8 @@ class Run:
             return
         beside = self.products / "checkpoint"
         if not beside.exists():
-            export(self.source.checkpoint.folder, plan, beside)
+            drop = self.source.settings.drop_mtp
+            export(self.source.checkpoint.folder, plan, beside, drop_mtp=drop, say=self.source.say)
         for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(self.out / path.name)
         beside.rmdir()

@@ -63,6 +63,7 @@ class PruneSettings:
         multiple_of: every layer keeps a multiple of so many experts.
         max_kept: most experts that any layer keeps; None: all.
         protect_super: whether experts with extreme output norms stay.
+        drop_mtp: whether multi-token-prediction layers are left out, which are kept otherwise (checkpoint/mtp.py).
         router: see CandidateEvaluator.
         memory_budget: bytes, see CandidateEvaluator.
 
@@ -80,6 +81,7 @@ class PruneSettings:
     multiple_of: int = 1
     max_kept: int | None = None
     protect_super: bool = False
+    drop_mtp: bool = False
     router: str = "auto"
     memory_budget: int = 1 << 30
 

@@ -10,11 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeprune_ext.checkpoint.export import MLX_FILE, MLX_KEY
 from moeprune_ext.checkpoint.read import Folder, read_config, read_hf_config, recorded, skeleton
 from moeprune_ext.modeling import CONFIG_KEY, auto_class
 from moeprune_ext.models.moe import MoeModel
 
 UNEQUAL = "it takes one number of experts for all layers; export a uniform plan for it"
+PADDABLE = {"deepseek_v3", "glm4_moe", "gpt_oss"}  # tried with `export --pad`
+MLX_TRIED = {  # architectures in docs/serving.md's table
+    *("deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "granitemoe", "lfm2_moe", "minimax_m2", "mixtral", "olmoe"),
+    *("phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),
+}
 MAPS = "it has no routers that map their scores; prune instead of merging for it"
 NESTED = (
     "vLLM builds a multimodal model's language part from a copy of its configuration, which moeprune_ext's plugin does "
@@ -63,8 +69,7 @@ def runtimes(folder: Folder) -> list[Runtime]:
         how = "as it loads the unpruned model, if it does"
         return found + [Runtime(name, None, how) for name in ("vLLM", "SGLang", "llama.cpp", "mlx-lm")]
     found += [_vllm(folder, config, record), _vllm_alone(folder, config, record)]
-    reason = MAPS if record["routers"] else UNEQUAL
-    return found + [Runtime(name, False, reason) for name in ("SGLang", "llama.cpp", "mlx-lm")]
+    return [*found, _sglang(config), _llama_cpp(config, record), _mlx(folder, config, record)]
 
 
 def _vllm(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> Runtime:
@@ -86,6 +91,32 @@ def _vllm_alone(folder: Path, config: Mapping[str, Any], record: Mapping[str, An
         return Runtime(name, None, "not tried: vllm serve --model-impl transformers --trust-remote-code")
     how = f"vllm serve {folder} --model-impl transformers --trust-remote-code; its experts take the full model's memory"
     return Runtime(name, True, how)
+
+
+def _sglang(config: Mapping[str, Any]) -> Runtime:
+    name = "SGLang, moeprune_ext installed beside it"
+    if reason := sglang_refusal(config):
+        return Runtime(name, False, reason)
+    return Runtime(name, None, "its plugin was never tried with a running SGLang; no expert parallelism")
+
+
+def _llama_cpp(config: Mapping[str, Any], record: Mapping[str, Any]) -> Runtime:
+    if record["routers"]:
+        return Runtime("llama.cpp", False, MAPS)
+    pad = ", or a padded one (export --pad)" if config.get("model_type") in PADDABLE else ""
+    return Runtime("llama.cpp", False, UNEQUAL + pad)
+
+
+def _mlx(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> Runtime:
+    name, kind = "mlx-lm", config.get("model_type")
+    if record["routers"]:
+        return Runtime(name, False, MAPS)
+    if config.get(MLX_KEY) != MLX_FILE:
+        return Runtime(name, False, f"config.json names no {MLX_FILE}; export the plan again")
+    how = f"mlx_lm.generate --model {folder} --trust-remote-code"
+    if kind in MLX_TRIED and "quantization_config" not in config:
+        return Runtime(name, True, how)
+    return Runtime(name, None, f"{how}; not tried with {kind} and such weights")
 
 
 def expert_parallel_sizes(config: Mapping[str, Any], counts: Sequence[int], sizes: Sequence[int]) -> list[int]:
@@ -119,6 +150,20 @@ def refusal(config: Mapping[str, Any]) -> str | None:
             f"a layer keeps {min(counts)} experts in {groups} routing groups, and vLLM drops the groups where each has "
             "one expert; keep two in each (--min-kept-per-group 2)"
         )
+    return None
+
+
+def sglang_refusal(config: Mapping[str, Any]) -> str | None:
+    """Returns why SGLang cannot serve an export of this configuration, None if it might."""
+    record, name = config[CONFIG_KEY], config.get("model_type")
+    if record.get("routers"):
+        return MAPS
+    if isinstance(config.get("text_config"), dict):
+        return "nobody has looked at how SGLang builds multimodal models with unequal layers; export a uniform plan for it"
+    if name in OWN_NAMES:
+        return f"SGLang builds {name}'s layers by a function of its own; export a uniform plan for it"
+    if name == "gpt_oss" and config.get("quantization_config"):
+        return "SGLang loads MXFP4 experts by one count for all layers; export a uniform plan, or dequantised weights"
     return None
 
 

@@ -16,49 +16,19 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from moeprune_ext.modeling import CONFIG_KEY, mapped_choice, register_map_
-from moeprune_ext.models.layers import EXPERT_COUNT_NAMES
 from moeprune_ext.serving.check import NESTED, expert_parallel_sizes, refusal
+from moeprune_ext.serving.layers import Layer, building, index_of, own_counts, recorded_layers, warn_of_version
 
 TRIED = ("0.32",)  # versions of vLLM that docs/serving.md's table was made with
 WRAPPED = "moeprune_wrapped"
 
 logger = logging.getLogger("vllm.moeprune_ext")  # under vLLM's name, so that its handlers print what is said
-
-
-@dataclass
-class _Layer:
-    """The layer that is being built.
-
-    Attributes:
-        index: of the decoder layer.
-        count: experts stored.
-        rule: of a mapped router; None where the router has one row for each expert.
-        router: the router, once the layer is there.
-        config: that the layer is built from.
-    """
-
-    index: int
-    count: int
-    rule: Mapping[str, Any] | None
-    router: Any = None
-    config: Any = None
-
-    @property
-    def scored(self) -> int:
-        """Experts that the router scores."""
-        return self.count if self.rule is None else int(self.rule["experts"])
-
-
-_building: ContextVar[_Layer | None] = ContextVar("moeprune_building", default=None)
 
 
 def register() -> None:
@@ -98,10 +68,10 @@ def _own_layers(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(count, layer_fn, prefix, *args, **kwargs)
 
         def build(prefix: str) -> Any:
-            layer = layers.get(_index(prefix))
+            layer = layers.get(index_of(prefix))
             if layer is None:
                 return layer_fn(prefix=prefix)
-            with _counts(layer):
+            with own_counts(layer):
                 module = layer_fn(prefix=prefix)
                 if layer.rule is not None:
                     layer.router = _map_router(module, layer)
@@ -119,10 +89,10 @@ def _own_experts(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        asked, layer = bound.arguments, _building.get()
+        asked, layer = bound.arguments, building.get()
         if layer is None:
             # The Transformers backend has whole models built, whose routers are as recorded, and replaces experts then.
-            if "routed_experts_cls" in asked and (ours := _current_layers().get(_index(asked.get("prefix", "")))):
+            if "routed_experts_cls" in asked and (ours := _current_layers().get(index_of(asked.get("prefix", "")))):
                 asked["num_experts"] = ours.count
         else:
             asked["num_experts"] = layer.count
@@ -148,7 +118,7 @@ def _own_copy(original: Callable[..., Any]) -> Callable[..., Any]:
     return with_hf_config
 
 
-def _current_layers() -> dict[int, _Layer]:
+def _current_layers() -> dict[int, Layer]:
     """Returns what the export that is being built records of its layers; {} for other models.
 
     Raises:
@@ -158,61 +128,22 @@ def _current_layers() -> dict[int, _Layer]:
     from vllm.config import get_current_vllm_config
 
     whole = get_current_vllm_config()
-    record = getattr(whole.model_config.hf_config, CONFIG_KEY, None)
-    if not record:
-        return {}
-    _warn_of(vllm.__version__)
-    rules = {_index(path): rule for path, rule in record.get("routers", {}).items()}
-    layers = {int(i): _Layer(int(i), count, rules.get(int(i))) for i, count in record["kept_per_layer"].items()}
-    check(whole.parallel_config, whole.model_config.hf_config.to_dict(), layers)
-    for layer in layers.values():
-        layer.config = whole.model_config.hf_text_config
+    layers = recorded_layers(whole.model_config.hf_config, whole.model_config.hf_text_config)
+    if layers:
+        warn_of_version(logger, "vLLM", vllm.__version__, TRIED)
+        check(whole.parallel_config, whole.model_config.hf_config.to_dict(), layers)
     return layers
 
 
-@functools.cache  # once
-def _warn_of(version: str) -> None:
-    """Says so where vLLM's version is another than was tried."""
-    if not version.startswith(tuple(f"{tried}." for tried in TRIED)):
-        logger.warning(
-            "moeprune_ext's plugin was tried with vLLM %s, this is %s: compare a few answers with transformers'",
-            ", ".join(TRIED),
-            version,
-        )
-
-
 def _choose(
-    layer: _Layer, rule: Mapping[str, Any], hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
+    layer: Layer, rule: Mapping[str, Any], hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
 ) -> tuple[Tensor, Tensor]:
     """Routes behind a map; vLLM passes all but the first two by name or in this order."""
     _, weights, ids = mapped_choice(gating_output, layer.router, rule, topk)
     return weights, ids.int()
 
 
-def _index(path: str) -> int:
-    """Returns the number of the decoder layer in a module's path, -1 if there is none."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), -1)
-
-
-@contextmanager
-def _counts(layer: _Layer) -> Iterator[None]:
-    """Inside, the configuration says how many experts the layer's router scores."""
-    config = layer.config
-    before = {
-        name: getattr(config, name) for name in EXPERT_COUNT_NAMES if isinstance(getattr(config, name, None), int)
-    }
-    token = _building.set(layer)
-    try:
-        for name in before:
-            setattr(config, name, layer.scored)
-        yield
-    finally:
-        for name, count in before.items():
-            setattr(config, name, count)
-        _building.reset(token)
-
-
-def _map_router(module: nn.Module, layer: _Layer) -> nn.Module:
+def _map_router(module: nn.Module, layer: Layer) -> nn.Module:
     """Gives the layer's router its map; ValueError where none of its modules can be the router."""
     assert layer.rule is not None
     rows = layer.rule["experts"]
@@ -232,7 +163,7 @@ def _is_router(weight: Tensor, rows: int) -> bool:
     return weight.ndim == 2 and weight.shape[0] == rows
 
 
-def check(parallel: Any, config: Mapping[str, Any], layers: Mapping[int, _Layer]) -> None:
+def check(parallel: Any, config: Mapping[str, Any], layers: Mapping[int, Layer]) -> None:
     """Refuses (ValueError) ways of serving that unequal layers do not allow.
 
     Args:

@@ -72,13 +72,8 @@ def test_folders_that_cannot_be_streamed_are_refused(olmoe, tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         load_streamed(tmp_path / "nowhere")
     _, folder = olmoe
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
-    with pytest.raises(ValueError, match="load it unstreamed"):
-        load_streamed(folder)
     for shard in folder.glob("*.safetensors*"):
         shard.unlink()
-    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="no safetensors weights"):
         load_streamed(folder)
     sizes = dict(hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, vocab_size=97)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import quantised
 import torch
 from every_model import tiny
 from safetensors.torch import load_file, save_file
@@ -205,6 +206,23 @@ def test_a_model_that_cannot_be_repaired_as_asked_is_refused_before_other_work(t
     monkeypatch.setattr("moeprune_ext.pipeline.run.calibrate", lambda *args, **kwargs: pytest.fail("it calibrates"))
     with pytest.raises(ValueError, match='use target="layer"'):
         prune(tmp_path, tmp_path / "out", data=[work / "first.safetensors"], repair="hidden")
+
+
+@pytest.mark.parametrize("stream", [None, "disk"])
+def test_quantised_experts_stay_the_bytes_that_they_are(work, tmp_path, stream):
+    """FP8, streamed too: repair is left out, and says so; asked for by name it is refused before other work."""
+    tiny_model("olmoe").save_pretrained(tmp_path / "model")
+    quantised.fp8(tmp_path / "model")
+    said = []
+    data = {"data": [work / "first.safetensors"], "stream": stream}
+    result = prune(tmp_path, tmp_path / "out", say=said.append, **data)
+    assert any("repair is left out" in line and "F8_E4M3" in line for line in said) and not result.plan.merges
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", result.out))
+    for name in ("weight", "weight_scale_inv"):
+        new, old = (f"model.layers.1.mlp.experts.{expert}.up_proj.{name}" for expert in (1, result.plan.kept[1][1]))
+        assert torch.equal(after[new].float(), before[old].float()) and after[new].dtype == before[old].dtype
+    with pytest.raises(ValueError, match="quantised experts cannot be repaired"):
+        prune(tmp_path, tmp_path / "other", repair="layer", **data)
 
 
 def test_a_triple_is_a_criterion_and_its_run_goes_on(work, tmp_path):

@@ -13,7 +13,7 @@ from moeprune_ext.artifacts.plan import Merge
 from moeprune_ext.modeling import CONFIG_KEY
 from moeprune_ext.serving import vllm as plugin
 from moeprune_ext.serving.check import refusal
-from moeprune_ext.serving.vllm import _Layer
+from moeprune_ext.serving.layers import Layer, own_counts
 
 RULE = {"score": "softmax", "rows": 3, "experts": 8, "renormalize": True, "eps": 0.0, "scale": 2.5, "bias": False}
 
@@ -36,8 +36,8 @@ def test_experts_are_as_many_as_recorded_however_the_factory_is_called(args, kwa
     monkeypatch.setattr(plugin, "_current_layers", lambda: {})
     wrapped = plugin._own_experts(factory)
     assert wrapped(*args, **kwargs)["num_experts"] == 8  # of a model without a record
-    layer = _Layer(3, 5, None, config=SimpleNamespace(num_experts=8, n_routed_experts=None))
-    with plugin._counts(layer):
+    layer = Layer(3, 5, None, config=SimpleNamespace(num_experts=8, n_routed_experts=None))
+    with own_counts(layer):
         made = wrapped(*args, **kwargs)
         assert layer.config.num_experts == 5
     assert made["num_experts"] == 5 and made["top_k"] == 2 and made["custom"] is None
@@ -46,8 +46,8 @@ def test_experts_are_as_many_as_recorded_however_the_factory_is_called(args, kwa
 
 def test_behind_a_map_routers_score_all_experts_and_choose_among_the_stored(monkeypatch):
     wrapped = plugin._own_experts(factory)
-    layer = _Layer(0, 3, RULE, config=SimpleNamespace(num_local_experts=8))
-    with plugin._counts(layer):
+    layer = Layer(0, 3, RULE, config=SimpleNamespace(num_local_experts=8))
+    with own_counts(layer):
         assert layer.config.num_local_experts == 8
         made = wrapped(num_experts=8, top_k=2)
         scaled = wrapped(num_experts=8, top_k=2, apply_routed_scale_to_output=True)
@@ -61,7 +61,7 @@ def test_behind_a_map_routers_score_all_experts_and_choose_among_the_stored(monk
 
 
 def test_only_the_transformers_backend_is_given_counts_by_the_layers_name(monkeypatch):
-    monkeypatch.setattr(plugin, "_current_layers", lambda: {0: _Layer(0, 5, None)})
+    monkeypatch.setattr(plugin, "_current_layers", lambda: {0: Layer(0, 5, None)})
     wrapped = plugin._own_experts(factory)
     assert wrapped(8, 2, prefix="mtp.layers.0.mlp.experts")["num_experts"] == 8  # a draft's own layer
 
@@ -74,7 +74,7 @@ def test_only_the_transformers_backend_is_given_counts_by_the_layers_name(monkey
 
 def test_layers_are_built_one_by_one_under_their_own_counts(monkeypatch):
     config, seen = SimpleNamespace(num_experts=8), []
-    layers = {1: _Layer(1, 3, None, config=config), 2: _Layer(2, 6, None, config=config)}
+    layers = {1: Layer(1, 3, None, config=config), 2: Layer(2, 6, None, config=config)}
     monkeypatch.setattr(plugin, "_current_layers", lambda: layers)
 
     def make_layers(num_hidden_layers, layer_fn, prefix):
@@ -86,7 +86,7 @@ def test_layers_are_built_one_by_one_under_their_own_counts(monkeypatch):
 
 
 def test_the_router_is_the_one_matrix_with_a_row_for_every_expert():
-    layer = _Layer(0, 3, RULE)
+    layer = Layer(0, 3, RULE)
     block = nn.ModuleDict({"gate": nn.Linear(4, 8), "proj": nn.Linear(4, 4)})
     assert plugin._map_router(block, layer) is block["gate"]
     assert block["gate"].router_map.shape == (3, 8) and block["gate"].router_map.dtype == torch.float32
@@ -118,7 +118,7 @@ def test_maps_choose_as_in_the_export(tmp_path):
         rule, router = record["routers"][path], loaded.get_submodule(path)
         logits = args[0].reshape(-1, args[0].shape[-1]).float() @ router.weight.float().T
         weights, ids = plugin._choose(
-            _Layer(0, 3, rule, router), rule, None, logits, answer[rule["places"][2]].shape[1], True
+            Layer(0, 3, rule, router), rule, None, logits, answer[rule["places"][2]].shape[1], True
         )
         assert torch.equal(ids.long(), answer[rule["places"][2]])
         torch.testing.assert_close(weights, answer[rule["places"][1]], rtol=0, atol=1e-6)
@@ -151,14 +151,14 @@ def export_config(counts, model_type="olmoe", routers=(), **more):
     ],
 )
 def test_ways_of_serving_that_unequal_layers_do_not_allow_are_refused(options, message):
-    layers = {i: _Layer(i, n, None) for i, n in enumerate((4, 2, 3))}
+    layers = {i: Layer(i, n, None) for i, n in enumerate((4, 2, 3))}
     plugin.check(parallel(), export_config((4, 2, 3)), layers)
     with pytest.raises(ValueError, match=message):
         plugin.check(parallel(**options), export_config((4, 2, 3)), layers)
 
 
 def test_divisible_layers_are_served_by_expert_parallelism_but_not_gpt_oss():
-    layers = {i: _Layer(i, n, None) for i, n in enumerate((4, 2))}
+    layers = {i: Layer(i, n, None) for i, n in enumerate((4, 2))}
     two = parallel(enable_expert_parallel=True, tensor_parallel_size=2)
     plugin.check(two, export_config((4, 2)), layers)
     for changes, kind in (({}, "gpt_oss"), ({"enable_ep_weight_filter": True}, "olmoe")):

@@ -18,114 +18,33 @@ import urllib.request
 
 import pytest
 import torch
+from mtp_models import with_mtp
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from serving_models import FAMILIES, KINDS, NEW, PROMPTS, greedy, model_of, plan_of, prompts
 
 import moeprune_ext as mp
-from moeprune_ext.artifacts.plan import Merge
+from moeprune_ext.calibration.calibrate import calibrate
+from moeprune_ext.checkpoint.mtp import load_mtp
 from moeprune_ext.demo.run import demo_folder, load_demo
 
 pytestmark = pytest.mark.vllm
 
-PROMPTS, NEW = 12, 24
-SIZES = dict(
-    vocab_size=256,
-    hidden_size=128,
-    intermediate_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    pad_token_id=0,
-    bos_token_id=0,
-    eos_token_id=1,
-    tie_word_embeddings=False,
-)
-QWEN = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1)
-DEEPSEEK = dict(n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=64)
-FAMILIES = {
-    "qwen3_moe": dict(**QWEN, head_dim=32, norm_topk_prob=True),
-    "qwen2_moe": dict(**QWEN, shared_expert_intermediate_size=64),
-    "olmoe": dict(num_experts=8, num_experts_per_tok=2),
-    "mixtral": dict(num_local_experts=8, num_experts_per_tok=2),
-    "glm4_moe": dict(**DEEPSEEK, head_dim=32, n_group=1, topk_group=1, first_k_dense_replace=1),
-    "gpt_oss": dict(num_local_experts=8, num_experts_per_tok=2, head_dim=32),
-    "ernie4_5_moe": dict(
-        moe_num_experts=8,
-        moe_k=2,
-        moe_intermediate_size=64,
-        moe_num_shared_experts=1,
-        moe_layer_start_index=1,
-        moe_layer_end_index=3,
-    ),
-    "granitemoe": dict(num_local_experts=8, num_experts_per_tok=2),
-    "dots1": dict(**DEEPSEEK, head_dim=32, n_group=1, topk_group=1, first_k_dense_replace=1),
-    "flex_olmo": dict(num_experts=8, num_experts_per_tok=2),
-}
-DEEPSEEK_V3 = dict(
-    **DEEPSEEK,
-    num_key_value_heads=4,
-    kv_lora_rank=512,
-    q_lora_rank=32,
-    qk_rope_head_dim=64,
-    qk_nope_head_dim=32,
-    v_head_dim=32,
-    first_k_dense_replace=1,
-    n_group=2,
-    topk_group=1,
-    topk_method="noaux_tc",  # as in the published configuration, which vLLM reads and transformers does not
-    scoring_func="sigmoid",
-)
 BY_BACKEND = ("dots1", "flex_olmo")  # vLLM has no model of its own of them, and takes transformers'
-KINDS = ("uniform", "uneven", "merged")
-# What this vLLM computes otherwise than transformers on a CPU, without any pruning too (Qwen3-Next wants bfloat16):
-ZERO_BIAS = "ernie4_5_moe"  # its CPU router drops the correction bias of softmax routing
 ROWS = []  # of the table
 
 
-def model_of(family):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **(FAMILIES | {"deepseek_v3": DEEPSEEK_V3})[family]})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "bias" in name and "rotary" not in name:
-                tensor.normal_(0, 0.0 if family == ZERO_BIAS and "correction" in name else 0.05)
-            elif tensor.ndim >= 2 and "embed" not in name:
-                tensor.normal_(0, 0.15 if "norm" not in name else 0.02)
-    return model
-
-
-def plan_of(kind, model):
-    """Uniform, uneven, or uneven and behind maps."""
-    shapes = mp.MoeModel.of(model).shapes
+def with_drafts(folder):
+    """GLM-4.5 with a multi-token-prediction layer: {kind: (folder, transformers' tokens)}."""
+    with_mtp(folder, model_of("glm4_moe"))
+    model = mp.load(folder / "full")
     tokens = torch.randint(2, 256, (8, 32), generator=torch.Generator().manual_seed(1))
-    scores = mp.score_experts(mp.calibrate(model, [tokens]), "reap")
-    if kind == "uniform":
-        return mp.uniform_plan(scores, 0.25)
-    step = {index: shape.n_group for index, shape in shapes.items()}
-    pruned = {index: (4, 2, 0, 2)[number % 4] // step[index] * step[index] for number, index in enumerate(shapes)}
-    plan = mp.PruningPlan.from_pruned_counts(scores, pruned)
-    if kind == "uneven":
-        return plan
-    generator, merges = torch.Generator().manual_seed(2), {}
-    for index, kept in plan.kept.items():
-        both = torch.eye(shapes[index].num_experts)[kept], torch.eye(shapes[index].num_experts)[kept]
-        experts, router = (m + 0.2 * torch.rand(m.shape, generator=generator) for m in both)
-        if len(kept) < shapes[index].num_experts:
-            merges[index] = Merge(experts, router)
-    return mp.PruningPlan.from_merges(merges)
-
-
-def prompts():
-    generator = torch.Generator().manual_seed(5)
-    lengths = torch.randint(4, 30, (PROMPTS,), generator=generator).tolist()
-    return [torch.randint(2, 256, (length,), generator=generator).tolist() for length in lengths]
-
-
-def greedy(model):
-    options = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
-    return [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts()]
+    scores = mp.score_experts(calibrate(model, [tokens], mtp=load_mtp(folder / "full", model)))
+    plans = {
+        "uniform": mp.uniform_plan(scores, 0.25),
+        "uneven": mp.PruningPlan.from_pruned_counts(scores, {1: 4, 2: 2}),
+    }
+    outs = {"full": folder / "full"} | {kind: mp.export(folder / "full", p, folder / kind) for kind, p in plans.items()}
+    return {kind: (out, greedy(mp.load(out, dtype=torch.float32).eval())) for kind, out in outs.items()}
 
 
 def served(folder, **options):
@@ -197,6 +116,7 @@ def prepared(tmp_path_factory):
                 made[family, kind] = folder, plan, None, str(refusal)
             else:
                 made[family, kind] = folder, plan, out, greedy(mp.load(out, dtype=torch.float32).eval())
+    made["drafts"] = with_drafts(root)
     return made
 
 
@@ -243,10 +163,21 @@ def test_its_transformers_backend_serves_uneven_exports_too(prepared):
     assert size < 1.02 * sum(file.stat().st_size for file in out.glob("*.safetensors")) + 2**16
 
 
+@pytest.mark.parametrize("kind", ["full", *KINDS[:2]])
+def test_multi_token_prediction_layers_draft(kind, prepared, table):
+    """The server builds them from the configuration's one number of experts, and loads what the export holds."""
+    out, expected = prepared["drafts"][kind]
+    tokens, _ = served(out, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
+    equal = sum(ours == theirs for ours, theirs in zip(tokens, expected, strict=True))
+    if kind != "full":
+        table.append(["glm4_moe, drafting by its MTP layer", kind, f"{equal} of {PROMPTS}", "", ""])
+    assert equal == PROMPTS
+
+
 def test_a_model_that_is_not_ours_is_built_as_before(prepared, monkeypatch):
     from moeprune_ext.serving import vllm as plugin
 
-    monkeypatch.setattr(plugin, "_counts", lambda layer: pytest.fail("the plugin has changed counts"))
+    monkeypatch.setattr(plugin, "own_counts", lambda layer: pytest.fail("the plugin has changed counts"))
     folder, _, _, expected = prepared["qwen3_moe", "full"]
     assert served(folder)[0] == expected
 
