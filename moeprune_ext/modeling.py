@@ -64,13 +64,16 @@ def reshape_(model: nn.Module, differences: Mapping[str, Any]) -> None:
             if not isinstance(getattr(owner, name), int) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{path} is no count that can become {value!r}")
             setattr(owner, name, value)
+            if path.endswith(".experts.num_experts") and getattr(model.config, "quantization_config", None):
+                owner.config = copy.copy(owner.config)  # of which FP8 experts are made that take its place
+                for count in filter(functools.partial(hasattr, owner.config), ("num_experts", "num_local_experts")):
+                    setattr(owner.config, count, value)
         for path, rule in differences.get("routers", {}).items():
             owner, name = _owner(model, path)
             map_router_(getattr(owner, name), rule)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the {CONFIG_KEY!r} entry of config.json does not fit {type(model).__name__}: {error}"
-        ) from None
+        name = type(model).__name__
+        raise ValueError(f"the {CONFIG_KEY!r} entry of config.json does not fit {name}: {error}") from None
     if differences.get("routers"):
         strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
         model._keep_in_fp32_modules_strict = {*strict, *MAPPED}  # type: ignore[assignment]
@@ -79,8 +82,7 @@ def reshape_(model: nn.Module, differences: Mapping[str, Any]) -> None:
 def _owner(model: nn.Module, path: str, own_config: bool = False) -> tuple[Any, str]:
     """Finds the object that holds a parameter, buffer, module or number; returns it, and the name there.
 
-    Paths are those of the language model alone; where a model has it inside, the one module whose path ends so is
-    meant.
+    Paths are those of the language model alone; in a larger model the one module whose path ends so is meant.
 
     Args:
         model: of the original architecture.

@@ -238,3 +238,29 @@ def test_what_cannot_be_dequantised_is_not_streamed(tmp_path):
     )
     with pytest.raises(ValueError, match="quantised by awq, which transformers cannot dequantise while"):
         mp.load(tmp_path / "full", stream="disk")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral"])
+def test_transformers_keeps_uneven_fp8_as_it_is_stored(tmp_path, monkeypatch, family):
+    """On a GPU it does; here only the loading is tried, which is made to believe in one."""
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    saved(tmp_path / "full", family, hidden_size=32, intermediate_size=32, moe_intermediate_size=32)
+    quantised.fp8(tmp_path / "full")
+    scores = mp.score_experts(mp.calibrate(mp.load(tmp_path / "full"), [random_tokens()]))
+    plan = mp.PruningPlan.from_pruned_counts(scores, {2: 4, 3: 2})
+    out = mp.export(tmp_path / "full", plan, tmp_path / "out")
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *args, **kwargs: None)
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    stored = load_file(out / "model.safetensors")
+    for layer in (1, 2, 3):
+        block = getattr(model.model.layers[layer], "mlp")
+        count = len(plan.kept[layer])
+        for name in ("weight", "weight_scale_inv"):
+            made = getattr(block.experts, "down_proj" + name.removeprefix("weight"))
+            assert made.dtype in (torch.float8_e4m3fn, torch.float32) and len(made) == count
+            down = [
+                name for name in stored if f"layers.{layer}." in name and re.search(r"experts\.1\.(down_proj|w2)", name)
+            ]
+            expert = next(stored[one] for one in down if one.endswith(f".{name}"))
+            assert digest(made[1].data) == digest(expert)

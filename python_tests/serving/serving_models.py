@@ -112,7 +112,7 @@ def save_published(model, folder):
     if config["model_type"] == "minimax_m2":
         config |= {"shared_intermediate_size": 0, "scoring_func": "sigmoid"}
     if config["model_type"] == "dots1":
-        config["scoring_func"] = "noaux_tc"
+        config["scoring_func"] = "sigmoid"
     file.write_text(json.dumps(config, indent=2))
     return folder
 

@@ -37,8 +37,12 @@ def table(request):
         from importlib.metadata import version
 
         with file.open("a") as out:
-            out.write(f"mlx-lm {version('mlx-lm')}, mlx {version('mlx')}, CPU, float32, {PROMPTS} prompts, {NEW} tokens ")
-            out.write("each.\n\n| architecture | export | tokens equal transformers' | parameters, bytes | export, bytes |")
+            out.write(
+                f"mlx-lm {version('mlx-lm')}, mlx {version('mlx')}, CPU, float32, {PROMPTS} prompts, {NEW} tokens "
+            )
+            out.write(
+                "each.\n\n| architecture | export | tokens equal transformers' | parameters, bytes | export, bytes |"
+            )
             out.write("\n| --- | --- | ---: | ---: | ---: |\n" + "".join(f"| {' | '.join(row)} |\n" for row in ROWS))
             out.write("\n")
 
@@ -116,7 +120,8 @@ def test_its_conversion_keeps_the_code_and_quantises_unequal_layers(options, une
     assert ("quantization" in config) == bool(options)
     tokens = mlx.array([[5, 6, 7, 8, 9, 10]])
     before, after = (
-        np.array(load(str(folder), trust_remote_code=True)[0](tokens)) for folder in (uneven_demo, tmp_path / "converted")
+        np.array(load(str(folder), trust_remote_code=True)[0](tokens))
+        for folder in (uneven_demo, tmp_path / "converted")
     )
     difference = np.abs(before - after).max()
     assert difference < (0.05 * np.abs(before).max() if options else 1e-6)
