@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.checkpoint.padding import ABSENT
 from moeprune_ext.checkpoint.read import Checkpoint, Role, stored_tensors
+from moeprune_ext.models.costs import StoredBytes
 from moeprune_ext.models.experts import DOWN
 from moeprune_ext.models.merging import combined
 
@@ -36,6 +38,19 @@ def quantised_experts(checkpoint: Checkpoint, layers: Collection[int] | None = N
         if (dtype := stored.get_dtype()) not in PLAIN:
             return f"{name} is stored as {dtype}"
     return None
+
+
+def stored_bytes(checkpoint: Checkpoint) -> StoredBytes:
+    """Returns what a checkpoint's weights take as they are stored; no weights are read."""
+    total, experts = 0, dict.fromkeys(checkpoint.layers, 0.0)
+    for name, stored in stored_tensors(checkpoint.shards):
+        shape, dtype = stored.get_shape(), stored.get_dtype()
+        size = prod(shape) * {"64": 8, "32": 4, "16": 2}.get(dtype[-2:], 1)
+        total += size
+        if (role := checkpoint.roles.get(name)) is not None:
+            one_of = checkpoint.layers[role.layer].shape.num_experts if role.expert is not None else shape[role.axis]
+            experts[role.layer] += size / one_of
+    return StoredBytes(total, experts)
 
 
 class Siblings:

@@ -18,7 +18,9 @@ from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.artifacts.stats import RoutingStats
 from moeprune_ext.calibration.criteria import score_experts, super_experts
 from moeprune_ext.checkpoint.load import load, load_tokenizer
+from moeprune_ext.checkpoint.quantised import quantisation
 from moeprune_ext.checkpoint.read import read_checkpoint, read_config, read_hf_config, skeleton
+from moeprune_ext.checkpoint.weights import stored_bytes
 from moeprune_ext.cli.arguments import Budgeted, Common, Data, Limits, Scored, Streaming
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.data.batches import load_domains as read_domains
@@ -88,17 +90,16 @@ def budget(options: Budgeted, model: Path, shapes: Mapping[int, LayerShape]) -> 
         shapes: {decoder layer: what every plan must respect}, as in the scores under the limits.
 
     Raises:
-        ValueError: for --fit of a memory that holds no plan, or of quantised weights.
+        ValueError: for --fit of a memory that holds no plan.
     """
     if options.experts is not None:
         return Kept(options.experts)
     if options.fit is None:
         return SPARSITY if options.sparsity is None else options.sparsity
     config = read_config(model)
-    if any(isinstance(part, dict) and part.get("quantization_config") for part in (config, config.get("text_config"))):
-        raise ValueError(f"{model} holds quantised weights, whose bytes --fit cannot tell; use --experts or --sparsity")
-    empty = skeleton(read_hf_config(model), config)
-    return Kept(experts_that_fit(empty, bytes_of(options.fit), context=options.context or CONTEXT, shapes=shapes))
+    empty, size, context = skeleton(read_hf_config(model), config), bytes_of(options.fit), options.context or CONTEXT
+    stored = None if quantisation(config) is None else stored_bytes(read_checkpoint(model))
+    return Kept(experts_that_fit(empty, size, context=context, shapes=shapes, stored=stored))
 
 
 def parse_criterion(text: str) -> str | tuple[int, int, str]:

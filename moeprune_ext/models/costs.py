@@ -41,6 +41,19 @@ class Costs:
     flops_per_token: int
 
 
+@dataclass(frozen=True)
+class StoredBytes:
+    """What weights take as they are stored, where that is not what the model's dtype says: quantised ones.
+
+    Attributes:
+        total: bytes of all.
+        experts: {decoder layer: bytes of one expert, its rows of the router included}.
+    """
+
+    total: int
+    experts: dict[int, float]
+
+
 def costs(model: nn.Module | MoeModel, plan: PruningPlan | None = None) -> Costs:
     """Returns the costs of the model under a plan, or as it is.
 
@@ -128,6 +141,7 @@ def experts_that_fit(
     *,
     context: int = CONTEXT,
     shapes: Mapping[int, LayerShape] | None = None,
+    stored: StoredBytes | None = None,
 ) -> int:
     """Returns the largest number of experts, over all layers, whose model fits into a memory with its KV cache.
 
@@ -139,6 +153,7 @@ def experts_that_fit(
         size: bytes.
         context: tokens of one sequence, see `kv_cache_bytes`.
         shapes: {decoder layer: LayerShape} with the limits of every plan (`ExpertScores.shapes`); None: the routers'.
+        stored: what the weights take instead.
 
     Raises:
         ValueError: if the fewest experts that can stay do not fit, with the bytes that they need.
@@ -147,12 +162,14 @@ def experts_that_fit(
     limits = moe.shapes if shapes is None else shapes
     kept = sum(limits[index].least_kept for index in moe.layers)
     cache = kv_cache_bytes(moe, context)
-    weights = costs(moe).bytes
-    units: list[tuple[int, int]] = []
+    weights: float = costs(moe).bytes if stored is None else stored.total
+    units: list[tuple[float, int]] = []
     for index, layer in moe.layers.items():
         shape = limits[index]
-        weights += _layer_bytes(layer, shape.least_kept, False) - _layer_bytes(layer, shape.num_experts, False)
-        one = _layer_bytes(layer, shape.unit, False) - _layer_bytes(layer, 0, False)
+        unit: float = _layer_bytes(layer, shape.unit, False) - _layer_bytes(layer, 0, False)
+        expert = unit / shape.unit if stored is None else stored.experts[index]
+        weights -= (shape.num_experts - shape.least_kept) * expert
+        one = expert * shape.unit
         units += [(one, shape.unit)] * ((shape.most_kept - shape.least_kept) // shape.unit)
     if weights + cache > size:
         raise ValueError(

@@ -159,7 +159,9 @@ def sglang_refusal(config: Mapping[str, Any]) -> str | None:
     if record.get("routers"):
         return MAPS
     if isinstance(config.get("text_config"), dict):
-        return "nobody has looked at how SGLang builds multimodal models with unequal layers; export a uniform plan for it"
+        return (
+            "nobody has looked at how SGLang builds multimodal models with unequal layers; export a uniform plan for it"
+        )
     if name in OWN_NAMES:
         return f"SGLang builds {name}'s layers by a function of its own; export a uniform plan for it"
     if name == "gpt_oss" and config.get("quantization_config"):

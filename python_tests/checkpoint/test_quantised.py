@@ -254,7 +254,7 @@ def test_transformers_keeps_uneven_fp8_as_it_is_stored(tmp_path, monkeypatch, fa
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     stored = load_file(out / "model.safetensors")
     for layer in (1, 2, 3):
-        block = getattr(model.model.layers[layer], "mlp")
+        block = model.model.layers[layer].mlp
         count = len(plan.kept[layer])
         for name in ("weight", "weight_scale_inv"):
             made = getattr(block.experts, "down_proj" + name.removeprefix("weight"))

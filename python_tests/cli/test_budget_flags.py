@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import quantised
+from safetensors.torch import load_file
 from tiny_models import random_tokens
 
 import moeprune_ext as mp
@@ -105,13 +107,19 @@ def test_as_many_experts_stay_as_fit_with_the_cache(work, model, capsys, tmp_pat
     assert by_default == kept
 
 
-def test_what_fits_is_unknown_of_quantised_weights(work, capsys, tmp_path):
+def test_of_quantised_weights_those_fit_whose_export_takes_no_more(work, capsys, tmp_path):
     shutil.copytree(work / "model", tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 8}}))
+    quantised.fp8(tmp_path / "model")
     flags = ["allocate", tmp_path / "model", "--stats", work / "stats.safetensors", "-o", tmp_path / "plan.json"]
-    assert "quantised weights" in refusal(capsys, *flags, "--fit", "1GiB")
-    assert sum(run(capsys, *flags, "--experts", 90)["kept_per_layer"].values()) == 90
+    model = mp.load(tmp_path / "model")
+    full = sum(t.nbytes for t in load_file(tmp_path / "model" / "model.safetensors").values())
+    cache = kv_cache_bytes(model, 4096)
+    size = int(0.7 * full) + cache
+    kept = run(capsys, *flags, "--fit", f"{size / 1000}kB")["kept_per_layer"]
+    out = mp.export(tmp_path / "model", mp.PruningPlan.load(tmp_path / "plan.json"), tmp_path / "out")
+    taken = sum(t.nbytes for t in load_file(out / "model.safetensors").values())
+    one = (full - taken) / (96 - sum(kept.values()))
+    assert taken + cache <= size < taken + cache + one
 
 
 def test_scores_carry_their_limits(work, capsys, tmp_path):
