@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes  # type: ignore[attr-defined]
+from mlx_lm.utils import _get_classes
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 EXPERT = re.compile(r"(?P<before>.*\blayers\.(?P<layer>\d+)\..*\bexperts\.)0(?P<after>\..+)")

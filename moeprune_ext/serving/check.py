@@ -22,10 +22,6 @@ MLX_TRIED = {  # architectures in docs/serving.md's table
     *("phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),
 }
 MAPS = "it has no routers that map their scores; prune instead of merging for it"
-NESTED = (
-    "vLLM builds a multimodal model's language part from a copy of its configuration, which moeprune_ext's plugin does "
-    "not reach; export a uniform plan"
-)
 ONE_COUNT = {"step3p5", "step3p7"}  # vLLM's loader compares with the configuration's one count
 OWN_NAMES = {"granitemoe", "granitemoehybrid", "granitemoeshared"}  # vLLM renames these routers' tensors one by one
 
@@ -133,9 +129,8 @@ def expert_parallel_sizes(config: Mapping[str, Any], counts: Sequence[int], size
 def refusal(config: Mapping[str, Any]) -> str | None:
     """Returns why vLLM cannot serve an export of this configuration, None if it can."""
     record = config[CONFIG_KEY]
+    config = {**config, **(config.get("text_config") or {})}  # of a multimodal model its language part's
     counts, name = _counts(record), config.get("model_type")
-    if isinstance(config.get("text_config"), dict):
-        return NESTED
     if record.get("routers") and name in OWN_NAMES:
         return f"vLLM renames {name}'s router tensors one by one, and knows none of the map; prune instead of merging"
     uneven = len(set(counts)) > 1

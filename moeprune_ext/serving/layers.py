@@ -1,4 +1,4 @@
-"""What the plugins of serving runtimes share: the layers of an export, and the configuration while one of them is built.
+"""What the plugins of serving runtimes share: the layers of an export, and the configuration while one is built.
 
 A plugin wraps its runtime's function that builds decoder layers from one configuration. While layer i is built, the
 configuration's expert counts are what the export records of layer i; afterwards they are the original ones again.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -64,21 +64,30 @@ def index_of(path: str) -> int:
 
 
 @contextmanager
-def own_counts(layer: Layer) -> Iterator[None]:
-    """Inside, the configuration says how many experts the layer's router scores, and `building` is the layer."""
-    config = layer.config
-    before = {
-        name: getattr(config, name) for name in EXPERT_COUNT_NAMES if isinstance(getattr(config, name, None), int)
-    }
+def own_counts(layer: Layer, copies: Sequence[Any] = ()) -> Iterator[None]:
+    """Inside, the configuration says how many experts the layer's router scores, and `building` is the layer.
+
+    Args:
+        layer: to be built.
+        copies: of the configuration, of which the layer may be built in its place.
+    """
+    before = [(config, counts_of(config)) for config in (layer.config, *copies)]
     token = building.set(layer)
     try:
-        for name in before:
-            setattr(config, name, layer.scored)
+        for config, counts in before:
+            for name in counts:
+                setattr(config, name, layer.scored)
         yield
     finally:
-        for name, count in before.items():
-            setattr(config, name, count)
+        for config, counts in reversed(before):  # the same one may be there twice
+            for name, count in counts.items():
+                setattr(config, name, count)
         building.reset(token)
+
+
+def counts_of(config: Any) -> dict[str, int]:
+    """Returns {name: number} of what a configuration says of its experts' number; {} if it has none."""
+    return {name: getattr(config, name) for name in EXPERT_COUNT_NAMES if isinstance(getattr(config, name, None), int)}
 
 
 @functools.cache  # once

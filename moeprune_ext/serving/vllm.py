@@ -16,17 +16,28 @@ import functools
 import inspect
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from moeprune_ext.modeling import CONFIG_KEY, mapped_choice, register_map_
-from moeprune_ext.serving.check import NESTED, expert_parallel_sizes, refusal
-from moeprune_ext.serving.layers import Layer, building, index_of, own_counts, recorded_layers, warn_of_version
+from moeprune_ext.serving.check import expert_parallel_sizes, refusal
+from moeprune_ext.serving.layers import (
+    Layer,
+    building,
+    counts_of,
+    index_of,
+    own_counts,
+    recorded_layers,
+    warn_of_version,
+)
 
 TRIED = ("0.32",)  # versions of vLLM that docs/serving.md's table was made with
 WRAPPED = "moeprune_wrapped"
+
+_copies: list[Any] = []  # weak references to copies of exports' configurations, for multimodal models' language parts
 
 logger = logging.getLogger("vllm.moeprune_ext")  # under vLLM's name, so that its handlers print what is said
 
@@ -71,7 +82,7 @@ def _own_layers(original: Callable[..., Any]) -> Callable[..., Any]:
             layer = layers.get(index_of(prefix))
             if layer is None:
                 return layer_fn(prefix=prefix)
-            with own_counts(layer):
+            with own_counts(layer, [config for copied in _copies if (config := copied()) is not None]):
                 module = layer_fn(prefix=prefix)
                 if layer.rule is not None:
                     layer.router = _map_router(module, layer)
@@ -107,13 +118,20 @@ def _own_experts(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _own_copy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps `VllmConfig.with_hf_config`, by which a multimodal model gives its language part a copy of its own."""
+    """Wraps `VllmConfig.with_hf_config`, by which a multimodal model gives its language part a copy of its own.
+
+    That one gets the record, too, and counts of layers are set in it.
+    """
 
     @functools.wraps(original)
     def with_hf_config(self: Any, hf_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self.model_config.hf_config, CONFIG_KEY, None):
-            raise ValueError(NESTED)
-        return original(self, hf_config, *args, **kwargs)
+        made = original(self, hf_config, *args, **kwargs)
+        record = getattr(self.model_config.hf_config, CONFIG_KEY, None)
+        copied = made.model_config
+        if record and counts_of(copied.hf_config):
+            setattr(copied.hf_config, CONFIG_KEY, record)
+            _copies.extend(map(weakref.ref, (copied.hf_config, copied.hf_text_config)))  # one may be the other
+        return made
 
     return with_hf_config
 

@@ -90,10 +90,7 @@ def uneven_demo(tmp_path_factory):
     scores = mp.score_experts(mp.calibrate(model, [tokens]), "reap")
     plan = mp.PruningPlan.from_pruned_counts(scores, {0: 2, 1: 8, 2: 4, 3: 10, 4: 6, 5: 3})
     folder = shutil.copytree(demo_folder(), tmp_path_factory.mktemp("demo") / "full")
-    config = json.loads((folder / "config.json").read_text())
-    theta = (config.get("rope_parameters") or config)["rope_theta"]
-    count = config.get("num_experts", config.get("num_local_experts"))
-    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": theta, "num_experts": count}))
+    save_published(model.float(), folder)  # MLX multiplies matrices of experts on the CPU in float32 alone
     return mp.export(folder, plan, folder.parent / "out")
 
 

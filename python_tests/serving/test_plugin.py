@@ -169,7 +169,7 @@ def test_divisible_layers_are_served_by_expert_parallelism_but_not_gpt_oss():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (export_config((4, 2), text_config={}), "multimodal"),
+        (export_config((4, 2), "outer", text_config={"model_type": "step3p5"}), "one number"),
         (export_config((4, 4), "granitemoe", ["model.layers.0.gate"]), "prune instead"),
         (export_config((4, 2), "step3p5"), "one number"),
         (export_config((4, 2), "gpt_oss", quantization_config={"quant_method": "mxfp4"}), "MXFP4"),
@@ -182,10 +182,26 @@ def test_exports_that_vllm_cannot_build_are_refused_by_name(config, message):
     assert refusal(export_config((4, 2))) is None
 
 
-def test_a_copy_of_a_configuration_for_a_language_part_is_refused():
-    made = plugin._own_copy(lambda self, hf_config: copy.copy(hf_config))
-    plain = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace()))
-    assert made(plain, SimpleNamespace(a=1)).a == 1
-    plain.model_config.hf_config.moeprune = {"kept_per_layer": {}}
-    with pytest.raises(ValueError, match="multimodal"):
-        made(plain, SimpleNamespace())
+def test_a_language_parts_copy_of_the_configuration_gets_record_and_counts(monkeypatch):
+    """A vision part's does not, nor one of a model that is not ours."""
+
+    class Config(SimpleNamespace):
+        """One that can be referred to weakly."""
+
+    def whole(hf_config):
+        return Config(model_config=Config(hf_config=hf_config, hf_text_config=copy.copy(hf_config)))
+
+    monkeypatch.setattr(plugin, "_copies", [])
+    made = plugin._own_copy(lambda self, hf_config: whole(copy.copy(hf_config)))
+    outer, language, vision = Config(), Config(num_experts=8), Config(depth=2)
+    assert not hasattr(made(whole(outer), language).model_config.hf_config, "moeprune")
+    outer.moeprune = {"kept_per_layer": {"0": 5}}
+    copied = made(whole(outer), language).model_config
+    assert copied.hf_config.moeprune == outer.moeprune and not hasattr(language, "moeprune")
+    configs = language, copied.hf_config, copied.hf_text_config
+    assert not hasattr(made(whole(outer), vision).model_config.hf_config, "moeprune")
+    layer, seen = Layer(0, 5, None, config=language), []
+    monkeypatch.setattr(plugin, "_current_layers", lambda: {0: layer})
+    build = plugin._own_layers(lambda count, layer_fn, prefix: [layer_fn(prefix=f"{prefix}.{i}") for i in range(count)])
+    build(1, lambda prefix: seen.extend(config.num_experts for config in configs), "language_model.model.layers")
+    assert seen == [5, 5, 5] and [config.num_experts for config in configs] == [8, 8, 8]

@@ -242,6 +242,14 @@ def test_the_openai_server_answers_with_the_entry_point_alone(uneven_demo):
     assert answers(out) == said
 
 
+@pytest.mark.parametrize("flags", [("--tensor-parallel-size", "2"), ("--no-enforce-eager",)])
+def test_the_openai_server_answers_over_two_devices_and_compiled(uneven_demo, flags):
+    """Two processes on two cores stand for two devices; the second one has no eager mode, so torch.compile runs."""
+    out, said = uneven_demo
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if "--tensor-parallel-size" in flags else "0", "OMP_NUM_THREADS": "1"}
+    assert answers(out, *flags, environment=cores.items()) == said
+
+
 def test_without_the_plugin_its_transformers_backend_serves_uneven_exports(uneven_demo):
     out, said = uneven_demo
     without = {"VLLM_PLUGINS": "none"}.items()
