@@ -273,9 +273,9 @@ def model_class(base: Any, differences: Mapping[str, Any], **methods: Any) -> An
     def save_pretrained(self: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
         result = base.save_pretrained(self, folder, *args, **kwargs)
         if differences and kwargs.get("is_main_process", True):
-            shutil.copyfile(__file__, Path(folder) / "modeling.py")
-            file = Path(folder) / "config.json"
-            file.write_text(json.dumps(json.loads(file.read_text()) | {WEIGHTS_KEY: HINT}, indent=2) + "\n")
+            file = shutil.copyfile(__file__, Path(folder) / "modeling.py").with_name("config.json")
+            said = {name: value for name, value in json.loads(file.read_text()).items() if name != "model_file"}
+            file.write_text(json.dumps(said | {WEIGHTS_KEY: HINT}, indent=2) + "\n")  # mlx-lm's code stays behind
         return result
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:

@@ -293,6 +293,7 @@ def test_stock_classes_say_what_an_export_needs(kind, tmp_path):
     model = tiny_model("qwen3_moe")
     out = exported(model, PLANS[kind](model), tmp_path)
     mp.load(out).save_pretrained(tmp_path / "again")
+    assert "model_file" not in json.loads((tmp_path / "again" / "config.json").read_text())  # its file is not there
     for folder in (out, tmp_path / "again"):
         for options in ({}, {"trust_remote_code": False}, {"ignore_mismatched_sizes": True}):
             for loader in (AutoModelForCausalLM, type(model)):
