@@ -19,6 +19,6 @@ if [ ! -e "$folder/ready" ]; then
 fi
 . "$folder/venv/bin/activate"
 pip install -q --no-deps .
-pip install -q scipy rich
+pip install -q scipy rich accelerate
 VLLM_CPU_KVCACHE_SPACE=1 pytest -q -m vllm python_tests/serving --write-serving "$folder/serving.md" "$@"
 cat "$folder/serving.md"

@@ -123,6 +123,6 @@ def _loading(checkpoint: Checkpoint, is_stock: bool) -> str:
         "Its layers differ, so it needs its own `modeling.py`, which is here:\n\n```python\n"
         f'moeprune_ext.load("{here}")\n# or:\n{checkpoint.loader}.from_pretrained("{here}", trust_remote_code=True)'
         "\n```\n\nWithout `trust_remote_code=True` transformers refuses the weights and names this option. vLLM serves "
-        "text models of this kind where moeprune_ext is installed beside it; what loads this one: "
+        "such models where moeprune_ext is installed beside it; what loads this one: "
         f"`moeprune serve-check {here}`."
     )
