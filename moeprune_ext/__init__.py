@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from moeprune_ext.candidates.metrics import CandidateScore as CandidateScore
     from moeprune_ext.checkpoint.export import export as export
     from moeprune_ext.checkpoint.load import load as load
+    from moeprune_ext.checkpoint.mtp import load_mtp as load_mtp
     from moeprune_ext.checkpoint.prune import prune_ as prune_
     from moeprune_ext.data.tasks import Example as Example
     from moeprune_ext.data.tasks import Task as Task
@@ -92,6 +93,7 @@ _MODULES = {
     "global_plan": "allocation.threshold",
     "grape": "allocation.grape",
     "load": "checkpoint.load",
+    "load_mtp": "checkpoint.mtp",
     "load_task": "data.tasks",
     "masked_router": "ops.masked_router",
     "naee_plan": "allocation.naee",
@@ -125,4 +127,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """Lists the public names; the folders' modules are there, too, and are named by their imports."""
+    return sorted(__all__)

@@ -24,7 +24,7 @@ import sys
 {before}
 import moeprune_ext as mp
 names = {{name: getattr(mp, name) for name in mp.__all__}}
-assert set(names) <= set(dir(mp)) and names["__version__"] == mp.build_info()["version"]
+assert set(names) == set(dir(mp)) and names["__version__"] == mp.build_info()["version"]
 modules = [name for name, value in names.items() if type(value) is type(sys)]
 assert modules == ["reference"], modules
 from moeprune_ext.eep.search import search

@@ -51,7 +51,7 @@ def calibrate(
     Args:
         model: a transformers model or a MoeModel; it is left as it was.
         batches: see `as_batches`. Attended positions count, label masks do not.
-        mtp: multi-token-prediction layers (`checkpoint.mtp.load_mtp`), which get statistics of their own.
+        mtp: multi-token-prediction layers (`load_mtp`), which get statistics of their own.
         progress: whether to show progress on stderr, or the View to show it on.
 
     Returns:

@@ -301,6 +301,7 @@ def _write_weights(folder: Path, result: _Result) -> int:
         with safe_open(file, framework="pt") as shard:
             metadata = shard.metadata() or {"format": "pt"}
         save_file(tensors, folder / file.name, metadata=metadata)
+        (folder / file.name).chmod(0o644)  # as other files: safetensors lets only its owner read one
         total += sum(tensor.nbytes for tensor in tensors.values())
         weight_map |= dict.fromkeys(tensors, file.name)
     if [file.name for file in result.checkpoint.shards] != [SINGLE]:

@@ -20,6 +20,8 @@ from moeprune_ext.models.experts import DOWN
 from moeprune_ext.models.merging import combined
 
 PLAIN = ("F64", "F32", "F16", "BF16")  # how safetensors names the dtypes of numbers
+# ... and the bytes of an element of any dtype that takes more than one.
+BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 
 
 def quantised_experts(checkpoint: Checkpoint, layers: Collection[int] | None = None) -> str | None:
@@ -45,7 +47,7 @@ def stored_bytes(checkpoint: Checkpoint) -> StoredBytes:
     total, experts = 0, dict.fromkeys(checkpoint.layers, 0.0)
     for name, stored in stored_tensors(checkpoint.shards):
         shape, dtype = stored.get_shape(), stored.get_dtype()
-        size = prod(shape) * {"64": 8, "32": 4, "16": 2}.get(dtype[-2:], 1)
+        size = prod(shape) * BYTES.get(dtype, 1)
         total += size
         if (role := checkpoint.roles.get(name)) is not None:
             one_of = checkpoint.layers[role.layer].shape.num_experts if role.expert is not None else shape[role.axis]

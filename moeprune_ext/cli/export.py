@@ -18,7 +18,7 @@ EXAMPLE = "moeprune export MODEL --plan RUN_DIR/plan.json -o OUT_DIR"
 @dataclass(frozen=True, kw_only=True)
 class Options(Common):
     model: Path = model_argument()
-    plan: Path = flag("plan file of any verb")
+    plan: Path = flag("plan file of any verb, or the directory of a run")
     out: Path = flag("new directory for the checkpoint", short="-o")
     pad: bool = flag(
         "store every layer with as many experts as the largest keeps, absent ones as zeros that are never chosen", False
@@ -28,7 +28,7 @@ class Options(Common):
 
 def run(options: Options) -> tuple[Any, str]:
     """Writes the pruned checkpoint and returns its size and how to load it."""
-    plan = PruningPlan.load(options.plan)
+    plan = PruningPlan.load(_plan_file(options.plan))
     notes: list[str] = []
     out = export(options.model, plan, options.out, pad=options.pad, drop_mtp=options.drop_mtp, say=notes.append)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -39,3 +39,9 @@ def run(options: Options) -> tuple[Any, str]:
     active = "" if plan.active is None else f", {plan.active} active per token"
     text = f"{out}: {plan.sparsity:.1%} of the experts removed{active}, {size / 1e6:,.1f} MB; load it with {loader}"
     return result, "\n".join([text, *notes])
+
+
+def _plan_file(path: Path) -> Path:
+    """Returns the plan's file where a run's directory is named, which is where `search`, `eep` and `prune` leave it."""
+    places = (path / "plan.json", path / "moeprune" / "plan.json")
+    return next((place for place in places if place.is_file()), path)

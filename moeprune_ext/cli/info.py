@@ -10,14 +10,11 @@ from typing import Any
 from safetensors import safe_open
 
 from moeprune_ext.checkpoint.read import Checkpoint, read_checkpoint
+from moeprune_ext.checkpoint.weights import BYTES
 from moeprune_ext.cli.arguments import Common, model_argument
 from moeprune_ext.tables import text_table
 
 EXAMPLE = "moeprune info MODEL"
-
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2} | dict.fromkeys(
-    ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "BOOL"), 1
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,5 +64,5 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
                 role = checkpoint.roles.get(name)
                 part = "everything else" if role is None else "routers" if role.is_router else "experts"
                 stored = shard.get_slice(name)
-                sizes[part] += math.prod(stored.get_shape()) * _BYTES[stored.get_dtype()]
+                sizes[part] += math.prod(stored.get_shape()) * BYTES.get(stored.get_dtype(), 1)
     return sizes

@@ -46,6 +46,19 @@ SHARED = (
     "eep",
 )  # verbs whose work several processes share
 
+RESUMED = ("prune", "search", "eep")  # verbs whose directory keeps what is finished
+
+
+class _Version(argparse.Action):
+    """Prints the versions of this package and of what it stands on."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        names = ("moeprune_ext", "torch", "transformers")
+        print(", ".join(f"{name} {version(name)}" for name in names))
+        sys.exit(0)
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the flags in one line."""
@@ -57,7 +70,11 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the console script."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    values = _parser(words).parse_args(words)
+    parser = _parser(words)
+    if not words:
+        parser.print_help()
+        return
+    values = parser.parse_args(words)
     command = f"moeprune {values.verb}"
     from moeprune_ext import distributed  # needs torch, for which `moeprune --help` does not wait
 
@@ -73,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, MemoryError) as error:
         _end(command, error, 1)
     except KeyboardInterrupt:
-        _end(command, "interrupted", 130)
+        resumes = "; the same command goes on where it was" if values.verb in RESUMED else ""
+        _end(command, f"interrupted{resumes}", 130)
     if distributed.is_first():
         print(json.dumps(result) if values.json else text)
     distributed.leave()
@@ -91,6 +109,7 @@ def _end(command: str, error: object, status: int) -> NoReturn:
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """Makes a parser of all verbs, with the flags of the one that comes first."""
     parser = _Parser(prog="moeprune", description="Prune Mixture-of-Experts language models without gradients.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
     parsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, about in VERBS.items():
         verb_parser = parsers.add_parser(name, help=about, description=about)

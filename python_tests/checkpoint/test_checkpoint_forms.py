@@ -39,6 +39,7 @@ def test_layers_without_experts_past_the_last_are_kept_and_stray_weights_left_ou
     out = mp.export(tmp_path / "full", mp.uniform_plan(scores, 0.5), tmp_path / "out")
     stored = load_file(out / "model.safetensors")
     assert all(torch.equal(stored[name], tensor) for name, tensor in extra.items())
+    assert {oct(f.stat().st_mode & 0o777) for f in out.iterdir()} == {"0o644"}  # others may read weights, too
     assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
     assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 1
     assert type(mp.load(out)) is type(model)

@@ -194,7 +194,7 @@ def test_sources_are_weighed_and_said(work, capsys, tmp_path):
 def test_search_export_eval_chain_gives_the_searched_model(work, capsys):
     plan = mp.PruningPlan.load(work / "run" / "plan.json")
     assert plan.sparsity == 0.5
-    result = run(capsys, "export", work / "model", "--plan", work / "run" / "plan.json", "-o", work / "pruned")
+    result = run(capsys, "export", work / "model", "--plan", work / "run", "-o", work / "pruned")
     assert result["sparsity"] == 0.5 and (work / "pruned" / "README.md").exists()
     stored = load_file(work / "pruned" / "model.safetensors")
     assert sum(".experts." in name for name in stored) == 3 * 48
@@ -491,7 +491,6 @@ def test_every_verb_has_help_with_an_example(capsys, verb):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "required: VERB"),
         (["serch"], "invalid choice: 'serch'"),
         (["search", "m"], "required: --data, -o/--out"),
         (["search", "m", "--data", "-o", "x"], "--data: expected at least one"),
@@ -505,6 +504,30 @@ def test_wrong_flags_get_one_line(capsys, words, message):
     assert stop.value.code == 2 and printed.out == "" and message in printed.err
     assert printed.err.startswith(" ".join(["moeprune", *words[:1]][: 1 + (len(words) > 1)]) + ": error: ")
     assert printed.err.count("\n") == 1
+
+
+def test_without_a_verb_there_is_help_and_versions_are_one_line(capsys):
+    main([])
+    assert "EvoESAP" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    shown = capsys.readouterr().out
+    assert (
+        stop.value.code == 0 and shown.startswith(f"moeprune_ext {mp.__version__}, torch ") and "transformers" in shown
+    )
+
+
+@pytest.mark.parametrize(("verb", "resumes"), [("search", True), ("export", False)])
+def test_who_interrupts_is_told_whether_the_same_command_goes_on(capsys, monkeypatch, verb, resumes):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"moeprune_ext.cli.{verb}.run", interrupt)
+    flags = {"search": ["m", "--data", "t", "-o", "x"], "export": ["m", "--plan", "p", "-o", "x"]}[verb]
+    with pytest.raises(SystemExit) as stop:
+        main([verb, *flags])
+    said = capsys.readouterr().err
+    assert stop.value.code == 130 and ("the same command goes on" in said) == resumes and said.count("\n") == 1
 
 
 def test_the_list_of_verbs_does_not_wait_for_torch():
