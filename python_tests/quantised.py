@@ -57,10 +57,10 @@ def is_linear(name: str) -> bool:
     return ".layers." in name and not name.endswith(("gate.weight", "shared_expert_gate.weight")) and "norm" not in name
 
 
-def fp8(folder: Path, **further: Any) -> None:
-    """Makes a checkpoint one with FP8 blocks."""
+def fp8(folder: Path, leaves: str = "eh_proj", **further: Any) -> None:
+    """Makes a checkpoint one with FP8 blocks; `leaves`: in the names of matrices that stay as they are."""
     config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
-    quantise(folder, is_linear, fp8_blocks, config | further)
+    quantise(folder, lambda name: is_linear(name) and leaves not in name, fp8_blocks, config | further)
 
 
 def unquantised_fp8(folder: Path) -> None:
@@ -85,12 +85,12 @@ def is_expert(name: str) -> bool:
 
 
 def compressed_tensors(folder: Path, form: str = "pack-quantized", ignore: tuple[str, ...] = ()) -> None:
-    """Quantises the experts with compressed-tensors' own compressors: INT4 in groups ("pack-quantized"), or NVFP4."""
+    """Quantises the experts with compressed-tensors' own compressors: INT4 in groups, NVFP4 or FP8."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-    preset = {"pack-quantized": "W4A16", "nvfp4-pack-quantized": "NVFP4A16", "float-quantized": "FP8"}[form]
+    preset = {"pack-quantized": "W4A16", "nvfp4-pack-quantized": "NVFP4A16", "float-quantized": "FP8_DYNAMIC"}[form]
     scheme: QuantizationScheme = preset_name_to_scheme(preset, ["re:.*experts.*proj"])
     weights: Any = scheme.weights
     if form == "pack-quantized":

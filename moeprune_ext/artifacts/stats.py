@@ -52,7 +52,9 @@ class RoutingStats:
         return {layer: experts for layer, experts in rare.items() if experts}
 
     def __add__(self, other: RoutingStats) -> RoutingStats:
-        if self.model != other.model or self.shapes != other.shapes or (self.mtp is None) != (other.mtp is None):
+        if (self.mtp is None) != (other.mtp is None):
+            raise ValueError("cannot add statistics with and without multi-token-prediction layers")
+        if self.model != other.model or self.shapes != other.shapes:
             raise ValueError(f"cannot add statistics of different models: {self.model} and {other.model}")
         return RoutingStats(
             {layer: table + other.moments[layer] for layer, table in self.moments.items()},

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from moeprune_ext import modeling
 from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
 from moeprune_ext.checkpoint.card import SOURCE_CARD, model_card
+from moeprune_ext.checkpoint.mtp import COUNTS as MTP_COUNTS
 from moeprune_ext.checkpoint.mtp import PlannedMtp, planned_mtp
 from moeprune_ext.checkpoint.padding import padded
 from moeprune_ext.checkpoint.quantised import FILES, KEY, renumbered
@@ -218,8 +219,7 @@ def _new_config(result: _Result) -> dict[str, Any]:
     for part in parts:
         if KEY in part:
             part[KEY] = _renumbered(result, part[KEY])
-        if result.mtp.left_out and part.get("num_nextn_predict_layers"):
-            part["num_nextn_predict_layers"] = 0
+        part.update({name: 0 for name in MTP_COUNTS if result.mtp.left_out and part.get(name)})
     numbers: list[tuple[tuple[str, ...], int]] = []
     if result.is_stock:
         numbers.append((EXPERT_COUNT_NAMES, next(iter(result.counts.values()))))

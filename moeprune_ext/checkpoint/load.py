@@ -47,14 +47,16 @@ def load(
         return load_streamed(folder, device="cpu" if device is None else device, source=stream, **kwargs)
     config = read_config(folder)
     loader: Any = AutoModelForCausalLM
+    known = False
     try:
         hf_config = kwargs["config"] if "config" in kwargs else read_hf_config(folder)
-        loader = auto_class(hf_config)
+        loader, known = auto_class(hf_config), True
     except ValueError:
         if CONFIG_KEY in config or not kwargs.get("trust_remote_code"):  # else of a class that the folder brings
             raise
-    if dequantise := KEY not in kwargs and is_dequantised(config):
-        base, kwargs["config"] = base_class(loader, as_numbers(hf_config, config))
+    if dequantise := known and KEY not in kwargs and is_dequantised(config):
+        base, plain = base_class(loader, hf_config)
+        kwargs["config"] = as_numbers(plain, config)
         loader = model_class(base, recorded(config), _load_pretrained_model=staticmethod(partial(_dequantised, base)))
     elif CONFIG_KEY in config:
         base, kwargs["config"] = base_class(loader, hf_config)

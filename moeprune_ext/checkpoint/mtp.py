@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from moeprune_ext.checkpoint.read import (
     Checkpoint,
     Folder,
     Role,
+    check_roles,
     find_roles,
     find_shards,
     from_pretrained,
@@ -33,6 +35,7 @@ from moeprune_ext.checkpoint.read import (
     stored_tensors,
 )
 from moeprune_ext.checkpoint.unread import Unread
+from moeprune_ext.checkpoint.weights import PLAIN, numbered
 from moeprune_ext.modeling import auto_class, base_class, model_class
 from moeprune_ext.models.layers import MoeLayer
 from moeprune_ext.models.moe import MoeModel, decoder_layers
@@ -45,6 +48,7 @@ PARTS = {
     "project": ("eh_proj", "fc"),
     "norm": ("shared_head.norm", "norm"),
 }
+COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # under which configurations say how many there are
 LISTS = ("layer_types", "mlp_layer_types")  # of a configuration, with an entry for each decoder layer
 
 
@@ -69,6 +73,11 @@ class Mtp:
     parts: dict[int, dict[str, str]] = field(default_factory=dict)
     model: Any = None
     inside: Callable[[str], str] = str
+
+    @property
+    def runs(self) -> bool:
+        """Whether they can be run behind the model, which needs all their parts."""
+        return bool(self.layers) and all(self.parts.values())
 
 
 def find_mtp(folder: Path) -> Mtp:
@@ -99,13 +108,21 @@ def find_mtp(folder: Path) -> Mtp:
         rename = renaming(longer.model, None)
         targets = {name: rename(inside(name))[0] for name in names}
         roles = find_roles({file: [n for n in group if n in names] for file, group in shards.items()}, targets, layers)
-        known = bool(layers) and {role.layer for role in roles.values()} == set(layers)
+        check_roles(roles, layers)
     except (ValueError, KeyError, AttributeError, IndexError):
-        known = False
-    if not known:
         return Mtp(names, unknown=True)
-    parts = {index: _parts(names, f"{path}.{index}.") for index in layers}
+    if not layers or {role.layer for role in roles.values()} != set(layers) or _lacks_some(roles, layers):
+        return Mtp(names, unknown=True)
+    plain = frozenset(name for name, stored in stored_tensors(shards, names) if stored.get_dtype() in PLAIN)
+    parts = {index: _parts(plain, f"{path}.{index}.") for index in layers}
     return Mtp(names, layers, roles, parts=parts, model=longer.model, inside=inside)
+
+
+def _lacks_some(roles: Mapping[str, Role], layers: Mapping[int, MoeLayer]) -> bool:
+    """Whether a tensor is stored of some experts, and of others not."""
+    numbers = Counter(numbered(name, "*") for name, role in roles.items() if role.expert is not None)
+    counts = {layer.shape.num_experts for layer in layers.values()}
+    return bool({*numbers.values()} - counts)
 
 
 def _longer(hf_config: Any, more: int) -> Any:
@@ -120,7 +137,7 @@ def _longer(hf_config: Any, more: int) -> Any:
 
 
 def _parts(names: frozenset[str], prefix: str) -> dict[str, str]:
-    """Finds what a layer has beside its decoder layer; {} where a part is missing."""
+    """Finds what a layer has beside its decoder layer among names; {} where a part is missing (or is no number)."""
     found = {}
     for part, spellings in PARTS.items():
         for place in (
@@ -179,13 +196,13 @@ def planned_mtp(
     if count is None or before == {count} or not (found.layers or found.unknown):
         return PlannedMtp(found, whole, frozenset(), f"{name} stay whole", decoder)
     if found.unknown or any(len(orders.get(index, ())) != len(ids) for index, ids in whole.items()):
-        says = (
-            f"{name} are left out: they would need {count} experts, too, and there are no statistics of theirs in the "
-            "plan (`calibrate` of this directory gathers them)"
-        )
+        gathered = "there are no statistics of theirs in the plan (`calibrate` of this directory gathers them)"
+        why = gathered if found.runs else "they are not of a known form, so that there are no statistics of theirs"
+        says = f"{name} are left out: they would need {count} experts, too, and {why}"
         return PlannedMtp(Mtp(found.names), {}, found.names, says, decoder)
     kept = {index: sorted(list(orders[index])[len(ids) - count :]) for index, ids in whole.items()}
-    return PlannedMtp(found, kept, frozenset(), f"{name} keep {count} of {max(before)} experts, too", decoder)
+    most = max(map(len, whole.values()))
+    return PlannedMtp(found, kept, frozenset(), f"{name} keep {count} of {most} experts, too", decoder)
 
 
 def load_mtp(folder: Folder, model: nn.Module | MoeModel) -> list[MtpLayer]:
@@ -205,7 +222,7 @@ def load_mtp(folder: Folder, model: nn.Module | MoeModel) -> list[MtpLayer]:
     """
     folder, moe = Path(folder), MoeModel.of(model)
     mtp = find_mtp(folder)
-    if not mtp.layers or not all(mtp.parts.values()) or not can_run(moe):
+    if not mtp.runs or not can_run(moe):
         return []
     config = read_config(folder)
     hf_config = mtp.model.config

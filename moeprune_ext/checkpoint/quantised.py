@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor
 KEY = "quantization_config"
 # Files beside config.json that say the same: of ModelOpt, GPTQ, and of others after them.
 FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+# How a scale's name ends, or packed weights'. Without those of activations and caches, weights are what they are.
+SCALE = re.compile(
+    r"\.(?!input_|activation_|output_|[kqv]_)([a-z_]*_)?(scales?|scale_inv|scale_2|packed|qweight|qzeros)$"
+)
 NUMBERS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -41,12 +46,13 @@ def is_dequantised(config: Mapping[str, Any]) -> bool:
     if quantised is None:
         return False
     for name, group in (quantised.get("config_groups") or {}).items():
-        weights = group.get("weights") or {}
-        if weights.get("strategy") == "tensor_group" or weights.get("symmetric") is False:
+        weights = (group.get("weights") if isinstance(group, dict) else None) or {}
+        odd = weights.get("strategy") in ("tensor_group", "block") or weights.get("actorder") in ("group", "dynamic")
+        if odd or weights.get("symmetric") is False:
             raise ValueError(
-                f"{name} of the quantised weights has global scales or zero points, which transformers leaves out for "
-                "experts (5.24), so its numbers would be wrong; calibrate and search the model in its original "
-                "precision, and export the plan from this one"
+                f"{name} of the quantised weights has global scales, zero points, blocks or an order of its own, which "
+                "transformers leaves out for experts (5.24), so its numbers would be wrong; calibrate and search the "
+                "model in its original precision, and export the plan from this one"
             )
     try:
         return getattr(AutoQuantizationConfig.from_dict(quantised | {"dequantize": True}), "dequantize", False) is True
@@ -81,8 +87,28 @@ def with_exact_numbers(rules: Sequence[Any] | None) -> list[Any]:
             if type(operation) is Fp8Dequantize:
                 operations[place] = _ragged(Fp8Dequantize)(operation.hf_quantizer)
         if any(hasattr(operation, "hf_quantizer") for operation in operations):
+            operations.insert(0, _complete())
             operations.append(_in_parameters_dtype())
     return list(rules or ())
+
+
+def check_scales(folder: Path, unread: Iterable[str], model: Any) -> None:
+    """Refuses (ValueError) scales of quantised weights that loading has left out.
+
+    Args:
+        folder: the checkpoint.
+        unread: names that became no parameter.
+        model: that was loaded; multi-token-prediction layers, which it does not have, do not count.
+    """
+    last = model.config.get_text_config().num_hidden_layers - 1
+    layers = ((re.search(r"layers\.(\d+)\.", name), name) for name in unread if "mtp" not in name)
+    scales = sorted(name for layer, name in layers if layer and int(layer[1]) <= last and SCALE.search(name))
+    if scales:
+        raise ValueError(
+            f"{folder}: transformers does not read the scales of these quantised weights, so their numbers would be "
+            f"wrong ({', '.join(scales[:3])}); calibrate and search the model in its original precision, and export "
+            "the plan from this one"
+        )
 
 
 def _ragged(base: Any) -> Any:
@@ -105,6 +131,22 @@ def _ragged(base: Any) -> Any:
         return base._dequantize_one(self, quantized, scales, output_dtype)
 
     return type(base.__name__, (base,), {"_dequantize_one": _dequantize_one})
+
+
+def _complete() -> Any:
+    """Makes the operation that refuses experts of which some have scales and others have none."""
+    from transformers.core_model_loading import ConversionOps
+
+    class Complete(ConversionOps):
+        def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+            numbers = {name: len(value) for name, value in input_dict.items() if isinstance(value, list)}
+            if len({*numbers.values()}) > 1:
+                raise ValueError(
+                    f"{kwargs['full_layer_name']} is stored with different numbers of weights and scales: {numbers}"
+                )
+            return input_dict
+
+    return Complete()
 
 
 def _in_parameters_dtype() -> Any:
@@ -150,19 +192,18 @@ def renumbered(said: Any, kept: Mapping[int, Sequence[int]], decoder: int = 0) -
 
 def _renamed(name: str, kept: Mapping[int, Sequence[int]], decoder: int) -> str | None:
     """Returns the name, or pattern, of a module with its expert's new number; None if that expert is removed."""
-    expert = re.search(r"(?<=experts)(\\?\.)(\d+)(?!\d)", name)
-    several = re.search(r"experts\\?\.[(\[](?!0-9\])[^)\]]*\d", name)
-    layer = re.search(r"layers\\?\.(\d+)(?!\d)", name[: expert.start()] if expert else "")
-    if several or (expert and not layer):
+    found = re.search(r"experts\\?\.(.*?)(?=\\?\.|$)", plain := name.replace("[.]", r"\."))
+    if found is None or not re.search(r"\d", re.sub(r"^\*.*|\[0-9\]|\\d", "", found[1])):
+        return name  # of all experts, or of something else
+    layer = re.search(r"layers\\?\.(\d+)(?!\d)", plain[: found.start()])
+    if not found[1].isdecimal() or layer is None:
         raise ValueError(
             f"the quantisation's configuration says {name!r}, which cannot follow the experts' new numbers; name "
             "layers and experts one by one there"
         )
-    if expert is None or layer is None:
-        return name
     ids = kept.get(int(layer[1]) + (decoder if re.search(r"\bmtp\b", name) else 0))
     if ids is None:
         return name
-    if int(expert[2]) not in ids:
+    if int(found[1]) not in ids:
         return None
-    return f"{name[: expert.start(2)]}{list(ids).index(int(expert[2]))}{name[expert.end(2) :]}"
+    return f"{plain[: found.start(1)]}{list(ids).index(int(found[1]))}{plain[found.end(1) :]}"

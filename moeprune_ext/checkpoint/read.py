@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moeprune_ext.checkpoint.quantised import check_scales
 from moeprune_ext.files import read_json
 from moeprune_ext.modeling import CONFIG_KEY, MAPPED, WEIGHTS_KEY, auto_class, reshape_
 from moeprune_ext.models.layers import MoeLayer, router_tensors
@@ -95,7 +96,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     known = {file: [name for name in names if name not in extra] for file, names in shards.items()}
     roles = find_roles(known, targets, moe.layers)
     roles = {name: replace(role, transposed=_is_transposed(renamed[name][1])) for name, role in roles.items()}
-    _check_roles(roles, moe.layers)
+    check_roles(roles, moe.layers)
     fingerprint = _fingerprint(shards, roles, moe)
     return Checkpoint(folder, config, moe.layers, shards, roles, extra, fingerprint, auto_class(hf_config).__name__)
 
@@ -306,7 +307,7 @@ def _is_transposed(converted: tuple[str, Any] | None) -> bool | None:
     return None if any(getattr(one, "check_dims", False) for one in transposes) else bool(len(transposes) % 2)
 
 
-def _check_roles(roles: Mapping[str, Role], layers: Mapping[int, MoeLayer]) -> None:
+def check_roles(roles: Mapping[str, Role], layers: Mapping[int, MoeLayer]) -> None:
     """Refuses (ValueError) stored tensors that are not a whole router and all experts of every layer."""
     for index, layer in layers.items():
         of_layer = [role for role in roles.values() if role.layer == index]
@@ -380,7 +381,7 @@ def from_pretrained(loader: Any, folder: Path, **kwargs: Any) -> tuple[Any, list
         not map.
 
     Raises:
-        ValueError: with the directory, for whatever keeps it from loading.
+        ValueError: with the directory, for whatever keeps it from loading, and for scales that are left out.
     """
     options = {"local_files_only": True, **kwargs, "output_loading_info": True}
     try:
@@ -390,8 +391,8 @@ def from_pretrained(loader: Any, folder: Path, **kwargs: Any) -> tuple[Any, list
     except (OSError, SafetensorError, RuntimeError, KeyError, ImportError) as error:
         raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     unexpected = [name for name in report["unexpected_keys"] if name.rpartition(".")[2] in MAPPED]
-    problems = [*report["missing_keys"], *map(str, report["mismatched_keys"]), *unexpected]
-    return model, sorted(problems)
+    check_scales(folder, report["unexpected_keys"], model)
+    return model, sorted([*report["missing_keys"], *map(str, report["mismatched_keys"]), *unexpected])
 
 
 def refuse(folder: Path, problems: Sequence[str]) -> None:

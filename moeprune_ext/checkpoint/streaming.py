@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from moeprune_ext.checkpoint.quantised import as_numbers, is_dequantised, quantisation, with_exact_numbers
+from moeprune_ext.checkpoint.buffers import TwoBuffers, page_locked
+from moeprune_ext.checkpoint.quantised import (
+    as_numbers,
+    check_scales,
+    is_dequantised,
+    quantisation,
+    with_exact_numbers,
+)
 from moeprune_ext.checkpoint.read import (
     Folder,
     find_shards,
@@ -45,8 +52,6 @@ if TYPE_CHECKING:
 
 
 SOURCES = ("host", "disk")
-PIECE = 1 << 26  # bytes; page-locked memory is allocated in powers of two, so pieces of one such size waste little
-ALIGNMENT = 256  # bytes, of a tensor in a GPU's buffer
 
 
 def load_streamed(
@@ -167,7 +172,7 @@ class _LayerReader:
         from transformers.core_model_loading import dot_natural_key
 
         rename, parameters = renaming(self.skeleton, weight_mapping or []), self.skeleton.state_dict()
-        stay = set()
+        stay, unread = set(), []
         for name in sorted((name for names in self._shards.values() for name in names), key=dot_natural_key):
             target, converted = rename(name)
             pattern, converter = converted or (None, None)
@@ -176,6 +181,9 @@ class _LayerReader:
                 recipes.setdefault(target, (converter, []))[1].append((pattern, name))
             elif target in parameters:
                 stay.add(name)
+            else:
+                unread.append(name)
+        check_scales(self._folder, unread, self.skeleton)
         state = {
             name: stored[...].clone() if name in stay else Unread(stored.get_shape())  # a copy: no shard stays mapped
             for name, stored in stored_tensors(self._shards)
@@ -255,13 +263,13 @@ class LayerStream:
                 self._placeholders[reader.streamed[name]][name] = tensor
                 self._owners[name] = model.get_submodule(name.rpartition(".")[0])
         self.layer_bytes = {i: sum(t.nbytes for t in tensors.values()) for i, tensors in enumerate(self._placeholders)}
-        self._gpu = _TwoBuffers(device, self._placeholders) if device.type == "cuda" else None
+        self._gpu = TwoBuffers(device, self._placeholders) if device.type == "cuda" else None
         self._read: Callable[[int], Mapping[str, Any]] = reader.read
         if source == "host" and reader.is_quantised:  # as they are stored, which takes less
             stored = [{name: t.clone() for name, t in reader.stored(layer).items()} for layer in self.layer_bytes]
             self._read = lambda layer: reader.parameters(layer, stored[layer])
         elif source == "host":
-            keep: Callable[[Tensor], Any] = _page_locked if self._gpu is not None else lambda tensor: tensor
+            keep: Callable[[Tensor], Any] = page_locked if self._gpu is not None else lambda tensor: tensor
             host = [{name: keep(tensor) for name, tensor in reader.read(layer).items()} for layer in self.layer_bytes]
             self._read = host.__getitem__
         self._thread = None if self._gpu is None else ThreadPoolExecutor(1, "moeprune-stream")
@@ -342,66 +350,3 @@ class LayerStream:
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise ValueError("a streamed model cannot be copied, because its weights come and go; load it again")
-
-
-def _page_locked(tensor: Tensor) -> list[Tensor]:
-    """Copies a tensor's bytes to page-locked memory, in pieces."""
-    return [piece.pin_memory() for piece in tensor.contiguous().view(-1).view(torch.uint8).split(PIECE)]
-
-
-class _TwoBuffers:
-    """Two buffers on a GPU: kernels read the layer in one while a stream of its own copies the next into the other.
-
-    They are allocated once. Freed, a dropped layer's memory would return only when the kernels that read it have run,
-    and the host runs far ahead of those: layers would pile up. So a copy waits, on the GPU, for the last reader of its
-    buffer.
-
-    Args:
-        device: a GPU.
-        layers: for each layer {name: meta tensor}.
-    """
-
-    def __init__(self, device: torch.device, layers: list[dict[str, Tensor]]) -> None:
-        size = max(sum(tensor.nbytes + ALIGNMENT for tensor in tensors.values()) for tensors in layers)
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-        self._filled = [torch.cuda.Event(), torch.cuda.Event()]
-        self._released = [torch.cuda.Event(), torch.cuda.Event()]
-        self._next = 0  # the buffer to fill
-        for buffer, released in zip(self._buffers, self._released, strict=True):
-            released.record(torch.cuda.current_stream(device))  # the memory may have had another reader before
-            buffer.record_stream(self._stream)  # and is not to be given away while a copy into it runs
-
-    def fill(self, tensors: Mapping[str, Tensor | list[Tensor]], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Begins to copy a layer into the buffer that is not being read.
-
-        Args:
-            tensors: {name: weights in CPU memory, or their page-locked pieces}.
-            shapes: {name: meta tensor of the same shape and dtype}.
-
-        Returns:
-            {name: the tensor in the buffer}.
-        """
-        for filled in self._filled:
-            filled.synchronize()  # once the copy before has ended, its page-locked memory is used again
-        buffer, end, views = self._buffers[self._next], 0, {}
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._released[self._next])
-            for name, source in tensors.items():
-                start = end = end + -end % ALIGNMENT
-                for piece in _page_locked(source) if isinstance(source, Tensor) else source:
-                    buffer[end : end + len(piece)].copy_(piece, non_blocking=True)
-                    end += len(piece)
-                views[name] = buffer[start:end].view(shapes[name].dtype).view(shapes[name].shape)
-            self._filled[self._next].record(self._stream)
-        return views
-
-    def take(self) -> None:
-        """Lets kernels read what was filled last."""
-        torch.cuda.current_stream(self._device).wait_event(self._filled[self._next])
-        self._next = 1 - self._next
-
-    def release(self) -> None:
-        """Says that no later kernel reads what was taken last."""
-        self._released[1 - self._next].record(torch.cuda.current_stream(self._device))

@@ -21,6 +21,7 @@ class Options(Streaming, Data, Common):
     model: Path = model_argument()
     data: tuple[str, ...] = data_flag()
     sequences: int = sequences_flag(128)
+    drop_mtp: bool = flag("gather no statistics of multi-token-prediction layers, which take a layer's memory", False)
     out: Path = flag("statistics file to write", short="-o")
 
 
@@ -29,7 +30,7 @@ def run(options: Options) -> tuple[Any, str]:
     io.check_new_file(options.out)
     batches = io.load_data(options, io.tokenizer_of(options.model), labels=False)
     model = io.load_model(options.model, options)
-    mtp = load_mtp(options.model, model)
+    mtp = [] if options.drop_mtp else load_mtp(options.model, model)
     stats = calibrate(model, batches, mtp=mtp, progress=distributed.is_first())
     if distributed.is_first():
         stats.save(options.out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ def _scores(stats: RoutingStats, name: str | tuple[int, int, str], options: Opti
     io.check_same_model(options.model, stats.model, options.stats)
     batches = io.load_data(options, io.tokenizer_of(options.model), labels=False)
     model = io.load_model(options.model, options)
-    return naee_scores(model, batches, seed=options.seed, progress=distributed.is_first())
+    scores = naee_scores(model, batches, seed=options.seed, progress=distributed.is_first())
+    return replace(scores, mtp=score_experts(stats).mtp)  # of which naee says nothing
 
 
 def _score_lines(scores: ExpertScores) -> list[str]:

@@ -140,6 +140,7 @@ class Source:
         if criterion == "naee":
             samples = flat(self.texts.calibration)
             scores = naee_scores(self.moe, samples, seed=self.settings.search.seed, progress=self.progress)
+            scores = replace(scores, mtp=score_experts(self.stats).mtp)  # of which naee says nothing
         else:
             scores = score_experts(self.stats, criterion, seed=self.settings.search.seed)
         return self.settings.limited(scores, self.stats)

@@ -114,6 +114,7 @@ class PruneSettings:
     def recorded(self) -> dict[str, Any]:
         """Returns what a run's directory holds of them: all that its result depends on."""
         criterion = self.criterion if isinstance(self.criterion, str) else list(self.criterion)
-        settings = {name: value for name, value in vars(self).items() if name != "memory_budget"}
+        settings = {name: value for name, value in vars(self).items() if name not in ("memory_budget", "drop_mtp")}
+        settings |= {"drop_mtp": True} if self.drop_mtp else {}
         generations = {"generations": self.search.generations}
         return {**settings, "criterion": criterion, "search": self.search.recorded() | generations}

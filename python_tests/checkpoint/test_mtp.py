@@ -182,8 +182,11 @@ def test_without_statistics_or_on_request_they_are_left_out_and_it_is_said(sourc
 
 
 def test_quantised_ones_are_read_and_sliced_like_the_others(tmp_path):
+    """As published: what joins embedding and hidden state is not quantised."""
     with_mtp(tmp_path, tiny("deepseek_v3"), quantised.fp8)
-    scores = scored(tmp_path / "full", tmp_path)
+    full = mp.load(tmp_path / "full", dtype=torch.float32)
+    stats = mp.calibrate(full, [random_tokens()], mtp=mp.load_mtp(tmp_path / "full", full))
+    scores = mp.score_experts(stats)
     out = mp.export(tmp_path / "full", mp.uniform_plan(scores, 0.5), tmp_path / "out")
     ((number, order),) = scores.mtp.items()
     kept = sorted(order[len(order) // 2 :])
@@ -191,6 +194,27 @@ def test_quantised_ones_are_read_and_sliced_like_the_others(tmp_path):
     for name in ("weight", "weight_scale_inv"):
         new, old = (f"model.layers.{number}.mlp.experts.{expert}.up_proj.{name}" for expert in (1, kept[1]))
         assert torch.equal(after[new].float(), before[old].float()) and after[new].dtype == before[old].dtype
+    quantised.unquantised_fp8(tmp_path / "full")
+    plain = mp.load(tmp_path / "full")
+    expected = mp.calibrate(plain, [random_tokens()], mtp=mp.load_mtp(tmp_path / "full", plain)).mtp
+    torch.testing.assert_close(stats.mtp.moments[number], expected.moments[number])
+
+
+def test_what_is_not_of_a_known_form_is_left_out_and_says_why(tmp_path):
+    """Here what joins embedding and hidden state is quantised, and one expert's matrix is missing."""
+    with_mtp(tmp_path / "joint", tiny("deepseek_v3"), lambda folder: quantised.fp8(folder, leaves="nothing"))
+    with_mtp(tmp_path / "lacks", tiny("deepseek_v3"))
+    file = tmp_path / "lacks" / "full" / "model.safetensors"
+    stored = load_file(file)
+    del stored["model.layers.4.mlp.experts.3.up_proj.weight"]
+    save_file(stored, file, metadata={"format": "pt"})
+    for folder in (tmp_path / "joint" / "full", tmp_path / "lacks" / "full"):
+        model = mp.load(folder)
+        assert mp.load_mtp(folder, model) == []
+        said = []
+        plan = mp.uniform_plan(mp.score_experts(mp.calibrate(model, [random_tokens()])), 0.5)
+        mp.export(folder, plan, folder.parent / "out", say=said.append)
+        assert "left out" in said[0] and "not of a known form" in said[0]
 
 
 def test_quantisation_names_them_from_zero():

@@ -8,6 +8,7 @@ import re
 import pytest
 import quantised
 import torch
+from every_model import tiny
 from safetensors.torch import load_file
 from tiny_models import CONFIGS, logits_of, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
@@ -38,9 +39,9 @@ def mxfp4(folder):
     return folder
 
 
-def int4(folder):
+def int4(folder, form="pack-quantized"):
     sizes = dict(hidden_size=64, moe_intermediate_size=32, head_dim=16)
-    quantised.compressed_tensors(saved(folder, "qwen3_moe", **sizes))
+    quantised.compressed_tensors(saved(folder, "qwen3_moe", **sizes), form)
     return folder
 
 
@@ -50,6 +51,7 @@ FORMS = {
     "fp8-mixtral": lambda folder: fp8(folder, "mixtral"),
     "mxfp4-gpt_oss": mxfp4,
     "int4-qwen3_moe": int4,
+    "int4-fp8": lambda folder: int4(folder, "float-quantized"),  # compressed-tensors, too: FP8, a scale for each row
 }
 
 
@@ -119,7 +121,7 @@ def test_a_streamed_layer_that_lacks_a_tensor_is_refused_by_name(tmp_path):
     del tensors["model.layers.2.mlp.experts.5.down_proj.weight"]
     quantised.save_file(tensors, file, metadata={"format": "pt"})
     streamed = mp.load(tmp_path / "full", stream="disk")
-    with pytest.raises(ValueError, match=r"full: model\.layers\.2\.mlp\.experts\.down_proj cannot be made.*7 weights"):
+    with pytest.raises(ValueError, match=r"full: model\.layers\.2\.mlp\.experts\.down_proj cannot be made.*weight': 7"):
         logits_of(streamed)
 
 
@@ -211,19 +213,35 @@ def test_entries_for_single_experts_follow_their_numbers():
             "model.layers.3.mlp.experts.2",
             "model.layers.4.mlp.experts.2",
             r".*experts\.[0-9]+",
+            r"re:.*experts\.([0-9]+)\..*",
+            r"re:.*experts.*w1",
         ],
+        "targets": [r"re:model.layers.3[.]mlp[.]experts[.]5[.].*", ["Linear", {"a": None}]],
         "bits": 4,
     }
     assert renumbered(said, kept) == {
         "ignore": ["lm_head", "model.layers.3.mlp.experts.1.up_proj"],
         "dynamic": {r"-:model\.layers\.3\.mlp\.experts\.1\..*": {"bits": 8}, "+:.*experts.*": {"bits": 4}},
-        "modules_to_not_convert": ["model.layers.4.mlp.experts.2", r".*experts\.[0-9]+"],
+        "modules_to_not_convert": [
+            "model.layers.4.mlp.experts.2",
+            r".*experts\.[0-9]+",
+            r"re:.*experts\.([0-9]+)\..*",
+            r"re:.*experts.*w1",
+        ],
+        "targets": [r"re:model.layers.3\.mlp\.experts\.1\..*", ["Linear", {"a": None}]],
         "bits": 4,
     }
 
 
 @pytest.mark.parametrize(
-    "entry", ["re:.*mlp.experts.5.up_proj", r"re:layers\.3\..*experts\.(1|2)\..*", "experts.[12]."]
+    "entry",
+    [
+        "re:.*mlp.experts.5.up_proj",
+        r"re:layers\.3\..*experts\.(1|2)\..*",
+        "experts.[12].",
+        r"re:model\.layers\.3\.mlp\.experts\.1[0-5]\..*",
+        "model.layers.3.mlp.experts.5*",
+    ],
 )
 def test_entries_that_cannot_follow_are_refused(entry):
     with pytest.raises(ValueError, match="cannot follow the experts' new numbers"):
@@ -264,3 +282,45 @@ def test_transformers_keeps_uneven_fp8_as_it_is_stored(tmp_path, monkeypatch, fa
             ]
             expert = next(stored[one] for one in down if one.endswith(f".{name}"))
             assert digest(made[1].data) == digest(expert)
+
+
+@pytest.mark.parametrize("method", ["modelopt", "fp8", None])
+@pytest.mark.parametrize("stream", [None, "disk"])
+def test_scales_that_transformers_does_not_read_are_not_left_out_in_silence(tmp_path, method, stream):
+    """FP8 with names of its own (ModelOpt, AutoFP8), or without a word in config.json."""
+    tiny_model("olmoe").save_pretrained(tmp_path / "full")
+
+    def quantise(weight):
+        scales = {"weight_scale": torch.tensor(0.5), "input_scale": torch.tensor(1.0)}
+        return {"weight": (weight / 0.5).to(torch.float8_e4m3fn), **scales}
+
+    quantised.quantise(tmp_path / "full", quantised.is_linear, quantise, {"quant_method": method})
+    if method is None:
+        config = json.loads((tmp_path / "full" / "config.json").read_text())
+        del config["quantization_config"]
+        (tmp_path / "full" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"does not read the scales|cannot dequantise"):
+        mp.load(tmp_path / "full", stream=stream)
+
+
+def test_experts_of_which_some_have_no_scale_are_refused(tmp_path):
+    if not has_dequantising_of_compressed_tensors():
+        pytest.skip("this version of transformers does not dequantise compressed-tensors while it loads")
+    saved(tmp_path / "full", "qwen3_moe", hidden_size=64, moe_intermediate_size=32, head_dim=16)
+    quantised.compressed_tensors(tmp_path / "full", "float-quantized", ignore=(IGNORED,))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        mp.load(tmp_path / "full")
+    streamed = mp.load(tmp_path / "full", stream="disk")
+    with pytest.raises(ValueError, match="different numbers of weights and scales"):
+        logits_of(streamed)
+
+
+def test_a_language_model_of_a_multimodal_configuration_is_dequantised(tmp_path):
+    """Qwen3.5: the configuration that is loaded is the inner one, the quantisation is said by the outer one."""
+    tiny("qwen3_5_moe").to(torch.bfloat16).save_pretrained(tmp_path / "full")
+    quantised.fp8(tmp_path / "full")
+    loaded = mp.load(tmp_path / "full", dtype=torch.float32)
+    streamed = mp.load(tmp_path / "full", dtype=torch.float32, stream="disk")
+    quantised.unquantised_fp8(tmp_path / "full")
+    expected = logits_of(mp.load(tmp_path / "full", dtype=torch.float32))
+    assert torch.equal(logits_of(loaded), expected) and torch.equal(logits_of(streamed), expected)
