@@ -30,7 +30,9 @@ from torch import Tensor, nn
 CONFIG_KEY = "moeprune"
 # Stock classes would fail with a table of sizes. They refuse this name of a weight file first, and show it.
 WEIGHTS_KEY = "transformers_weights"
-HINT = "layers differ: pass trust_remote_code=True, which runs modeling.py of this directory, or use moeprune_ext.load"
+HINT = (
+    "layers differ: pass trust_remote_code=True to the model's auto class (modeling.py here), or use moeprune_ext.load"
+)
 LOSS, LOSS_ARGUMENTS = "load_balancing_loss_func", ["gate_logits", "num_experts", "top_k", "attention_mask"]
 MAPPED = ("router_map", "mapped_bias")  # a mapped router's own parameters, loaded as float32 whatever the model's dtype
 SCORES = {
@@ -45,7 +47,7 @@ def reshape_(model: nn.Module, differences: Mapping[str, Any]) -> None:
     """Gives a model of the original sizes the recorded sizes and mapped routers; weights are not filled in.
 
     Args:
-        model: on any device.
+        model: of the original class.
         differences: what config.json holds under CONFIG_KEY; may be empty.
 
     Raises:
@@ -72,8 +74,7 @@ def reshape_(model: nn.Module, differences: Mapping[str, Any]) -> None:
             owner, name = _owner(model, path)
             map_router_(getattr(owner, name), rule)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        name = type(model).__name__
-        raise ValueError(f"the {CONFIG_KEY!r} entry of config.json does not fit {name}: {error}") from None
+        raise ValueError(f"the {CONFIG_KEY!r} entry of config.json does not fit the model: {error}") from None
     if differences.get("routers"):
         strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
         model._keep_in_fp32_modules_strict = {*strict, *MAPPED}  # type: ignore[assignment]
@@ -93,9 +94,8 @@ def _owner(model: nn.Module, path: str, own_config: bool = False) -> tuple[Any, 
         ValueError: where there is no such object, or more than one.
     """
     *parts, name = path.split(".")
-    in_config = bool(parts) and parts[-1] == "config"
-    if in_config:
-        parts.pop()
+    in_config = parts[-1:] == ["config"]
+    parts = parts[:-1] if in_config else parts
     modules = dict(model.named_modules())
     if ".".join(parts) in modules:
         owner: Any = modules[".".join(parts)]
@@ -270,12 +270,18 @@ def model_class(base: Any, differences: Mapping[str, Any], **methods: Any) -> An
         base.__init__(self, config, *args, **kwargs)
         reshape_(self, differences)
 
-    def save_pretrained(self: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
-        result = base.save_pretrained(self, folder, *args, **kwargs)
-        if differences and kwargs.get("is_main_process", True):
-            file = shutil.copyfile(__file__, Path(folder) / "modeling.py").with_name("config.json")
-            said = {name: value for name, value in json.loads(file.read_text()).items() if name != "model_file"}
-            file.write_text(json.dumps(said | {WEIGHTS_KEY: HINT}, indent=2) + "\n")  # mlx-lm's code stays behind
+    def save_pretrained(self: Any, folder: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if differences and kwargs.get("push_to_hub"):
+            raise ValueError("save_pretrained would upload before modeling.py is there: use model.push_to_hub(name)")
+        result = base.save_pretrained(self, folder, is_main_process, *args, **kwargs)
+        if differences and getattr(self, "should_save_on_this_rank", bool)(is_main_process):
+            code = Path(folder) / "modeling.py"
+            if not code.exists() or not code.samefile(__file__):
+                shutil.copyfile(__file__, code)
+            file, mlx = code.with_name("config.json"), code.with_name("mlx_model.py").exists()
+            said = {key: value for key, value in json.loads(file.read_text()).items() if mlx or key != "model_file"}
+            Path(f"{file}.partial").write_text(json.dumps(said | {WEIGHTS_KEY: HINT}, indent=2) + "\n")
+            Path(f"{file}.partial").replace(file)
         return result
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
@@ -333,21 +339,15 @@ class MoepruneModel:
         return model_class(base, getattr(config, CONFIG_KEY)), base_config
 
 
-class MoepruneForImageTextToText(MoepruneModel):
-    """Does the same for models that read images."""
-
+class MoepruneForImageTextToText(MoepruneModel):  # models that read images
     auto = "AutoModelForImageTextToText"
 
 
-class MoepruneForMultimodalLM(MoepruneModel):
-    """Does the same for models that read more than text."""
-
+class MoepruneForMultimodalLM(MoepruneModel):  # ... or more
     auto = "AutoModelForMultimodalLM"
 
 
-class MoepruneBase(MoepruneModel):
-    """Does the same for models without a head, to which other runtimes give their own."""
-
+class MoepruneBase(MoepruneModel):  # models without a head, to which other runtimes give their own
     auto = "AutoModel"
 
 

@@ -377,8 +377,7 @@ def from_pretrained(loader: Any, folder: Path, **kwargs: Any) -> tuple[Any, list
     """Calls a transformers class's `from_pretrained` without downloads.
 
     Returns:
-        The model, and the names of weights that are missing, do not fit, or are maps of routers that the model does
-        not map.
+        The model, and the names of weights that are missing, do not fit, or map routers that the model does not map.
 
     Raises:
         ValueError: with the directory, for whatever keeps it from loading, and for scales that are left out.

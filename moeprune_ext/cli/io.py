@@ -18,7 +18,6 @@ from moeprune_ext.artifacts.shape import LayerShape
 from moeprune_ext.artifacts.stats import RoutingStats
 from moeprune_ext.calibration.criteria import score_experts, super_experts
 from moeprune_ext.checkpoint.load import load, load_tokenizer
-from moeprune_ext.checkpoint.quantised import quantisation
 from moeprune_ext.checkpoint.read import read_checkpoint, read_config, read_hf_config, skeleton
 from moeprune_ext.checkpoint.weights import stored_bytes
 from moeprune_ext.cli.arguments import Budgeted, Common, Data, Limits, Scored, Streaming
@@ -86,7 +85,7 @@ def budget(options: Budgeted, model: Path, shapes: Mapping[int, LayerShape]) -> 
 
     Args:
         options: the flags.
-        model: directory; of --fit the configuration says what its weights take, which are not loaded.
+        model: directory; of --fit its files say what the weights take, which are not loaded.
         shapes: {decoder layer: what every plan must respect}, as in the scores under the limits.
 
     Raises:
@@ -98,7 +97,7 @@ def budget(options: Budgeted, model: Path, shapes: Mapping[int, LayerShape]) -> 
         return SPARSITY if options.sparsity is None else options.sparsity
     config = read_config(model)
     empty, size, context = skeleton(read_hf_config(model), config), bytes_of(options.fit), options.context or CONTEXT
-    stored = None if quantisation(config) is None else stored_bytes(read_checkpoint(model))
+    stored = stored_bytes(read_checkpoint(model))  # quantised ones as they are, and layers that drafting servers load
     return Kept(experts_that_fit(empty, size, context=context, shapes=shapes, stored=stored))
 
 

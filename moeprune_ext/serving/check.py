@@ -5,8 +5,8 @@ What was tried, and with which versions: docs/serving.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,12 @@ from moeprune_ext.models.moe import MoeModel
 
 UNEQUAL = "it takes one number of experts for all layers; export a uniform plan for it"
 PADDABLE = {"deepseek_v3", "glm4_moe", "gpt_oss"}  # tried with `export --pad`
-MLX_TRIED = {  # architectures in docs/serving.md's table
+VLLM_TRIED = {  # architectures in docs/serving.md, with the plugin
+    *("deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "gpt_oss", "granitemoe", "mixtral", "olmoe"),
+    *("qwen2_moe", "qwen3_moe", "qwen3_vl_moe"),
+}
+ALONE_TRIED = {"dots1", "flex_olmo", "qwen3_moe"}  # ... by vLLM's Transformers backend
+MLX_TRIED = {  # ... by mlx-lm
     *("deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "granitemoe", "lfm2_moe", "minimax_m2", "mixtral", "olmoe"),
     *("phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),
 }
@@ -32,7 +37,7 @@ class Runtime:
 
     Attributes:
         name: of the runtime.
-        loads: whether it does; None: if it loads the unpruned model.
+        loads: whether it does; None: if it loads the unpruned model, or if nobody has tried.
         how: what to run, or why it does not.
     """
 
@@ -78,7 +83,7 @@ def _vllm(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) ->
     expert = f"expert parallel {' or '.join(map(str, sizes))}" if sizes else "no expert parallelism"
     most = min(scored) if len(scored) == len(counts) else min(counts)
     how = f"vllm serve {folder} (--trust-remote-code where vLLM has no model of its own)"
-    return Runtime(name, True, f"{how}; tensor parallel up to {most}, {expert}")
+    return _tried(config, VLLM_TRIED, Runtime(name, True, f"{how}; tensor parallel up to {most}, {expert}"))
 
 
 def _vllm_alone(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> Runtime:
@@ -86,7 +91,15 @@ def _vllm_alone(folder: Path, config: Mapping[str, Any], record: Mapping[str, An
     if record["routers"] or isinstance(config.get("text_config"), dict):
         return Runtime(name, None, "not tried: vllm serve --model-impl transformers --trust-remote-code")
     how = f"vllm serve {folder} --model-impl transformers --trust-remote-code; its experts take the full model's memory"
-    return Runtime(name, True, how)
+    return _tried(config, ALONE_TRIED, Runtime(name, True, how))
+
+
+def _tried(config: Mapping[str, Any], tried: Collection[str], runtime: Runtime) -> Runtime:
+    """Returns what is said of a runtime, if the architecture was tried with plain weights; else that it was not."""
+    kind = config.get("model_type")
+    if kind in tried and "quantization_config" not in config:
+        return runtime
+    return replace(runtime, loads=None, how=f"{runtime.how}; not tried with {kind} and such weights")
 
 
 def _sglang(config: Mapping[str, Any]) -> Runtime:
@@ -99,20 +112,20 @@ def _sglang(config: Mapping[str, Any]) -> Runtime:
 def _llama_cpp(config: Mapping[str, Any], record: Mapping[str, Any]) -> Runtime:
     if record["routers"]:
         return Runtime("llama.cpp", False, MAPS)
-    pad = ", or a padded one (export --pad)" if config.get("model_type") in PADDABLE else ""
+    pads = config.get("model_type") in PADDABLE and "quantization_config" not in config
+    pad = ", or a padded one (export --pad)" if pads else ""
     return Runtime("llama.cpp", False, UNEQUAL + pad)
 
 
 def _mlx(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> Runtime:
-    name, kind = "mlx-lm", config.get("model_type")
+    name = "mlx-lm"
     if record["routers"]:
         return Runtime(name, False, MAPS)
     if config.get(MLX_KEY) != MLX_FILE:
-        return Runtime(name, False, f"config.json names no {MLX_FILE}; export the plan again")
+        how = "a model saved by transformers leaves it behind; export the plan again, or copy it from the export"
+        return Runtime(name, False, f"config.json names no {MLX_FILE} as its {MLX_KEY}: {how}")
     how = f"mlx_lm.generate --model {folder} --trust-remote-code"
-    if kind in MLX_TRIED and "quantization_config" not in config:
-        return Runtime(name, True, how)
-    return Runtime(name, None, f"{how}; not tried with {kind} and such weights")
+    return _tried(config, MLX_TRIED, Runtime(name, True, how))
 
 
 def expert_parallel_sizes(config: Mapping[str, Any], counts: Sequence[int], sizes: Sequence[int]) -> list[int]:

@@ -65,7 +65,7 @@ def initialize_model(original: Callable[..., Any], model_config: Any, *args: Any
     if not built:
         raise ValueError(
             f"SGLang's {type(model).__name__} builds its layers by a function of its own, with one number of experts "
-            "for all; export a uniform plan for it"
+            "for all; export a uniform plan for it (where this model drafts tokens: serve without speculation)"
         )
     if any(getattr(module, "num_fused_shared_experts", 0) for module in model.modules()):
         raise ValueError(

@@ -65,7 +65,7 @@ def _replace(original: Any, wrapper: Any) -> None:
     setattr(wrapper, WRAPPED, True)
     function: str = original.__name__
     for name, module in list(sys.modules.items()):
-        if name.startswith("vllm.") and getattr(module, function, None) is original:
+        if name.startswith("vllm.") and vars(module).get(function) is original:
             setattr(module, function, wrapper)
 
 
@@ -130,6 +130,7 @@ def _own_copy(original: Callable[..., Any]) -> Callable[..., Any]:
         copied = made.model_config
         if record and counts_of(copied.hf_config):
             setattr(copied.hf_config, CONFIG_KEY, record)
+            _copies[:] = [reference for reference in _copies if reference() is not None]
             _copies.extend(map(weakref.ref, (copied.hf_config, copied.hf_text_config)))  # one may be the other
         return made
 

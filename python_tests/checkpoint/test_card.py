@@ -66,6 +66,11 @@ def test_the_card_and_the_check_say_what_loads_an_export(source, tmp_path):
     assert loads["transformers"].loads and not loads["llama.cpp"].loads
     vllm = loads["vLLM, moeprune_ext installed beside it"]
     assert vllm.loads and "tensor parallel up to 4" in vllm.how and "no expert parallelism" in vllm.how
+    config = json.loads((uneven / "config.json").read_text())
+    (uneven / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    of_quantised = {runtime.name: runtime for runtime in runtimes(uneven)}
+    for name in ("vLLM, moeprune_ext installed beside it", "vLLM without us", "mlx-lm"):
+        assert of_quantised[name].loads is None and "not tried" in of_quantised[name].how
 
 
 def test_serve_check_refuses_what_is_no_model(tmp_path):

@@ -299,7 +299,9 @@ def test_stock_classes_say_what_an_export_needs(kind, tmp_path):
             for loader in (AutoModelForCausalLM, type(model)):
                 if loader is type(model):
                     options = {key: value for key, value in options.items() if key != "trust_remote_code"}
-                with pytest.raises(ValueError, match="layers differ: pass trust_remote_code=True.* moeprune_ext.load"):
+                with pytest.raises(
+                    ValueError, match="layers differ: pass trust_remote_code=True to the model.* moeprune_ext.load"
+                ):
                     loader.from_pretrained(folder, **options)
         assert not hasattr(read_hf_config(folder), "transformers_weights")
 
@@ -315,3 +317,17 @@ def test_unequal_layers_are_listed_as_other_software_lists_them(tmp_path):
     assert model.config.num_experts_per_layer == [3, E, 6, E]
     merged = mp.export(tmp_path / "full", merged_plan(tiny_model("qwen2_moe")), tmp_path / "merged")
     assert "num_experts_per_layer" not in json.loads((merged / "config.json").read_text())
+
+
+def test_only_the_process_that_saves_leaves_code_and_a_hub_gets_it_too(tmp_path):
+    model = tiny_model("qwen3_moe")
+    loaded = mp.load(exported(model, PLANS["uneven"](model), tmp_path))
+    loaded.save_pretrained(tmp_path / "other", False)
+    assert not (tmp_path / "other" / "modeling.py").exists()
+    loaded.save_pretrained(tmp_path / "saved")
+    loaded.save_pretrained(tmp_path / "saved")  # over itself
+    assert {"config.json", "modeling.py"} <= {file.name for file in (tmp_path / "saved").iterdir()}
+    assert not list((tmp_path / "saved").glob("*.partial"))
+    with pytest.raises(ValueError, match="use model.push_to_hub"):
+        loaded.save_pretrained(tmp_path / "sent", push_to_hub=True)
+    assert not (tmp_path / "sent").exists()

@@ -1,6 +1,7 @@
 """What the plugin does to vLLM's functions, with stand-ins for them; the real ones: test_vllm.py."""
 
 import copy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -124,8 +125,11 @@ def test_maps_choose_as_in_the_export(tmp_path):
         torch.testing.assert_close(weights, answer[rule["places"][1]], rtol=0, atol=1e-6)
 
 
-def test_without_vllm_nothing_happens():
-    plugin.register()
+def test_without_vllm_nothing_happens_but_a_warning(caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm.config", None)  # as where it cannot be imported
+    with caplog.at_level("WARNING", logger=plugin.logger.name):
+        plugin.register()
+    assert "does not know this version of vLLM" in caplog.text
 
 
 # ---- what is refused

@@ -79,8 +79,11 @@ def test_it_asks_for_both_hooks(options):
     ]
 
 
-def test_without_sglang_nothing_happens():
-    plugin.register()
+def test_without_sglang_nothing_happens_but_a_warning(caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", None)
+    with caplog.at_level("WARNING", logger=plugin.logger.name):
+        plugin.register()
+    assert "does not know this version of SGLang" in caplog.text
 
 
 @pytest.mark.parametrize("option", ["ep_size", "enable_eplb", "ep_num_redundant_experts"])
