@@ -41,7 +41,6 @@ from moeprune_ext.checkpoint.read import (
     read_hf_config,
     recorded,
     skeleton,
-    stored_routers,
 )
 from moeprune_ext.checkpoint.record import (
     PER_LAYER,
@@ -50,6 +49,7 @@ from moeprune_ext.checkpoint.record import (
     mapped_parameters,
     router_rule,
 )
+from moeprune_ext.checkpoint.routers import stored_routers
 from moeprune_ext.checkpoint.weights import PlannedWeights, Siblings
 from moeprune_ext.files import read_json, write_json
 from moeprune_ext.modeling import CONFIG_KEY, HINT, WEIGHTS_KEY

@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 
 from moeprune_ext.artifacts.plan import Merge, PruningPlan
-from moeprune_ext.checkpoint.read import Checkpoint, stored_routers, stored_tensors
+from moeprune_ext.checkpoint.read import Checkpoint, stored_tensors
+from moeprune_ext.checkpoint.routers import stored_routers
 from moeprune_ext.models.layers import MoeLayer
 from moeprune_ext.models.routers import RoutedLayer
 

@@ -19,9 +19,7 @@ from moeprune_ext.checkpoint.quantised import check_scales
 from moeprune_ext.files import read_json
 from moeprune_ext.modeling import CONFIG_KEY, MAPPED, WEIGHTS_KEY, auto_class, reshape_
 from moeprune_ext.models.layers import MoeLayer, router_tensors
-from moeprune_ext.models.merging import mapped_layer
 from moeprune_ext.models.moe import MoeModel, decoder_layers, fingerprint_text, text_config, update_fingerprint
-from moeprune_ext.models.routers import RoutedLayer
 
 Folder = str | os.PathLike[str]
 
@@ -328,10 +326,7 @@ def check_roles(roles: Mapping[str, Role], layers: Mapping[int, MoeLayer]) -> No
             )
 
 
-# ---- stored routers
-
-
-def _stored_router_tensors(
+def stored_router_tensors(
     shards: Mapping[Path, Sequence[str]], roles: Mapping[str, Role]
 ) -> dict[tuple[int, str], Tensor]:
     """Reads {(decoder layer, path in its block): tensor} of all routing decisions."""
@@ -341,33 +336,12 @@ def _stored_router_tensors(
 
 def _fingerprint(shards: Mapping[Path, Sequence[str]], roles: Mapping[str, Role], moe: MoeModel) -> str:
     """`MoeModel.fingerprint` of a model without weights, from the stored router tensors."""
-    tensors = _stored_router_tensors(shards, roles)
+    tensors = stored_router_tensors(shards, roles)
     digest = hashlib.sha256()
     for index, layer in moe.layers.items():
         for tensor in router_tensors(layer):
             update_fingerprint(digest, index, tensors[index, tensor.path], exact=tensor.name in MAPPED)
     return fingerprint_text(text_config(moe).model_type, digest)
-
-
-def stored_routers(checkpoint: Checkpoint) -> dict[int, RoutedLayer]:
-    """Finds how each layer's router can be mapped, with its stored weights, in float32.
-
-    Returns:
-        {decoder layer: RoutedLayer}. `spec` is None for a router whose formula is not known, or that has more weights
-        than those of experts.
-    """
-    tensors = _stored_router_tensors(checkpoint.shards, checkpoint.roles)
-    routers = {}
-    for index, layer in checkpoint.layers.items():
-        router = layer.router.to_empty(device="cpu").float()
-        complete = True
-        for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
-            stored = tensors.get((index, f"{layer.router_name}.{name}"))
-            complete = complete and stored is not None
-            if stored is not None:
-                tensor.data.copy_(stored)
-        routers[index] = mapped_layer(layer) if complete else RoutedLayer(layer, None, None)
-    return routers
 
 
 # ---- loading

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import moeprune_ext as mp
 from moeprune_ext.artifacts.plan import Merge
 
-FAMILIES = ("deepseek_v3", "gpt_oss", "glm4_moe")
+FAMILIES = ("deepseek_v3", "gpt_oss", "glm4_moe", "minimax_m2")
 
 
 def model_of(family):
