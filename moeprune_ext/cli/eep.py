@@ -10,7 +10,8 @@ from typing import Any
 
 from moeprune_ext import distributed
 from moeprune_ext.artifacts.journal import SETTINGS
-from moeprune_ext.checkpoint.read import read_checkpoint, stored_routers
+from moeprune_ext.checkpoint.read import read_checkpoint
+from moeprune_ext.checkpoint.routers import stored_routers
 from moeprune_ext.cli import io
 from moeprune_ext.cli.arguments import Common, Memory, Streaming, flag, model_argument, setting
 from moeprune_ext.data.tasks import Task, load_task, split_task
