@@ -105,7 +105,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads config.json; raises ValueError where there is none, or it is not a model's."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a Hugging Face model directory: it has no config.json")
+        name = str(folder)
+        hub = f"; if it is a name on the Hub: hf download {name} --local-dir {folder.name}"
+        hint = hub if name.count("/") == 1 and not name.startswith((".", "/")) and not folder.parent.exists() else ""
+        raise ValueError(f"{folder} is not a Hugging Face model directory: it has no config.json{hint}")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(f"{folder / 'config.json'} is not a model configuration: it names no model_type")

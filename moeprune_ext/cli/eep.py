@@ -93,6 +93,7 @@ def _check(options: Options, settings: EepSettings) -> None:
         raise ValueError(f"--keep {' '.join(map(str, options.keep))}: several budgets are for --table; name one")
     if not options.keep and options.active is None:
         raise ValueError("give --keep, the experts that stay, or --active, the experts per token, or both")
+    io.check_run_folder(options.out)
     check_folder(options.out)
     checkpoint = read_checkpoint(options.model)
     layers = checkpoint.layers

@@ -110,6 +110,14 @@ def parse_criterion(text: str) -> str | tuple[int, int, str]:
     return text
 
 
+def check_run_folder(out: Path) -> None:
+    """Raises ValueError for what cannot be a run's directory: a file, and a model's directory."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a directory")
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} holds a model, among whose files a run had better not write; name another directory")
+
+
 def check_new_file(path: Path) -> None:
     """Raises ValueError if an output file could not be written, before the work that leads to it."""
     if path.is_dir():

@@ -51,8 +51,7 @@ class Options(Memory, Streaming, Data, Budgeted, Scored):
 
 def run(options: Options) -> tuple[Any, str]:
     """Searches, or goes on with the search in --out, and writes the plan that is best on the text held out."""
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"{options.out} is not a directory")
+    io.check_run_folder(options.out)
     if not 0 <= options.held_out_share < 1:
         raise ValueError(f"--held-out-share is at least 0 and below 1; got {options.held_out_share}")
     init_plans = [PruningPlan.load(path) for path in options.init]

@@ -171,9 +171,9 @@ def test_two_layers_are_in_a_gpus_buffers(family, source, monkeypatch, threads):
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-    monkeypatch.setattr(streaming, "PIECE", 1024)
-    buffers, layer_stream = streaming._TwoBuffers, streaming.LayerStream
-    monkeypatch.setattr(streaming, "_TwoBuffers", lambda _, layers: buffers(torch.device("cpu"), layers))
+    monkeypatch.setattr("moeprune_ext.checkpoint.buffers.PIECE", 1024)
+    buffers, layer_stream = streaming.TwoBuffers, streaming.LayerStream
+    monkeypatch.setattr(streaming, "TwoBuffers", lambda _, layers: buffers(torch.device("cpu"), layers))
     monkeypatch.setattr(streaming, "LayerStream", lambda m, reader, _, where: layer_stream(m, reader, stand_in, where))
     streamed = load_streamed(folder / "shards", source=source)
     stream = streamed.moeprune_stream

@@ -341,6 +341,8 @@ def bad_requests(work):
         "output is a directory": (["calibrate", model, *data, "-o", work / "run"], "is a directory"),
         "output below a file": (["calibrate", model, *data, "-o", text / "x"], "is not a directory"),
         "run is a file": ([*search, "-o", text], "is not a directory"),
+        "run among a model's files": ([*search, "-o", model], "holds a model"),
+        "a name on the Hub": (["info", "allenai/OLMoE-1B-7B-0924"], "hf download allenai/OLMoE-1B-7B-0924 --local-dir"),
         "elites over population": ([*search, "--elites", 40, *out], "elites at most population"),
         "NaN statistics": (["calibrate", work / "broken", *data, *out], "NaN"),
         "NaN accuracy": (["eval", work / "broken", "--task", work / "task.jsonl"], "NaN"),
