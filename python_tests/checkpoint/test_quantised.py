@@ -121,7 +121,9 @@ def test_a_streamed_layer_that_lacks_a_tensor_is_refused_by_name(tmp_path):
     del tensors["model.layers.2.mlp.experts.5.down_proj.weight"]
     quantised.save_file(tensors, file, metadata={"format": "pt"})
     streamed = mp.load(tmp_path / "full", stream="disk")
-    with pytest.raises(ValueError, match=r"full: model\.layers\.2\.mlp\.experts\.down_proj cannot be made.*weight.?': 7"):
+    with pytest.raises(
+        ValueError, match=r"full: model\.layers\.2\.mlp\.experts\.down_proj cannot be made.*weight.?': 7"
+    ):
         logits_of(streamed)
 
 
