@@ -60,7 +60,7 @@ class Mtp:
         names: stored names.
         layers: {number: MoeLayer} of those layers that have experts.
         roles: {stored name: Role} of per-expert tensors.
-        unknown: whether there are experts in them that are not understood, so that they can only be kept whole.
+        unknown: whether there are experts in them that are not understood, so that they stay whole or are left out.
         parts: {number: {part of an MtpLayer: stored name}}.
         model: without weights, of so many layers more; None where there are no experts.
         inside: stored name -> the name that it would have as a decoder layer's.
@@ -225,10 +225,9 @@ def load_mtp(folder: Folder, model: nn.Module | MoeModel) -> list[MtpLayer]:
     if not mtp.runs or not can_run(moe):
         return []
     config = read_config(folder)
-    hf_config = mtp.model.config
+    base, hf_config = base_class(auto_class(mtp.model.config), mtp.model.config)
     if is_dequantised(config):
         hf_config = as_numbers(hf_config, config)
-    base, hf_config = base_class(auto_class(hf_config), hf_config)
     shards = find_shards(folder)
     prefixes = tuple(f"{decoder_layers(moe)[0]}.{index}." for index in mtp.layers)
 
