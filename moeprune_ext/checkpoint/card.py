@@ -6,10 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeprune_ext.artifacts.about import command_line, versions
+from moeprune_ext.artifacts.measured import Measured, format_table
 from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.charts import kept_per_layer
 from moeprune_ext.checkpoint.read import Checkpoint
+from moeprune_ext.files import replacing, write_text
 
 SOURCE_CARD = "README.source.md"  # the source's own card, kept beside ours
+PICTURE = "experts-per-layer.png"
+# Between these is what a run adds when it has measured the checkpoint; empty in a plain export.
+MEASURED, MEASURED_END = "<!-- measured -->", "<!-- /measured -->"
 KEPT = ("license", "license_name", "license_link", "language")  # of the source's card
 
 
@@ -35,9 +42,10 @@ def model_card(
         mtp: what became of multi-token-prediction layers; empty where there are none.
     """
     layers, name = checkpoint.layers, _hub_name(checkpoint) or checkpoint.folder.resolve().name
-    before = sum(layer.shape.num_experts for layer in layers.values())
+    before = {index: layers[index].shape.num_experts for index in kept}
+    all_before = sum(layer.shape.num_experts for layer in layers.values())
     after = sum(kept.values())
-    rows = "\n".join(f"| {i} | {layers[i].shape.num_experts} | {n} |" for i, n in kept.items())
+    rows = "\n".join(f"| {i} | {before[i]} | {n} |" for i, n in kept.items())
     padded = (
         f" Every layer is stored with {max(counts.values())} experts; those beyond the ones kept are zeros, and a bias "
         "keeps them from being chosen."
@@ -45,14 +53,65 @@ def model_card(
         else ""
     )
     return (
-        f"---\n{_metadata(checkpoint)}\n---\n\n# {name}, {after} of {before} experts\n\n"
+        f"---\n{_metadata(checkpoint)}\n---\n\n# {name}, {after} of {all_before} experts\n\n"
         f"Made from `{name}` with moeprune_ext, {_how(plan)}, "
-        f"{1 - after / before:.1%} of the routed experts removed; weights take {size / 1e6:,.1f} MB. {_changed(plan)}"
-        f"{padded}{f' Its {mtp}.' if mtp else ''} The plan is in `pruning_plan.json`. "
+        f"{1 - after / all_before:.1%} of the routed experts removed; weights take {size / 1e6:,.1f} MB. "
+        f"{_changed(plan)}{padded}{f' Its {mtp}.' if mtp else ''} The plan is in `pruning_plan.json`. "
         f"Its licence is that of `{name}`.\n\n"
-        f"{_loading(checkpoint, is_stock)}\n\n"
-        f"| layer | experts before | kept |\n| --- | --- | --- |\n{rows}\n"
+        f"{MEASURED}\n{MEASURED_END}\n\n"
+        f"## Loading\n\n{_loading(checkpoint, is_stock)}\n\n"
+        f"## Experts per layer\n\n![Experts kept in each layer]({PICTURE})\n\n"
+        f"| layer | experts before | kept |\n| --- | --- | --- |\n{rows}\n\n"
+        f"## How it was made\n\n{_provenance(checkpoint, plan)}\n"
     )
+
+
+def write_picture(folder: Path, checkpoint: Checkpoint, kept: Mapping[int, int]) -> None:
+    """Writes the card's picture into an export's folder."""
+    before = {index: checkpoint.layers[index].shape.num_experts for index in kept}
+    with replacing(folder / PICTURE) as beside:
+        beside.write_bytes(kept_per_layer(kept, before).png())
+
+
+def add_measured(folder: Path, measured: Measured, says: str, about: Mapping[str, Any]) -> None:
+    """Adds to a checkpoint's card what it is worth, on which text, and by which command it was made.
+
+    Args:
+        folder: of the checkpoint.
+        measured: what its run ends with.
+        says: how the plan was chosen, in sentences.
+        about: what `artifacts.about.record` wrote for the run.
+    """
+    file = folder / "README.md"
+    text = file.read_text(encoding="utf-8")
+    if MEASURED not in text or MEASURED_END not in text:
+        return  # a card that its owner has written anew
+    gain = measured.gain
+    prints = ", ".join(f"{part} `{value}`" for part, value in about.get("fingerprints", {}).items())
+    commands = "\n".join(entry["command"] for entry in about.get("commands", []))
+    section = (
+        f"## What it is worth\n\n{format_table(measured)}\n\n"
+        "ESAP is the share of its tokens that the full model would accept in speculative decoding: the mean over "
+        "positions of the sum of min(p, q). ESAP and perplexity are measured on "
+        f"{measured.sequences} sequences that no choice depended on; intervals are of a bootstrap over sequences. "
+        f"Against the second row the checkpoint gains {gain.value:+.4f} ESAP ({gain.low:+.4f} to {gain.high:+.4f}). "
+        f"{says}\n\nMade by:\n\n```bash\n{commands}\n```\n\nSeed {about.get('seed')}. Fingerprints: {prints}."
+    )
+    start, end = text.index(MEASURED) + len(MEASURED), text.index(MEASURED_END)
+    write_text(file, f"{text[:start]}\n{section}\n{text[end:]}")
+
+
+def _provenance(checkpoint: Checkpoint, plan: PruningPlan) -> str:
+    """Says by which command, of which model and with which versions an export was made."""
+    lines = [
+        ("command", f"`{command_line()}`"),
+        ("criterion", str(plan.criterion or "not recorded")),
+        ("budget", f"{plan.sparsity:.1%} of the routed experts removed"),
+        ("fingerprint of the source", f"`{checkpoint.fingerprint}`"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in versions().items())),
+    ]
+    cells = [(name, " ".join(value.split()).replace("|", "\\|")) for name, value in lines]
+    return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in cells)
 
 
 def _metadata(checkpoint: Checkpoint) -> str:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from moeprune_ext import modeling
 from moeprune_ext.artifacts.plan import HasPlan, PruningPlan, plan_of
-from moeprune_ext.checkpoint.card import SOURCE_CARD, model_card
+from moeprune_ext.checkpoint.card import PICTURE, SOURCE_CARD, model_card, write_picture
 from moeprune_ext.checkpoint.mtp import COUNTS as MTP_COUNTS
 from moeprune_ext.checkpoint.mtp import PlannedMtp, planned_mtp
 from moeprune_ext.checkpoint.padding import padded
@@ -58,7 +58,7 @@ from moeprune_ext.models.apply import check_plan
 from moeprune_ext.models.layers import EXPERT_COUNT_NAMES, TOP_K_CONFIG_NAMES
 from moeprune_ext.models.moe import MoeModel
 
-REPLACED = {"config.json", INDEX, "README.md", "pruning_plan.json"}  # written anew, not copied
+REPLACED = {"config.json", INDEX, "README.md", PICTURE, "pruning_plan.json"}  # written anew, not copied
 MLX_KEY, MLX_FILE = "model_file", "mlx_model.py"  # where mlx-lm looks for code
 CODE = ("modeling.py", MLX_FILE)  # beside modeling.py here
 
@@ -274,7 +274,8 @@ def _write(folder: Path, result: _Result, config: dict[str, Any]) -> None:
         size=size,
         mtp=result.mtp.says,
     )
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_picture(folder, checkpoint, result.kept)
 
 
 def _check_config(folder: Path, result: _Result, config: dict[str, Any]) -> None:

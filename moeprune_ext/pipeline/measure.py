@@ -1,73 +1,20 @@
-"""What a run's plans are worth, on text that nothing was fitted to, and what they cost."""
+"""Measures a run's plans on text that nothing was fitted to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
+from moeprune_ext.artifacts.measured import Measured, Row
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.checkpoint.read import read_config, read_hf_config, skeleton
-from moeprune_ext.intervals import Interval, bootstrap_interval, paired_gain
+from moeprune_ext.intervals import Interval, bootstrap, bootstrap_interval
 from moeprune_ext.models.apply import full_plan
 from moeprune_ext.models.costs import CONTEXT, costs, kv_cache_bytes
-from moeprune_ext.tables import markdown_table
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        model: what is measured.
-        esap: on the test text, with its interval.
-        perplexity: on the test text.
-        domains: {domain: ESAP}.
-        experts: routed experts stored.
-        disk: bytes of the weights' files.
-        memory: bytes when served: weights, and the KV cache of CONTEXT tokens.
-        active: parameters that a token passes.
-    """
-
-    model: str
-    esap: Interval
-    perplexity: float
-    domains: dict[str, float]
-    experts: int
-    disk: int
-    memory: int
-    active: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a run ends with.
-
-    Attributes:
-        rows: full, uniform by the default criterion, the plan before repair, and after.
-        gain: ESAP of the last row over the uniform plan's, or over the plan's before repair if there is none.
-        sequences: of the test text.
-    """
-
-    rows: list[Row]
-    gain: Interval
-    sequences: int
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns everything as JSON values."""
-        rows = [{**asdict(row), "esap": row.esap.as_json()} for row in self.rows]
-        return {"rows": rows, "gain": self.gain.as_json(), "sequences": self.sequences}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Measured:
-        """Reads what `as_json` returned."""
-        rows = [Row(**{**row, "esap": Interval.from_json(row["esap"])}) for row in content["rows"]]
-        return cls(rows, Interval.from_json(content["gain"]), int(content["sequences"]))
 
 
 def measure(
@@ -96,6 +43,7 @@ def measure(
         plans["this plan, repaired"] = repaired
     sums = reporter.sequence_sums(list(plans.values()), ("esap", "nll")).sums
     weights, predicted = (torch.tensor(reporter.weights(name), dtype=torch.float64) for name in ("esap", "nll"))
+    strata = list(reporter.domains.values())
     empty = skeleton(read_hf_config(source), read_config(source))
     cache, before, after = kv_cache_bytes(empty, CONTEXT), _disk(source), _disk(out)
     rows = []
@@ -103,13 +51,14 @@ def measure(
         cost = costs(empty, one.unrepaired)
         esap, nll = sums["esap"][number], sums["nll"][number]
         domains = {
-            domain: float(esap[numbers].sum() / weights[numbers].sum()) for domain, numbers in reporter.domains.items()
+            domain: bootstrap_interval(esap[numbers], weights[numbers]) for domain, numbers in reporter.domains.items()
         }
         rows.append(
             Row(
                 model=name,
-                esap=bootstrap_interval(esap, weights),
-                perplexity=math.exp(float(nll.sum() / predicted.sum())),
+                esap=_mean(esap, weights, strata),
+                perplexity=_exp(_mean(nll, predicted, strata)),
+                ratio=_exp(_mean(nll - sums["nll"][0], predicted, strata)),
                 domains=domains,
                 experts=cost.experts,
                 disk=before if name == "full" else after,
@@ -117,30 +66,21 @@ def measure(
                 active=cost.flops_per_token // 2,
             )
         )
-    return Measured(rows, paired_gain(sums["esap"][-1], sums["esap"][1], weights), len(weights))
+    gain = _mean(sums["esap"][-1] - sums["esap"][1], weights, strata)
+    return Measured(rows, gain, len(weights))
+
+
+def _mean(sums: Tensor, weights: Tensor, strata: list[list[int]]) -> Interval:
+    """Returns a token-weighted mean with its interval; each domain's sequences are drawn among themselves.
+
+    How much text of each domain there is was chosen, not drawn.
+    """
+    return bootstrap(lambda times: (times @ sums) / (times @ weights), len(sums), groups=strata)
+
+
+def _exp(interval: Interval) -> Interval:
+    return Interval(*(math.exp(end) for end in (interval.value, interval.low, interval.high)))
 
 
 def _disk(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def format_table(measured: Measured) -> str:
-    """Returns the rows as a Markdown table."""
-    header = ["model", "held-out ESAP", "95 % interval", "perplexity", "on disk", "served", "active parameters"]
-    lines = [
-        [
-            row.model,
-            f"{row.esap.value:.4f}",
-            f"{row.esap.low:.3f} to {row.esap.high:.3f}",
-            f"{row.perplexity:.2f}",
-            _size(row.disk),
-            _size(row.memory),
-            f"{row.active / 1e6:,.1f} M" if row.active < 1e9 else f"{row.active / 1e9:,.2f} B",
-        ]
-        for row in measured.rows
-    ]
-    return markdown_table(header, lines)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

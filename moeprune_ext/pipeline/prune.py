@@ -15,16 +15,19 @@ from moeprune_ext import distributed
 from moeprune_ext.allocation.budget import Budget
 from moeprune_ext.allocation.selection import HeldOut
 from moeprune_ext.allocation.settings import EvolveSettings
+from moeprune_ext.artifacts.about import read_about, record
+from moeprune_ext.artifacts.measured import Measured, format_table
 from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.checkpoint.card import add_measured
 from moeprune_ext.checkpoint.load import load, load_tokenizer
 from moeprune_ext.checkpoint.read import read_checkpoint
 from moeprune_ext.data.batches import load_domains
-from moeprune_ext.files import write_json, write_text
-from moeprune_ext.pipeline.measure import Measured, format_table
+from moeprune_ext.files import write_json
 from moeprune_ext.pipeline.run import FOLDER, Run, Source
 from moeprune_ext.pipeline.settings import PruneSettings, TextSizes
 from moeprune_ext.pipeline.texts import split_texts
 from moeprune_ext.progress import View
+from moeprune_ext.report.report import REPORT, write_report
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class PruneResult:
         held_out: how the plan was chosen.
         measured: what it is worth, and what it costs.
         table: that as text.
-        report: the file that says all this.
+        report: a page that says all this, with pictures.
     """
 
     out: Path
@@ -174,12 +177,21 @@ def prune_to(source: Source, budget: Budget, out: Path) -> PruneResult:
     """Runs all stages of one budget, and writes the report."""
     run = Run(source, budget, out)
     run.check()
+    texts, folder = source.texts, out / FOLDER
+    record(
+        folder,
+        model=source.checkpoint.folder,
+        seed=source.settings.search.seed,
+        data=list(texts.test),
+        fingerprints={"model": source.checkpoint.fingerprint, **texts.fingerprints()},
+    )
     plan, held_out, measured = run.finish()
-    report = out / FOLDER / "report.md"
+    report = folder / REPORT
     result = PruneResult(out, plan, held_out, measured, format_table(measured), report)
     if distributed.is_first():
-        write_text(report, report_text(result))
-        write_json(out / FOLDER / "result.json", result.as_json(), indent=1)
+        write_json(folder / "result.json", result.as_json(), indent=1)
+        add_measured(out, measured, held_out.says, read_about(folder))
+        write_report(out)
     return result
 
 

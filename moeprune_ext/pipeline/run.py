@@ -23,6 +23,7 @@ from moeprune_ext.allocation.naee import naee_scores
 from moeprune_ext.allocation.refine import refine
 from moeprune_ext.allocation.selection import HeldOut, rank_held_out, simple_plans
 from moeprune_ext.artifacts.journal import refuse_other
+from moeprune_ext.artifacts.measured import Measured
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.stats import RoutingStats
@@ -35,7 +36,7 @@ from moeprune_ext.checkpoint.read import Checkpoint
 from moeprune_ext.checkpoint.weights import quantised_experts
 from moeprune_ext.files import read_json, write_json
 from moeprune_ext.models.moe import MoeModel
-from moeprune_ext.pipeline.measure import Measured, measure
+from moeprune_ext.pipeline.measure import measure
 from moeprune_ext.pipeline.settings import PruneSettings
 from moeprune_ext.pipeline.texts import Domains, Texts, flat
 from moeprune_ext.progress import View
@@ -243,6 +244,8 @@ class Run:
             source.say(f"criterion {scores.criterion}, of {choice.evaluations} plans scored")
         else:
             scores = source.scores(settings.criterion)
+        if distributed.is_first():
+            scores.save(self.products / "scores.json")  # for the report
         simple = simple_plans(scores, self.budget, choice.plan if choice else None)
         joining = [simple["global"]] if choice is not None and "global" in simple else []
         space = SearchSpace.of(scores, replace(settings.search, sparsity=self.budget), joining)
