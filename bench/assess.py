@@ -39,7 +39,7 @@ from moeprune_ext.demo.run import (
     domain_batches,
     load_demo,
 )
-from moeprune_ext.evaluate import correct
+from moeprune_ext.evaluate.quality import correct
 from moeprune_ext.models.apply import applied
 
 

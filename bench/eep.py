@@ -37,7 +37,7 @@ from moeprune_ext.data.tasks import Task
 from moeprune_ext.demo.run import arithmetic_task, load_demo
 from moeprune_ext.eep.fitness import TaskFitness, candidate_plan
 from moeprune_ext.eep.operators import Layout, criterion_mask, given_mask, merge_child, mutate_mask, random_mask
-from moeprune_ext.evaluate import correct, generated_matches
+from moeprune_ext.evaluate.quality import correct, generated_matches
 from moeprune_ext.models.moe import find_moe_layers
 
 SEARCH = {"starts: 30 masks": 30, "4 masks": 10, "4 merges": 160}  # evaluations of each kind in a default search

@@ -31,7 +31,7 @@ from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.checkpoint.load import load
 from moeprune_ext.checkpoint.read import read_checkpoint
 from moeprune_ext.demo.run import SEARCHED_GENERATIONS, SEARCHED_POPULATION, arithmetic_task, demo_folder, demo_texts
-from moeprune_ext.evaluate import accuracy
+from moeprune_ext.evaluate.quality import accuracy
 from moeprune_ext.models.apply import applied
 from moeprune_ext.pipeline.run import Run, Source
 from moeprune_ext.pipeline.settings import PruneSettings, SearchSettings

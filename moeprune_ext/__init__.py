@@ -43,8 +43,12 @@ if TYPE_CHECKING:
     from moeprune_ext.data.tasks import load_task as load_task
     from moeprune_ext.eep.eep import EepResult as EepResult
     from moeprune_ext.eep.eep import eep as eep
-    from moeprune_ext.evaluate import accuracy as accuracy
-    from moeprune_ext.evaluate import perplexity as perplexity
+    from moeprune_ext.evaluate.compare import Comparison as Comparison
+    from moeprune_ext.evaluate.compare import compare as compare
+    from moeprune_ext.evaluate.quality import accuracy as accuracy
+    from moeprune_ext.evaluate.quality import accuracy_interval as accuracy_interval
+    from moeprune_ext.evaluate.quality import perplexity as perplexity
+    from moeprune_ext.evaluate.quality import perplexity_interval as perplexity_interval
     from moeprune_ext.models.apply import applied as applied
     from moeprune_ext.models.moe import MoeModel as MoeModel
     from moeprune_ext.ops import reference as reference
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CandidateEvaluator": "candidates.evaluator",
     "CandidateScore": "candidates.metrics",
+    "Comparison": "evaluate.compare",
     "EepResult": "eep.eep",
     "EvolveSettings": "allocation.settings",
     "Example": "data.tasks",
@@ -81,10 +86,12 @@ _MODULES = {
     "SearchResult": "allocation.evolve",
     "Task": "data.tasks",
     "TextSizes": "pipeline.settings",
-    "accuracy": "evaluate",
+    "accuracy": "evaluate.quality",
+    "accuracy_interval": "evaluate.quality",
     "applied": "models.apply",
     "build_info": "ops.backend",
     "calibrate": "calibration.calibrate",
+    "compare": "evaluate.compare",
     "damages": "allocation.damages",
     "dp_plan": "allocation.damages",
     "eep": "eep.eep",
@@ -99,7 +106,8 @@ _MODULES = {
     "naee_plan": "allocation.naee",
     "overlap": "ops.overlap",
     "overlap_from_hidden": "ops.overlap",
-    "perplexity": "evaluate",
+    "perplexity": "evaluate.quality",
+    "perplexity_interval": "evaluate.quality",
     "prune_": "checkpoint.prune",
     "prune_checkpoint": "pipeline.prune",
     "reference": "ops.reference",

@@ -163,7 +163,8 @@ def wilson(right: int, count: int) -> Interval:
     share, z2 = right / count, 1.959963984540054**2
     centre, spread = share + z2 / (2 * count), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
     low, high = ((centre + sign * spread) / (1 + z2 / count) for sign in (-1, 1))
-    return Interval(share, max(0.0, low), min(1.0, high), math.sqrt(share * (1 - share) / count))
+    low, high = min(share, max(0.0, low)), max(share, min(1.0, high))  # rounding does not put the share outside
+    return Interval(share, low, high, math.sqrt(share * (1 - share) / count))
 
 
 def shares_right(accuracy: Mapping[str, float], examples: Mapping[str, int]) -> dict[str, Interval]:

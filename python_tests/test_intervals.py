@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from moeprune_ext.intervals import Interval, bootstrap_interval, paired_gain, resamples
+from moeprune_ext.intervals import (
+    Interval,
+    bootstrap_interval,
+    exp_interval,
+    paired_gain,
+    resamples,
+    shares_right,
+    wilson,
+)
 
 
 def normal(count, seed):
@@ -57,3 +65,44 @@ def test_one_value_or_a_broken_one_has_no_interval():
     for interval in (bootstrap_interval(torch.tensor([2.0])), bootstrap_interval(torch.tensor([1.0, math.nan]))):
         assert math.isnan(interval.low) and math.isnan(interval.high) and not interval.above_zero
     assert Interval.from_json(Interval(1.0, math.nan, 2.0).as_json()).high == 2
+
+
+def test_wilsons_interval_covers_a_share_about_as_often_as_it_says_and_has_a_width_at_both_ends():
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.03, 0.5, 0.9):
+        draws = (torch.rand(2000, 60, generator=generator) < share).sum(1).tolist()
+        covered = [interval.low <= share <= interval.high for interval in (wilson(right, 60) for right in draws)]
+        assert 0.92 <= sum(covered) / len(covered) <= 0.99
+    none, every = wilson(0, 60), wilson(60, 60)
+    assert none.low == 0 < none.high < 0.1 and 0.9 < every.low < every.high == 1
+    assert none.high == pytest.approx(1 - every.low)
+    assert wilson(30, 60).standard_error == pytest.approx(math.sqrt(0.25 / 60))
+    with pytest.raises(ValueError, match="no share"):
+        wilson(61, 60)
+
+
+def test_accuracies_of_splits_have_intervals_unless_they_are_not_numbers():
+    intervals = shares_right({"train": 0.75, "test": math.nan}, {"train": 8, "test": 4})
+    assert intervals["train"] == wilson(6, 8) and math.isnan(intervals["test"].low)
+
+
+def test_the_standard_error_is_the_spread_of_the_draws():
+    values = normal(500, 1)
+    interval = bootstrap_interval(values)
+    assert interval.standard_error == pytest.approx(float(values.std()) / math.sqrt(500), rel=0.1)
+    assert Interval.from_json(interval.as_json()) == interval
+    earlier = {name: value for name, value in interval.as_json().items() if name != "standard_error"}
+    assert math.isnan(Interval.from_json(earlier).standard_error)
+
+
+def test_a_perplexitys_interval_is_that_of_its_logarithm():
+    sums, weights = normal(40, 2) + 60, torch.full((40,), 20.0)
+    mean, perplexity = bootstrap_interval(sums, weights), exp_interval(sums, weights)
+    for end in ("value", "low", "high"):
+        assert math.log(getattr(perplexity, end)) == pytest.approx(getattr(mean, end), rel=1e-4)
+
+
+def test_an_interval_is_written_behind_its_value():
+    assert f"{Interval(0.6333, 0.5781, 0.6887):.1%}" == "63.3% (57.8 to 68.9)"
+    assert f"{Interval(4.5, 4.25, 5):.2f}" == "4.50 (4.25 to 5.00)"
+    assert f"{Interval(4.5, math.nan, math.nan):.2f}" == "4.50"

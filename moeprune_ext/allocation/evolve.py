@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ def evolve(
     seed: int = EvolveSettings.seed,
     out: str | os.PathLike[str] | None = None,
     progress: bool | View = False,
+    on_generation: Callable[[dict[str, Any]], None] | None = None,
 ) -> SearchResult:
     """Finds the non-uniform plan of best fitness at the uniform plan's budget.
 
@@ -111,6 +112,9 @@ def evolve(
         out: directory for `search.json` (settings), `history.jsonl` (every score, one line a generation) and
             `plan.json`; a directory with a history is resumed.
         progress: whether to show progress on stderr, or the View to show it on.
+        on_generation: called after each generation, on the first process, with its record of SearchResult.history and
+            "resumed": True for a generation that was read back from `out`, so that a tracker gets the whole curve. The
+            generation is on disk by then; what the function raises ends the search, which resumes there.
 
     Raises:
         ValueError: before any evaluation, for settings or a budget that cannot be, and for the directory of another
@@ -133,7 +137,8 @@ def evolve(
         seed=seed,
     )
     scores = ExpertScores.wrap(scores, shapes=evaluator.shapes, model=evaluator.fingerprint)
-    result = search(evaluator, SearchSpace.of(scores, settings, init_plans), out=out, progress=progress)
+    space = SearchSpace.of(scores, settings, init_plans)
+    result = search(evaluator, space, out=out, progress=progress, on_generation=on_generation)
     if out is not None and distributed.is_first():
         result.plan.save(Path(out) / "plan.json")
     return result
@@ -231,6 +236,7 @@ def search(
     *,
     out: str | os.PathLike[str] | None = None,
     progress: bool | View = False,
+    on_generation: Callable[[dict[str, Any]], None] | None = None,
 ) -> SearchResult:
     """Searches a space; see `evolve`. Writes no plan.json: the caller may choose another of the finalists."""
     check_scores(space.scores, evaluator.shapes, evaluator.fingerprint)
@@ -243,6 +249,7 @@ def search(
         for generation in range(settings.generations):
             members = space.members(generation, survivors, archive.measured())
             record = journal.records.get(generation) if journal is not None else None
+            resumed = record is not None
             if record is None:
                 candidates = [counts for counts in dict.fromkeys(members) if counts not in archive.scores]
                 if settings.fidelity == "race":
@@ -257,6 +264,8 @@ def search(
             history.append(_summary(generation, record, ranked, archive, space))
             line.note(f"best {archive.scores[ranked[0]]:.4f}")
             line.advance()
+            if on_generation is not None and distributed.is_first():
+                on_generation({**history[-1], "resumed": resumed})
     best = [n for n in survivors if n not in archive.dropped and not math.isnan(archive.scores[n])]
     if not best:
         raise ValueError("every candidate gave NaN logits; use a dtype with more range, such as bfloat16 or float32")

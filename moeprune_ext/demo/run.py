@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from moeprune_ext.allocation.budget import uniform_plan
 from moeprune_ext.allocation.evolve import SearchSpace, search
 from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.checkpoint.export import export
 from moeprune_ext.checkpoint.load import load
 from moeprune_ext.checkpoint.read import read_checkpoint
@@ -30,7 +31,8 @@ from moeprune_ext.data.batches import TokenBatch, joined, pack, split_sequences
 from moeprune_ext.data.tasks import Task, make_task
 from moeprune_ext.demo import corpus
 from moeprune_ext.demo.tasks import arithmetic_records, word_order_records, write_tasks
-from moeprune_ext.evaluate import accuracy, perplexity
+from moeprune_ext.evaluate.quality import accuracy_interval, perplexity_interval
+from moeprune_ext.intervals import Interval, bootstrap
 from moeprune_ext.pipeline.prune import prune_to
 from moeprune_ext.pipeline.run import Source
 from moeprune_ext.pipeline.settings import PruneSettings, SearchSettings
@@ -60,6 +62,10 @@ class DemoRow:
         multiple_choice: share of word-order questions answered right.
         experts: experts in all layers.
         megabytes: weights on disk, in 10^6 bytes.
+        esap_interval: 95 % interval of the ESAP, over sequences of which each domain's are drawn among themselves.
+        perplexity_interval: {domain: over its sequences}.
+        exact_match_interval: Wilson's, over the problems.
+        multiple_choice_interval: likewise, over the questions.
     """
 
     model: str
@@ -69,6 +75,10 @@ class DemoRow:
     multiple_choice: float
     experts: int
     megabytes: float
+    esap_interval: Interval
+    perplexity_interval: dict[str, Interval]
+    exact_match_interval: Interval
+    multiple_choice_interval: Interval
 
 
 def demo_folder() -> Path:
@@ -171,15 +181,22 @@ def run_demo(
     arithmetic = arithmetic_task(tokenizer, PROBLEMS, seed)
     word_order = word_order_task(tokenizer, QUESTIONS, seed)
 
-    def measure(name: str, candidate: PreTrainedModel, plan: PruningPlan, checkpoint: Path, esap: float) -> DemoRow:
+    def measure(name: str, candidate: PreTrainedModel, plan: PruningPlan, checkpoint: Path, esap: Interval) -> DemoRow:
+        texts = {domain: joined(batches, 2048) for domain, batches in source.texts.test.items()}
+        perplexities = {domain: perplexity_interval(candidate, batches) for domain, batches in texts.items()}
+        answers = [accuracy_interval(candidate, task) for task in (arithmetic, word_order)]
         return DemoRow(
             model=name,
-            esap=esap,
-            perplexity={domain: perplexity(candidate, joined(b, 2048)) for domain, b in source.texts.test.items()},
-            exact_match=accuracy(candidate, arithmetic),
-            multiple_choice=accuracy(candidate, word_order),
+            esap=esap.value,
+            perplexity={domain: interval.value for domain, interval in perplexities.items()},
+            exact_match=answers[0].value,
+            multiple_choice=answers[1].value,
             experts=sum(len(ids) for ids in plan.kept.values()),
             megabytes=sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 1e6,
+            esap_interval=esap,
+            perplexity_interval=perplexities,
+            exact_match_interval=answers[0],
+            multiple_choice_interval=answers[1],
         )
 
     scores = source.scores("reap")
@@ -194,9 +211,8 @@ def run_demo(
         )
         step(f"EvoESAP by REAP at {percent}%: kept per layer {[len(ids) for ids in found.plan.kept.values()]}")
         pruned = prune_to(source, sparsity, out / f"prune-{percent}")
-        measured = {row.model: row.esap.value for row in pruned.measured.rows}
-        esap = source.reporter.evaluate([found.plan])[0].esap
-        assert esap is not None
+        measured = {row.model: row.esap for row in pruned.measured.rows}
+        esap = _held_out_esap(source.reporter, found.plan)
         if not rows:
             rows.append(measure("full", model, PruningPlan.from_pruned_counts(scores, {}), folder, measured["full"]))
         for name, plan, its in (
@@ -205,11 +221,19 @@ def run_demo(
         ):
             checkpoint = export(folder, plan, out / f"{name.replace(' ', '-').lower()}-{percent}")
             rows.append(measure(f"{name} {percent}%", load(checkpoint, dtype=torch.float32), plan, checkpoint, its))
-        last = pruned.measured.rows[-1].esap.value
+        last = pruned.measured.rows[-1].esap
         rows.append(measure(f"prune {percent}%", load(pruned.out, dtype=torch.float32), pruned.plan, pruned.out, last))
         step(f"exported at {percent}%, loaded again and measured")
     write_tasks(out / "tasks", seed)
     return rows
+
+
+def _held_out_esap(reporter: CandidateEvaluator, plan: PruningPlan) -> Interval:
+    """Returns a plan's ESAP; each domain's sequences are drawn among themselves."""
+    sums = reporter.sequence_sums([plan], ("esap",)).sums["esap"][0]
+    weights = torch.tensor(reporter.weights("esap"), dtype=torch.float64)
+    groups = list(reporter.domains.values())
+    return bootstrap(lambda times: (times @ sums) / (times @ weights), len(sums), groups=groups)
 
 
 def format_table(rows: list[DemoRow]) -> str:
@@ -231,6 +255,36 @@ def format_table(rows: list[DemoRow]) -> str:
     return markdown_table(header, lines)
 
 
+def format_intervals(rows: list[DemoRow]) -> str:
+    """Returns the 95 % intervals of the rows' figures as a Markdown table."""
+    header = ["95 % intervals", "held-out ESAP", *(f"ppl {d}" for d in corpus.DOMAINS), "arithmetic", "word order"]
+    lines = [
+        [
+            row.model,
+            _ends(row.esap_interval, ".4f"),
+            *(_ends(row.perplexity_interval[domain], ".2f") for domain in corpus.DOMAINS),
+            _ends(row.exact_match_interval, ".1%"),
+            _ends(row.multiple_choice_interval, ".1%"),
+        ]
+        for row in rows
+    ]
+    return markdown_table(header, lines)
+
+
+def _ends(interval: Interval, form: str) -> str:
+    return f"{interval.low:{form}} to {interval.high:{form}}"
+
+
 def as_json(rows: list[DemoRow]) -> list[dict[str, Any]]:
     """Returns the rows for --json."""
-    return [asdict(row) for row in rows]
+    return [
+        {
+            name: value.as_json()
+            if isinstance(value, Interval)
+            else {domain: interval.as_json() for domain, interval in value.items()}
+            if name == "perplexity_interval"
+            else value
+            for name, value in vars(row).items()
+        }
+        for row in rows
+    ]

@@ -21,12 +21,13 @@ from moeprune_ext.artifacts.journal import check_known
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.data.batches import fingerprint_of
 from moeprune_ext.data.tasks import SPLITS, Task, sequences, split_task
-from moeprune_ext.eep.fitness import AnswerFitness, TaskFitness, candidate_plan
+from moeprune_ext.eep.fitness import AnswerFitness, TaskFitness, candidate_plan, warn_if_hopeless
 from moeprune_ext.eep.operators import Layout, given_mask, is_mask
 from moeprune_ext.eep.search import Fitness, SearchOutcome, layout_settings, search
 from moeprune_ext.eep.settings import EepSettings
 from moeprune_ext.eep.starts import starting_masks
 from moeprune_ext.files import finite_or_none, write_json
+from moeprune_ext.intervals import shares_right
 from moeprune_ext.models.apply import check_active, check_mappable, full_plan
 from moeprune_ext.models.layers import MoeLayer
 from moeprune_ext.models.merging import MapRouter, mapped_layer
@@ -107,6 +108,10 @@ class EepResult:
             "merges": bool(self.plan.merges),
             "scores": _finite(self.scores),
             "accuracy": _finite(self.accuracy),
+            "accuracy_intervals": {
+                name: {split: interval.as_json() for split, interval in shares_right(values, self.examples).items()}
+                for name, values in self.accuracy.items()
+            },
             "examples": self.examples,
             "evaluations": self.evaluations,
             "active": self.plan.active,
@@ -134,11 +139,13 @@ def eep(
     seed: int = EepSettings.seed,
     out: str | os.PathLike[str] | None = None,
     progress: bool | View = False,
+    on_generation: Callable[[dict[str, Any]], None] | None = None,
     **options: Any,
 ) -> EepResult:
     """Searches the experts, then the merges, with which the model does a task best (arXiv 2407.00945).
 
-    Under torchrun the sequences are dealt out over the processes.
+    Warns before the search of a task that the full model fails at, with the likely cause. Under torchrun the sequences
+    are dealt out over the processes.
 
     Args:
         model: a transformers model, or the MoeModel made of it.
@@ -167,6 +174,7 @@ def eep(
         out: a directory for plan.json (the best), pruned_plan.json (the best mask), result.json (what each is worth),
             and the search's files; a directory with a history is resumed.
         progress: whether to show progress on stderr, or the View to show it on.
+        on_generation: called after each call of candidates that are scored together; see search.search.
         **options: see CandidateEvaluator; memory_budget holds for the split being scored. `**PAPER` sets what the paper
             does.
 
@@ -199,10 +207,11 @@ def eep(
     recorded = known_settings(moe, layout, parts["train"], settings)
     check_folder(out, recorded)
     make = _scorers(moe, layout, parts, settings, options)
-    if fitness != "accuracy":  # by which plans are measured at the end: what it cannot have is refused now
-        for split in SPLITS:
-            make(split, "accuracy")
     scorers = {split: make(split, fitness) for split in SPLITS}
+    for split in SPLITS:  # plans are measured by accuracy at the end: what it cannot have is refused now
+        judge = scorers[split] if fitness == "accuracy" else make(split, "accuracy")
+        if split == "train":
+            warn_if_hopeless(judge)
     if starts == "criteria":
         masks = starting_masks(moe, parts["train"], layout, seed=seed, out=out, progress=progress)
     outcome = search(
@@ -214,6 +223,7 @@ def eep(
         identity={**recorded, **scorers["train"].evaluator.identity},
         out=out,
         progress=progress,
+        on_generation=on_generation,
     )
     result = _measured(outcome, settings, scorers, make)
     if out is not None and distributed.is_first():

@@ -1,24 +1,28 @@
 """A task as the fitness of candidates: all of them answer all examples in one teacher-forced sweep, without generation.
 
 An example's options are sequences of their own, of which only the continuation is scored; an exact match is a sequence
-whose every answer token has the largest logit (evaluate.py says why that is greedy decoding), a multiple choice the
-option of the highest log-likelihood. Source: EEP, arXiv 2407.00945, section 4 of whose search this scores; teacher
+whose every answer token has the largest logit (evaluate/quality.py says why that is greedy decoding), a multiple choice
+the option of the highest log-likelihood. Source: EEP, arXiv 2407.00945, section 4 of whose search this scores; teacher
 forcing in the place of generated text is our choice.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from moeprune_ext import distributed
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.data.tasks import Task, answered_right, right_likelihoods, rows_of, sequences
 from moeprune_ext.eep.operators import simplified
 from moeprune_ext.eep.search import Fitness
+from moeprune_ext.evaluate.hopeless import hopeless_reason
+from moeprune_ext.models.apply import full_plan
 from moeprune_ext.models.moe import MoeModel
 
 LEAST_UNITS = 4  # of work; answers are short, and few of them in a unit would leave a layer little to do
@@ -123,3 +127,15 @@ def candidate_plan(candidate: PruningPlan, evaluator: CandidateEvaluator, active
     if candidate.model is not None or len(candidate.mapped_layers) < len(candidate.kept):
         return candidate
     return simplified(candidate, evaluator.shapes, evaluator.fingerprint, active)
+
+
+def warn_if_hopeless(judge: TaskFitness | AnswerFitness) -> None:
+    """Warns, on the first process, of a task that the full model fails at, with the likely cause.
+
+    Args:
+        judge: scores plans by the accuracy on the task.
+    """
+    moe = judge.evaluator.moe
+    share = judge([full_plan(moe)])[0].score
+    if distributed.is_first() and (reason := hopeless_reason(moe, judge.task, share)):
+        warnings.warn(reason, stacklevel=3)

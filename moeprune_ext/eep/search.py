@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from moeprune_ext import distributed
 from moeprune_ext.artifacts.journal import Journal
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.eep.operators import (
@@ -107,6 +108,7 @@ def search(
     identity: Mapping[str, Any] | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool | View = False,
+    on_generation: Callable[[dict[str, Any]], None] | None = None,
 ) -> SearchOutcome:
     """Searches masks, then merges, that score highest.
 
@@ -128,6 +130,9 @@ def search(
             depend on their company in the last bits, as our evaluator's, then equal those of one longer search only up
             to rounding.
         progress: whether to show progress on stderr, or the View to show it on.
+        on_generation: called after each call of `evaluate`, on the first process, with its record of the history and
+            "resumed": True where all of its scores were read back from `out`. They are on disk by then; what the
+            function raises ends the search, which resumes there.
 
     Raises:
         ValueError: before any evaluation, for settings that cannot be and for a directory of another search; and at the
@@ -153,6 +158,7 @@ def search(
     with bar(progress, "eep", total, "candidate") as line:
         for call, (phase, numbers) in enumerate(_calls(settings)):
             children = population.children(phase, numbers, starts)
+            resumed = journal is not None and len(journal.records.get(call, {}).get("scores", [])) >= len(children) > 0
             fitness = _score_call(evaluate, children, call, phase, journal)
             population.add(children, fitness)
             if phase != "merge":
@@ -161,6 +167,8 @@ def search(
             if (best := history[-1]["best"]) is not None:
                 line.note(f"best {best:.4f}")
             line.advance(len(numbers))
+            if on_generation is not None and distributed.is_first():
+                on_generation({**history[-1], "resumed": resumed})
     return _choose(population, masks_scored, validate, history)
 
 

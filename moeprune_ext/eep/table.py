@@ -36,6 +36,7 @@ from moeprune_ext.eep.operators import Layout, given_mask, random_mask
 from moeprune_ext.eep.settings import PAPER, EepSettings
 from moeprune_ext.eep.starts import starting_masks
 from moeprune_ext.files import finite_or_none, write_json, write_text
+from moeprune_ext.intervals import Interval, shares_right
 from moeprune_ext.models.apply import full_plan
 from moeprune_ext.models.costs import costs
 from moeprune_ext.models.moe import MoeModel
@@ -56,6 +57,7 @@ class TableRow:
         active: experts per token.
         accuracy: {"train", "valid", "test": share of examples answered right}, of several masks the mean.
         spread: standard deviation on the test split over several masks (NaN where one has no accuracy), else None.
+        interval: Wilson's 95 % interval of the test accuracy, over its examples; None of several masks.
         plan: the file to export, below the table's directory; None where there is none.
         experts: see costs.Costs, as for the next two.
         bytes: of weights.
@@ -67,6 +69,7 @@ class TableRow:
     active: int
     accuracy: Mapping[str, float]
     spread: float | None = None
+    interval: Interval | None = None
     plan: str | None = None
     experts: int = field(kw_only=True)
     bytes: int = field(kw_only=True)
@@ -76,7 +79,8 @@ class TableRow:
         """Returns the row with None for an accuracy or a spread that is not a number."""
         accuracy = {split: finite_or_none(value) for split, value in self.accuracy.items()}
         spread = None if self.spread is None else finite_or_none(self.spread)
-        return {**asdict(self), "accuracy": accuracy, "spread": spread}
+        interval = None if self.interval is None else self.interval.as_json()
+        return {**asdict(self), "accuracy": accuracy, "spread": spread, "interval": interval}
 
 
 def eep_table(
@@ -194,26 +198,33 @@ def measured_row(
     if len(plans) > 1:
         spread = nan if any(map(isnan, right["test"])) else stdev(right["test"])
     accuracy = {split: fmean(scores) for split, scores in right.items()}
-    return _row(model, plans[0], name, keep, accuracy, spread)
+    row = _row(model, plans[0], name, keep, accuracy, spread)
+    return row if len(plans) > 1 else with_interval(row, len(judges["test"].task.examples))
+
+
+def with_interval(row: TableRow, examples: int) -> TableRow:
+    """Returns a row of one plan with the interval of its accuracy on a test split of so many examples."""
+    return replace(row, interval=shares_right({"test": row.accuracy["test"]}, {"test": examples})["test"])
 
 
 def result_rows(model: nn.Module | MoeModel, result: EepResult, keep: int) -> list[TableRow]:
     """Returns the full model's row, and those of what was found."""
     full = _row(model, full_plan(model), "full", None, result.accuracy["full"])
-    return [full, *searched_rows(model, result, keep)]
+    return [with_interval(full, result.examples["test"]), *searched_rows(model, result, keep)]
 
 
 def searched_rows(
     model: nn.Module | MoeModel, result: EepResult, keep: int, prefix: str = "", folder: str = ""
 ) -> list[TableRow]:
     """Returns the rows of what pruning alone found, and of what merging made of it, which may be the same mask."""
-    return [
+    rows = [
         replace(_row(model, plan, f"{prefix}{name}", keep, result.accuracy[which]), plan=f"{folder}{file}")
         for name, which, plan, file in (
             ("prune", "pruned", result.pruned_plan, PRUNED_PLAN),
             ("prune + merge", "best", result.plan, PLAN),
         )
     ]
+    return [with_interval(row, result.examples["test"]) for row in rows]
 
 
 def _row(
@@ -230,14 +241,17 @@ def _row(
 
 
 def format_table(rows: Sequence[TableRow]) -> str:
-    """Writes the rows as a Markdown table; MB: 10^6 bytes, MFLOPs: 10^6 floating-point operations."""
+    """Writes the rows as a Markdown table; MB: 10^6 bytes, MFLOPs: 10^6 floating-point operations.
+
+    The test accuracy has its 95 % interval behind it, that of several masks their standard deviation, with ±.
+    """
     lines = [
         [
             row.model,
             "all" if row.keep is None else str(row.keep),
             str(row.active),
             *(f"{row.accuracy[split]:.1%}" for split in SPLITS[:2]),
-            f"{row.accuracy['test']:.1%}" + (f" ± {row.spread:.1%}" if row.spread is not None else ""),
+            _test_accuracy(row),
             str(row.experts),
             f"{row.bytes / 1e6:,.1f}",
             f"{row.flops_per_token / 1e6:,.2f}",
@@ -245,3 +259,9 @@ def format_table(rows: Sequence[TableRow]) -> str:
         for row in rows
     ]
     return markdown_table(["model", "kept", "active", *SPLITS, "experts", "MB", "MFLOPs per token"], lines)
+
+
+def _test_accuracy(row: TableRow) -> str:
+    if row.interval is not None:
+        return f"{row.interval:.1%}"
+    return f"{row.accuracy['test']:.1%}" + (f" ± {row.spread:.1%}" if row.spread is not None else "")

@@ -13,7 +13,7 @@ from moeprune_ext.eep.fitness import TaskFitness, candidate_plan
 from moeprune_ext.eep.operators import Layout, candidate_of, criterion_mask, given_mask, is_mask, merge_child
 from moeprune_ext.eep.search import search
 from moeprune_ext.eep.settings import EepSettings, Rates
-from moeprune_ext.evaluate import correct, generated_matches
+from moeprune_ext.evaluate.quality import correct, generated_matches
 from moeprune_ext.models.apply import planned
 from moeprune_ext.models.moe import find_moe_layers
 

@@ -1,4 +1,4 @@
-"""What a model can still do: perplexity, multiple choice, and token-exact match.
+"""What a model can still do: perplexity, multiple choice, and token-exact match, with intervals.
 
 Exact match needs no generation: greedy decoding reproduces an answer's tokens and its terminator if and only if,
 teacher-forced on prompt + answer + terminator, the argmax at every answer position is the answer's token (float32, rows
@@ -7,7 +7,6 @@ without a tied argmax). `generated_matches` decodes for real and exists to check
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from moeprune_ext.data.batches import TokenBatch, as_batches
 from moeprune_ext.data.tasks import Row, Task, answered_right, padded_batches, rows_of
+from moeprune_ext.intervals import Interval, exp_interval, wilson
 from moeprune_ext.models.moe import MoeModel, plain_model, text_config
 
 LOGITS_AT_ONCE = 1 << 26  # elements of [B, S, V] logits alive at a time: 256 MB in float32
@@ -34,8 +34,29 @@ def accuracy(model: nn.Module | MoeModel, task: Task, *, length_normalized: bool
         task: the examples.
         length_normalized: choices compare by log-likelihood per token.
     """
-    matches = correct(model, task, length_normalized=length_normalized)
-    return sum(matches) / len(matches)
+    return accuracy_interval(model, task, length_normalized=length_normalized).value
+
+
+def accuracy_interval(model: nn.Module | MoeModel, task: Task, *, length_normalized: bool = False) -> Interval:
+    """Returns the accuracy with its standard error and Wilson's 95 % interval; see `accuracy`.
+
+    Wilson's interval, because a bootstrap's has width 0 where every example or none is answered right.
+
+    Args:
+        model: see `accuracy`, as the others.
+    """
+    return share_right(correct(model, task, length_normalized=length_normalized))
+
+
+def share_right(right: Sequence[bool]) -> Interval:
+    """Returns the accuracy of examples that are answered right or not, with Wilson's interval."""
+    return wilson(sum(right), len(right))
+
+
+def chance_level(task: Task) -> float:
+    """Returns the accuracy of guessing: the mean of 1 / options; an answer to reproduce exactly counts as 0."""
+    shares = [0.0 if example.answer is None else 1 / len(example.options) for example in task.examples]
+    return sum(shares) / len(shares)
 
 
 def correct(model: nn.Module | MoeModel, task: Task, *, length_normalized: bool = False) -> list[bool]:
@@ -47,9 +68,8 @@ def correct(model: nn.Module | MoeModel, task: Task, *, length_normalized: bool 
 def _teacher_forced(model: Any, rows: Sequence[Row]) -> tuple[list[float], list[bool]]:
     """Tells of each row the continuation's log-likelihood, and whether greedy decoding would give it."""
     likelihoods, matches = [0.0] * len(rows), [False] * len(rows)
-    tokens = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // text_config(model).vocab_size)
-    for numbers, batch in padded_batches(rows, tokens):
-        logits, labels, row_of = _next_token_logits(model, batch)
+    for numbers, batch in padded_batches(rows, tokens_at_once(model)):
+        logits, labels, row_of = next_token_logits(model, batch)
         picked = torch.log_softmax(logits.float(), -1).gather(-1, labels[:, None]).squeeze(-1).double()
         sums = torch.zeros(len(numbers), dtype=torch.float64, device=picked.device).index_add_(0, row_of, picked)
         wrong = torch.zeros_like(sums).index_add_(0, row_of, (logits.argmax(-1) != labels).double())
@@ -58,16 +78,32 @@ def _teacher_forced(model: Any, rows: Sequence[Row]) -> tuple[list[float], list[
     return likelihoods, matches
 
 
-def _next_token_logits(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+def tokens_at_once(model: Any) -> int:
+    """Returns how many tokens, padding included, a batch of this model has."""
+    return min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // int(text_config(model).vocab_size))
+
+
+def next_token_logits(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the logits [T, V] that predict a labelled token, those tokens [T], and the batch row of each [T]."""
-    device = next(model.parameters()).device
     labels = batch.next_token_labels
     wanted = labels >= 0
+    logits = logits_at(model, batch, wanted)
+    return logits, labels[wanted].to(logits.device), wanted.nonzero()[:, 0].to(logits.device)
+
+
+def logits_at(model: Any, batch: TokenBatch, wanted: Tensor) -> Tensor:
+    """Returns a transformers model's logits [T, V] at the T positions of a batch that `wanted`, bool [B, S], marks.
+
+    Raises:
+        ValueError: for logits that are NaN.
+    """
+    device = next(model.parameters()).device
     with torch.no_grad():
-        logits = model(**batch.model_inputs(device), use_cache=False).logits[wanted.to(device)]
+        logits: Tensor = model(**batch.model_inputs(device), use_cache=False).logits
+    logits = logits[wanted.to(logits.device)]
     if bool(torch.isnan(logits).any()):
         raise ValueError("the model's logits are NaN: check the weights, or use a dtype with more range")
-    return logits, labels[wanted].to(device), wanted.nonzero()[:, 0].to(device)
+    return logits
 
 
 def generated_matches(model: nn.Module, task: Task) -> list[bool]:
@@ -113,34 +149,32 @@ def perplexity(model: nn.Module | MoeModel, batches: Iterable[Any]) -> float:
     Raises:
         ValueError: where there is no such position, and for logits that are NaN.
     """
-    total, count = 0.0, 0
-    for batch in as_batches(batches, text_config(model).vocab_size):
-        logits, labels, _ = _next_token_logits(plain_model(model), batch)
-        total += nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().sum().item()
-        count += len(labels)
-    if count == 0:
-        raise ValueError("there is nothing to score: no position has a labelled next token")
-    return math.exp(total / count)
+    return perplexity_interval(model, batches).value
 
 
-def harness_results(model: nn.Module, tokenizer: Any, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Runs the lm-evaluation-harness, an optional extra, which reads its data sets itself.
+def perplexity_interval(model: nn.Module | MoeModel, batches: Iterable[Any]) -> Interval:
+    """Returns the perplexity with its standard error and its 95 % interval, a bootstrap over sequences.
 
     Args:
-        model: a transformers model.
-        tokenizer: of the model.
-        tasks: names that the harness knows, or paths of its YAML files.
-
-    Returns:
-        {task: metrics}.
-
-    Raises:
-        ValueError: where it is not installed.
+        model: see `perplexity`, as `batches`.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ValueError(f'lm-eval tasks need `pip install "moeprune_ext[lm-eval]"` ({error})') from None
-    results = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks))
-    return {name: dict(values) for name, values in results["results"].items()}
+    return exp_interval(*sequence_nll(model, batches))
+
+
+def sequence_nll(model: nn.Module | MoeModel, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Returns each sequence's negative log-likelihood, summed, float64 [N], and its positions, float64 [N].
+
+    Sequences without a labelled next token are left out. See `perplexity`.
+    """
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
+    for batch in as_batches(batches, text_config(model).vocab_size):
+        logits, labels, row_of = next_token_logits(plain_model(model), batch)
+        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none").double()
+        empty = torch.zeros(len(batch.input_ids), dtype=torch.float64, device=losses.device)
+        sums.append(empty.index_add(0, row_of, losses).cpu())
+        counts.append(empty.index_add(0, row_of, torch.ones_like(losses)).cpu())
+    weights = torch.cat(counts)
+    if not bool(weights.any()):
+        raise ValueError("there is nothing to score: no position has a labelled next token")
+    return torch.cat(sums)[weights > 0], weights[weights > 0]
