@@ -1,14 +1,17 @@
 """What the embedded model and the demo promise. `python bench/assess.py` prints the figures in full."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from statistics import mean
 
 import assess
 import pytest
 
 import moeprune_ext as mp
+from moeprune_ext.cli.main import main
 from moeprune_ext.demo.run import SPARSITIES, arithmetic_task, demo_folder, load_demo
 
 
@@ -55,10 +58,20 @@ def test_evoesap_beats_uniform_on_held_out_text(demo, sparsity):
     assert mean(gains) >= 0
 
 
-def test_demo_prints_its_table_as_json(tmp_path):
-    command = [sys.executable, "-m", "moeprune_ext.cli", "demo", "--json", "-o", str(tmp_path / "demo")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    rows = {row["model"]: row for row in json.loads(done.stdout)}
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A directory that `moeprune demo -o` has left: MOEPRUNE_DEMO's, or that of a demo run here."""
+    if there := os.environ.get("MOEPRUNE_DEMO"):
+        return Path(there)
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    command = [sys.executable, "-m", "moeprune_ext.cli", "demo", "--json", "-o", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder.parent)
+    assert json.loads(done.stdout) == json.loads((folder / "demo.json").read_text())
+    return folder
+
+
+def test_the_demos_table_holds_what_prune_promises(run):
+    rows = {row["model"]: row for row in json.loads((run / "demo.json").read_text())}
     kinds = ("uniform REAP", "EvoESAP by REAP", "prune")
     assert list(rows) == ["full", *(f"{kind} {percent}%" for percent in (25, 50) for kind in kinds)]
     assert [row["experts"] for row in rows.values()] == [96, 72, 72, 72, 48, 48, 48]
@@ -71,6 +84,13 @@ def test_demo_prints_its_table_as_json(tmp_path):
     assert rows["prune 50%"]["esap"] >= 0.85
     assert rows["full"]["exact_match"] - rows["prune 50%"]["exact_match"] <= 0.1
     for name in ("uniform-reap-25", "evoesap-by-reap-50", "prune-50"):
-        assert mp.load(tmp_path / "demo" / name) is not None
-    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert again.returncode == 2 and "already exists" in again.stderr
+        assert mp.load(run / name) is not None
+    page = (run / "report.html").read_text()
+    assert all(f"{row['esap']:.4f}" in page and f"{row['exact_match']:.1%}" in page for row in rows.values())
+
+
+def test_a_directory_that_is_there_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "-o", str(tmp_path / "demo")])
+    assert ended.value.code == 2 and "already exists" in capsys.readouterr().err
