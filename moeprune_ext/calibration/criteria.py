@@ -30,8 +30,8 @@ CRITERIA: dict[str, tuple[int, int, str]] = {
 }
 
 SELECTION_PRINCIPLE = (
-    "For task-agnostic pruning prefer criteria that average over routed tokens and leave the gate out (man, msan); "
-    "for task-specific pruning routing frequency and gate weight may stay in (reap, seer, frequency). arXiv 2606.15716."
+    "Which is best depends on the model. arXiv 2606.15716 advises man or msan for general text and reap, seer or "
+    "frequency for one task; on the demo model that did not hold (bench/results/allocations-demo.md, choice-demo.md)."
 )
 
 

@@ -80,25 +80,40 @@ def add_measured(folder: Path, measured: Measured, says: str, about: Mapping[str
         folder: of the checkpoint.
         measured: what its run ends with.
         says: how the plan was chosen, in sentences.
-        about: what `artifacts.about.record` wrote for the run.
+        about: see `complete`.
     """
-    file = folder / "README.md"
-    text = file.read_text(encoding="utf-8")
-    if MEASURED not in text or MEASURED_END not in text:
-        return  # a card that its owner has written anew
     gain = measured.gain
-    prints = ", ".join(f"{part} `{value}`" for part, value in about.get("fingerprints", {}).items())
-    commands = "\n".join(entry["command"] for entry in about.get("commands", []))
-    section = (
-        f"## What it is worth\n\n{format_table(measured)}\n\n"
+    text = (
+        f"{format_table(measured)}\n\n"
         "ESAP is the share of its tokens that the full model would accept in speculative decoding: the mean over "
         "positions of the sum of min(p, q). ESAP and perplexity are measured on "
         f"{measured.sequences} sequences that no choice depended on; intervals are of a bootstrap over sequences. "
         f"Against the second row the checkpoint gains {gain.value:+.4f} ESAP ({gain.low:+.4f} to {gain.high:+.4f}). "
-        f"{says}\n\nMade by:\n\n```bash\n{commands}\n```\n\nSeed {about.get('seed')}. Fingerprints: {prints}."
+        f"{says}"
     )
-    start, end = text.index(MEASURED) + len(MEASURED), text.index(MEASURED_END)
-    write_text(file, f"{text[:start]}\n{section}\n{text[end:]}")
+    complete(folder, text, about)
+
+
+def complete(folder: Path, text: str, about: Mapping[str, Any]) -> None:
+    """Writes what a checkpoint is worth into its card, in the place of what stood there.
+
+    Args:
+        folder: of the checkpoint.
+        text: Markdown.
+        about: what `artifacts.about.record` wrote for the run; may be empty.
+    """
+    file = folder / "README.md"
+    card = file.read_text(encoding="utf-8")
+    if MEASURED not in card or MEASURED_END not in card:
+        return  # a card that its owner has written anew
+    section = f"## What it is worth\n\n{text}"
+    if about.get("commands"):
+        commands = "\n".join(entry["command"] for entry in about["commands"])
+        section += f"\n\nFound by:\n\n```bash\n{commands}\n```\n\nSeed {about.get('seed')}."
+        prints = ", ".join(f"{part} `{value}`" for part, value in about.get("fingerprints", {}).items())
+        section += f" Fingerprints: {prints}." if prints else ""
+    start, end = card.index(MEASURED) + len(MEASURED), card.index(MEASURED_END)
+    write_text(file, f"{card[:start]}\n{section}\n{card[end:]}")
 
 
 def _provenance(checkpoint: Checkpoint, plan: PruningPlan) -> str:

@@ -17,7 +17,7 @@ from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.candidates.metrics import METRICS
 from moeprune_ext.checkpoint.read import read_checkpoint
 from moeprune_ext.cli import io
-from moeprune_ext.cli.arguments import Budgeted, Data, Memory, Scored, Streaming, flag
+from moeprune_ext.cli.arguments import Budgeted, Data, Memory, Scored, Streaming, flag, force_flag
 from moeprune_ext.data.batches import fingerprint_of
 
 EXAMPLE = "moeprune allocate MODEL --stats stats.safetensors --sparsity 0.5 --method dp --data text.jsonl -o plan.json"
@@ -31,23 +31,25 @@ class Options(Memory, Streaming, Data, Budgeted, Scored):
     steps: int | None = flag("dp: most counts to measure per layer; all of them if left out", None, least=1)
     damages: Path | None = flag("dp: file of what was measured, read if it exists, else written", None)
     out: Path = flag("plan file to write", short="-o")
+    force: bool = force_flag()
 
 
 def run(options: Options) -> tuple[Any, str]:
     """Writes the plan and returns how many experts each layer keeps."""
-    io.check_new_file(options.out)
+    io.check_new_file(options.out, options.force)
     if options.method == "naee":
-        return io.write_plan(_naee(options), options.out)
+        return io.write_plan(_naee(options), options.out, options.model)
     scores = io.load_scores(options)
     budget = io.budget(options, options.model, scores.shapes)
     if options.method == "dp":
         measured = _damages(options, scores, budget)
         plan = dp_plan(measured, scores, budget)
         file = str(options.damages) if options.damages else None
-        return io.write_plan(plan, options.out, damages=file, additive_damage=measured.total(plan))
+        return io.write_plan(plan, options.out, options.model, damages=file, additive_damage=measured.total(plan))
     if options.method == "global":
-        return io.write_plan(global_plan(scores, budget, normalize=options.normalize), options.out)
-    return io.write_plan(uniform_plan(scores, budget), options.out)
+        plan = global_plan(scores, budget, normalize=options.normalize)
+        return io.write_plan(plan, options.out, options.model)
+    return io.write_plan(uniform_plan(scores, budget), options.out, options.model)
 
 
 def _naee(options: Options) -> PruningPlan:
@@ -59,7 +61,7 @@ def _naee(options: Options) -> PruningPlan:
     shapes = {index: layer.shape for index, layer in read_checkpoint(options.model).layers.items()}
     limited = io.constrained(unscored(shapes), None, options)
     pruned = uniform_counts(limited, io.budget(options, options.model, limited.shapes))
-    batches = io.load_data(options, io.tokenizer_of(options.model), labels=False)
+    batches = io.load_data(options, io.tokenizer_of(options.model), labels=False, model=options.model)
     model = io.load_model(options.model, options)
     return naee_subsets(model, batches, pruned, seed=options.seed, progress=distributed.is_first())
 
@@ -69,7 +71,9 @@ def _damages(options: Options, scores: ExpertScores, budget: Budget) -> Damages:
     if options.fitness not in METRICS:
         raise ValueError(f"unknown fitness {options.fitness!r}; choose from {', '.join(METRICS)}")
     uniform_counts(scores, budget)  # refuses a budget that dp_plan could not spend, before anything is run
-    batches = io.load_data(options, io.tokenizer_of(options.model)) if options.data else None
+    batches = None
+    if options.data:
+        batches = io.load_data(options, io.tokenizer_of(options.model), model=options.model)
     if (file := options.damages) is not None:
         stored = distributed.from_first(lambda: Damages.load(file) if file.exists() else None)
         if stored is not None:

@@ -11,7 +11,17 @@ from moeprune_ext.artifacts.stats import RARELY
 from moeprune_ext.calibration.calibrate import calibrate
 from moeprune_ext.checkpoint.mtp import load_mtp
 from moeprune_ext.cli import io
-from moeprune_ext.cli.arguments import Common, Data, Streaming, data_flag, flag, model_argument, sequences_flag
+from moeprune_ext.cli.arguments import (
+    DATA,
+    Common,
+    Data,
+    Streaming,
+    data_flag,
+    flag,
+    force_flag,
+    model_argument,
+    sequences_flag,
+)
 
 EXAMPLE = "moeprune calibrate MODEL --data text.jsonl -o stats.safetensors"
 
@@ -21,14 +31,17 @@ class Options(Streaming, Data, Common):
     model: Path = model_argument()
     data: tuple[str, ...] = data_flag()
     sequences: int = sequences_flag(128)
-    drop_mtp: bool = flag("gather no statistics of multi-token-prediction layers, which take a layer's memory", False)
+    drop_mtp: bool = flag(
+        "gather no statistics of multi-token-prediction layers, which take a layer's memory", False, group=DATA
+    )
     out: Path = flag("statistics file to write", short="-o")
+    force: bool = force_flag()
 
 
 def run(options: Options) -> tuple[Any, str]:
     """Writes the statistics and returns which experts the text hardly reached."""
-    io.check_new_file(options.out)
-    batches = io.load_data(options, io.tokenizer_of(options.model), labels=False)
+    io.check_new_file(options.out, options.force)
+    batches = io.load_data(options, io.tokenizer_of(options.model), labels=False, model=options.model)
     model = io.load_model(options.model, options)
     mtp = [] if options.drop_mtp else load_mtp(options.model, model)
     stats = calibrate(model, batches, mtp=mtp, progress=distributed.is_first())
@@ -52,4 +65,6 @@ def run(options: Options) -> tuple[Any, str]:
         lines.append(f"{count} experts saw fewer than {RARELY} tokens, so their averages say little; more text helps:")
     for layer, ids in rare.items():
         lines.append(f"  layer {layer}: " + ", ".join(f"{e} ({int(routed[layer][e])})" for e in ids))
+    search = ("search", options.model, "--stats", options.out, "--sparsity", 0.5, "--data", *options.data)
+    lines.append(io.next_command(*search, "-o", "run"))
     return result, "\n".join(lines)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from moeprune_ext import distributed
+from moeprune_ext.artifacts.about import record
 from moeprune_ext.artifacts.journal import SETTINGS
 from moeprune_ext.checkpoint.read import read_checkpoint
 from moeprune_ext.checkpoint.routers import stored_routers
 from moeprune_ext.cli import io
-from moeprune_ext.cli.arguments import Common, Memory, Streaming, flag, model_argument, setting
+from moeprune_ext.cli.arguments import DATA, SEARCH, Common, Memory, Streaming, flag, model_argument, part, setting
 from moeprune_ext.data.tasks import Task, load_task, split_task
 from moeprune_ext.eep.eep import PLAN, check_folder, check_mergeable, check_request, eep
 from moeprune_ext.eep.settings import PAPER, EepSettings
@@ -37,12 +38,16 @@ class Searching:
 @dataclass(frozen=True, kw_only=True)
 class Options(Memory, Streaming, Common):
     model: Path = model_argument()
-    task: Path = flag("JSONL of prompt, choices, answer; or prompt, answer: to search on")
-    valid: Path | None = flag("task file to rank the best again; else a quarter of --task", None)
-    test: Path | None = flag("task file to measure what was found; else a quarter of --task", None)
+    task: Path = flag(
+        "JSONL to search on: prompt, choices, answer; or prompt, answer, stop, the text that ends the answer. Without "
+        "stop it is a newline if the prompts show solved examples one a line, else the end-of-text token",
+        group=DATA,
+    )
+    valid: Path | None = flag("task file to rank the best again; else a quarter of --task", None, group=DATA)
+    test: Path | None = flag("task file to measure what was found; else a quarter of --task", None, group=DATA)
     keep: tuple[int, ...] = flag("experts that stay in every layer; with --table several", (), least=1)
     active: int | None = flag("experts per token; without --keep nothing is searched, this is measured", None, least=1)
-    searching: Searching
+    searching: Searching = part(SEARCH)
     length_normalized: bool = setting(EepSettings, "length_normalized")
     table: bool = flag("EEP, also the paper's, beside the full model and all baselines", False)
     out: Path = flag("directory for plans, history, table", short="-o")
@@ -70,6 +75,10 @@ def run(options: Options) -> tuple[Any, str]:
     tokenizer = io.load_tokenizer(options.model)
     valid, test = (None if path is None else load_task(path, tokenizer) for path in (options.valid, options.test))
     splits = split_task(load_task(options.task, tokenizer), valid, test, options.seed)
+    for split in splits:
+        io.check_task(options.model, split)
+    if not options.table:
+        io.say_resumed(options.out, 0, "calls")
     measuring = {"length_normalized": options.length_normalized, "memory_budget": options.memory_bytes}
     model = io.load_model(options.model, options)
     if not options.keep:
@@ -78,10 +87,24 @@ def run(options: Options) -> tuple[Any, str]:
     common |= {"progress": distributed.is_first(), "memory_budget": options.memory_bytes}
     if options.table:
         rows = eep_table(model, splits[0], list(options.keep), settings, **common)
-        return _shown(rows, splits, {"table": str(options.out / "table.md")})
+        _write_about(options)
+        return _shown(options, rows, splits, {"table": str(options.out / "table.md"), **_report(options)})
     outcome = eep(model, splits[0], options.keep[0], **settings.arguments(), **common)
     rows = result_rows(model, outcome, options.keep[0])
-    return _shown(rows, splits, {**outcome.as_json(), "plan": str(options.out / PLAN)})
+    _write_about(options)
+    return _shown(options, rows, splits, {**outcome.as_json(), "plan": str(options.out / PLAN), **_report(options)})
+
+
+def _write_about(options: Options) -> None:
+    """Writes how the run was made, and the page about it."""
+    if distributed.is_first():
+        files = [str(path) for path in (options.task, options.valid, options.test) if path is not None]
+        record(options.out, model=options.model, seed=options.seed, data=files)
+        io.report(options.out)
+
+
+def _report(options: Options) -> dict[str, str]:
+    return {"report": str(options.out / "report.html")}
 
 
 def _check(options: Options, settings: EepSettings) -> None:
@@ -134,11 +157,13 @@ def _fewer_active(model: Any, splits: Sequence[Task], options: Options, measurin
     rows = [measured_row(model, judges, "full", None, [plan]) for plan in plans]
     if distributed.is_first():
         plans[1].save(options.out / PLAN)
-    return _shown(rows, splits, {"plan": str(options.out / PLAN)})
+    return _shown(options, rows, splits, {"plan": str(options.out / PLAN)})
 
 
-def _shown(rows: Sequence[TableRow], splits: Sequence[Task], about: dict[str, Any]) -> tuple[Any, str]:
-    """Returns the rows as the verb's result; `about`: more entries of the JSON result."""
+def _shown(
+    options: Options, rows: Sequence[TableRow], splits: Sequence[Task], about: dict[str, Any]
+) -> tuple[Any, str]:
+    """Returns the rows as the verb's result, what was gained, and the next command; `about`: more of the result."""
     train, valid, test = (len(split.examples) for split in splits)
     lines = [
         format_table(rows),
@@ -151,5 +176,14 @@ def _shown(rows: Sequence[TableRow], splits: Sequence[Task], about: dict[str, An
         shown = [f"{name} {math.nan if value is None else value:.4f}" for name, value in values.items()]
         lines.append(f"{fitness} on test: {', '.join(shown)}")
     lines += [f"{name}: {about[name]}" for name in ("plan", "table") if name in about]
+    planned = [row for row in rows if row.plan is not None]
+    best = max(planned, key=lambda row: row.accuracy["valid"]) if planned else rows[-1]
+    plan = options.out if best.plan is None else options.out / best.plan
+    lines.append(
+        f"{plan}: {best.model} keeps {best.experts:,} of {rows[0].experts:,} experts and answers "
+        f"{best.accuracy['test']:.1%} of the test examples, where the full model answers {rows[0].accuracy['test']:.1%}"
+    )
+    lines += [f"{name}: {about[name]}" for name in ("report",) if name in about]
+    lines.append(io.next_command("export", options.model, "--plan", plan, "-o", "pruned"))
     examples = {"train": train, "valid": valid, "test": test}
     return {**about, "examples": examples, "rows": [row.as_json() for row in rows]}, "\n".join(lines)

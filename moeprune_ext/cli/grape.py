@@ -9,7 +9,7 @@ from typing import Any
 from moeprune_ext import distributed
 from moeprune_ext.allocation.grape import SIMILARITIES, WHO, check_request, grape
 from moeprune_ext.cli import io
-from moeprune_ext.cli.arguments import Budgeted, Data, Scored, Streaming, flag
+from moeprune_ext.cli.arguments import Budgeted, Data, Scored, Streaming, flag, force_flag
 
 EXAMPLE = "moeprune grape MODEL --stats stats.safetensors --sparsity 0.5 --data text.jsonl -o plan.json"
 
@@ -22,11 +22,12 @@ class Options(Streaming, Data, Budgeted, Scored):
     who: str = flag("leaves: all but a group's best, or the lowest scores", "groups", choices=WHO)
     merge: bool = flag("average similar experts' weights, by score", False)
     out: Path = flag("plan file to write", short="-o")
+    force: bool = force_flag()
 
 
 def run(options: Options) -> tuple[Any, str]:
     """Writes the plan and returns how many experts each layer keeps."""
-    io.check_new_file(options.out)
+    io.check_new_file(options.out, options.force)
     scores = io.load_scores(options)
     budget = io.budget(options, options.model, scores.shapes)
     # Refuses before the weights are loaded.
@@ -35,7 +36,7 @@ def run(options: Options) -> tuple[Any, str]:
     if options.similarity == "cka":
         if not options.data:
             raise ValueError("cka compares experts' outputs on text: give --data, or --similarity weights")
-        batches = io.load_data(options, io.tokenizer_of(options.model), labels=False)
+        batches = io.load_data(options, io.tokenizer_of(options.model), labels=False, model=options.model)
     plan = grape(
         io.load_model(options.model, options),
         batches,
@@ -49,4 +50,4 @@ def run(options: Options) -> tuple[Any, str]:
         seed=options.seed,
         progress=distributed.is_first(),
     )
-    return io.write_plan(plan, options.out, merged=sum(merge.sums for merge in plan.merges.values()))
+    return io.write_plan(plan, options.out, options.model, merged=sum(merge.sums for merge in plan.merges.values()))

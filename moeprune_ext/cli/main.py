@@ -11,9 +11,13 @@ error in a box of several lines, accepts `--data` without a value, and starts no
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -33,6 +37,7 @@ VERBS = {
     "eep": "EEP: which experts a task needs, and how the others merge into them; resumes RUN_DIR if it exists",
     "export": "write the pruned checkpoint",
     "eval": "accuracy on task files, perplexity on text",
+    "report": "one self-contained page about a run: what was kept, what it is worth, how it was made",
     "serve-check": "which runtimes load an export, how, and why others do not",
 }
 
@@ -47,6 +52,14 @@ SHARED = (
 )  # verbs whose work several processes share
 
 RESUMED = ("prune", "search", "eep")  # verbs whose directory keeps what is finished
+
+# What the library's messages call a parameter, and what the command line calls it.
+OPTIONS = {
+    "memory_budget": "--search-memory",
+    "`entropy`": "--entropy",
+    "merge_iters=0": "--merge-iters 0",
+    "method: 'layer sweep": "--search-memory or --router, which say how plans are run: 'layer sweep",
+}
 
 
 class _Version(argparse.Action):
@@ -64,19 +77,25 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the flags in one line."""
 
     def error(self, message: str) -> NoReturn:
-        _end(self.prog, f"{message}; see {self.prog} --help", 2)
+        wrong = re.search(r"invalid choice: '([^']+)'", message)
+        meant = _meant(wrong[1], VERBS) if wrong and self.prog == "moeprune" else ""
+        _end(self.prog, f"{message}{meant}; see {self.prog} --help", 2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the console script."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    parser = _parser(words)
+    with _starting(words):
+        parser = _parser(words)
     if not words:
         parser.print_help()
         return
-    values = parser.parse_args(words)
+    values, unknown = parser.parse_known_args(words)
     command = f"moeprune {values.verb}"
-    from moeprune_ext import distributed  # needs torch, for which `moeprune --help` does not wait
+    if unknown:
+        _refuse_flags(command, unknown, vars(values))
+    with _starting(words):
+        from moeprune_ext import distributed  # needs torch, for which `moeprune --help` does not wait
 
     try:
         distributed.join()
@@ -84,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             distributed.leave()
             return
         verb: Any = _file_of(values.verb)
-        result, text = verb.run(read_flags(verb.Options, values))
+        with _warnings_in_one_line(command):
+            result, text = verb.run(read_flags(verb.Options, values))
     except ValueError as error:
         _end(command, error, 2)
     except (OSError, MemoryError) as error:
@@ -97,13 +117,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distributed.leave()
 
 
+@contextmanager
+def _starting(words: Sequence[str]) -> Iterator[None]:
+    """Shows on a terminal that a verb is starting while torch loads, which takes seconds, and wipes it away."""
+    shown = words[:1] and words[0] in VERBS and "torch" not in sys.modules and sys.stderr.isatty()
+    if shown:
+        print(f"moeprune {words[0]}: starting ...", end="\r", file=sys.stderr, flush=True)
+    yield
+    if shown:
+        print("\x1b[2K", end="\r", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _warnings_in_one_line(command: str) -> Iterator[None]:
+    """Inside, warnings are lines on stderr without the place in our source that gave them; of the first process."""
+    original = warnings.formatwarning
+
+    def line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+        from moeprune_ext import distributed
+
+        if not issubclass(category, UserWarning):
+            return original(message, category, *place, **more)
+        return f"{command}: warning: {_in_options(message)}\n" if distributed.is_first() else ""
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = original
+
+
 def _file_of(verb: str) -> Any:
     return import_module(f"moeprune_ext.cli.{verb.replace('-', '_')}")
 
 
 def _end(command: str, error: object, status: int) -> NoReturn:
-    print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{command}: error: {_in_options(error)}", file=sys.stderr)
     sys.exit(status)
+
+
+def _in_options(message: object) -> str:
+    """Returns a message in one line, with options in the place of the library's parameters."""
+    text = " ".join(str(message).split())
+    for parameter, option in OPTIONS.items():
+        text = text.replace(parameter, option)
+    return text
+
+
+def _refuse_flags(command: str, unknown: Sequence[str], known: Iterable[str]) -> NoReturn:
+    flags = [f"--{name.replace('_', '-')}" for name in known]
+    meant = next((hint for word in unknown if (hint := _meant(word.split("=")[0], flags))), "")
+    _end(command, f"unrecognized arguments: {' '.join(unknown)}{meant}; see {command} --help", 2)
+
+
+def _meant(word: str, names: Iterable[str]) -> str:
+    """Returns a hint at the name that is most like a word; "" if none is."""
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:

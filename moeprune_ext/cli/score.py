@@ -16,7 +16,17 @@ from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.stats import RoutingStats
 from moeprune_ext.calibration.criteria import CRITERIA, rank_correlations, score_experts
 from moeprune_ext.cli import io
-from moeprune_ext.cli.arguments import Common, Data, Limits, Streaming, criteria_help, flag
+from moeprune_ext.cli.arguments import (
+    DATA,
+    SCORES,
+    Common,
+    Data,
+    Limits,
+    Streaming,
+    criteria_help,
+    flag,
+    force_flag,
+)
 from moeprune_ext.tables import text_table
 
 EXAMPLE = "moeprune score stats.safetensors --criterion reap -o scores.json"
@@ -24,12 +34,17 @@ EXAMPLE = "moeprune score stats.safetensors --criterion reap -o scores.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Limits, Streaming, Data, Common):
-    stats: Path = flag("statistics file", positional=True)
-    criterion: tuple[str, ...] = flag(f"one or more of {criteria_help()} And naee: see --model.", ("reap",))
+    stats: Path = flag("statistics file", positional=True, group=DATA)
+    criterion: tuple[str, ...] = flag(
+        lambda: f"one or more of {criteria_help()} And naee: see --model. prune and search measure it (auto)",
+        ("reap",),
+        group=SCORES,
+    )
     model: Path | None = flag(
-        "model directory, for naee: experts in the order in which a layer misses them least", None
+        "model directory, for naee: experts in the order in which a layer misses them least", None, group=DATA
     )
     out: Path | None = flag("scores file to write, of one criterion", None, short="-o")
+    force: bool = force_flag()
 
 
 def run(options: Options) -> tuple[Any, str]:
@@ -37,7 +52,7 @@ def run(options: Options) -> tuple[Any, str]:
     stats = RoutingStats.load(options.stats)
     names = list(dict.fromkeys(map(io.parse_criterion, options.criterion)))
     if options.out is not None:
-        io.check_new_file(options.out)
+        io.check_new_file(options.out, options.force)
         if len(names) > 1:
             raise ValueError(f"a scores file is of one criterion, not of {len(names)}: leave -o out or name one")
     if "naee" in names and not (options.model and options.data):
@@ -71,6 +86,12 @@ def run(options: Options) -> tuple[Any, str]:
         f"how far the others order a layer's experts as {first.criterion} does: rank correlation, 1 = alike",
         text_table(["layer", *titles[1:]], [*rows, ["mean", *(f"{x:.2f}" for x in mean)]]),
     ]
+    if options.out is not None:
+        model = options.model or "MODEL"
+        lines += [
+            f"{options.out}: the scores by {first.criterion}, an order in which each layer loses experts",
+            io.next_command("allocate", model, "--scores", options.out, "--sparsity", 0.5, "-o", "plan.json"),
+        ]
     return result, "\n".join(lines)
 
 
@@ -79,7 +100,7 @@ def _scores(stats: RoutingStats, name: str | tuple[int, int, str], options: Opti
     if name != "naee" or options.model is None:
         return score_experts(stats, name, seed=options.seed)
     io.check_same_model(options.model, stats.model, options.stats)
-    batches = io.load_data(options, io.tokenizer_of(options.model), labels=False)
+    batches = io.load_data(options, io.tokenizer_of(options.model), labels=False, model=options.model)
     model = io.load_model(options.model, options)
     scores = naee_scores(model, batches, seed=options.seed, progress=distributed.is_first())
     return replace(scores, mtp=score_experts(stats).mtp)  # of which naee says nothing

@@ -19,13 +19,27 @@ from moeprune_ext.allocation.selection import (
     split_held_out,
 )
 from moeprune_ext.allocation.settings import EvolveSettings
+from moeprune_ext.artifacts.about import record
 from moeprune_ext.artifacts.journal import check_known, recorded_settings
 from moeprune_ext.artifacts.plan import PruningPlan
+from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.artifacts.stats import RoutingStats
 from moeprune_ext.calibration.criteria import CRITERIA
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.cli import io
-from moeprune_ext.cli.arguments import Budgeted, Data, Memory, Scored, Streaming, criteria_help, data_flag, flag
+from moeprune_ext.cli.arguments import (
+    MEMORY,
+    SEARCH,
+    Budgeted,
+    Data,
+    Memory,
+    Scored,
+    Streaming,
+    criteria_help,
+    data_flag,
+    flag,
+    part,
+)
 from moeprune_ext.data.batches import split_sequences
 from moeprune_ext.files import write_json
 from moeprune_ext.models.routers import ROUTERS
@@ -42,10 +56,12 @@ def _criteria_help() -> str:
 class Options(Memory, Streaming, Data, Budgeted, Scored):
     data: tuple[str, ...] = data_flag()
     criterion: str = flag(_criteria_help, "auto")
-    init: tuple[Path, ...] = flag("plan files whose counts join the first generation", ())
-    settings: EvolveSettings
-    held_out_share: float = flag("share of the text not searched on, to choose among the last plans; 0: none", 0.25)
-    router: str = flag("fused: the kernel for half-precision logits too", "auto", choices=ROUTERS)
+    init: tuple[Path, ...] = flag("plan files whose counts join the first generation", (), group=SEARCH)
+    settings: EvolveSettings = part(SEARCH)
+    held_out_share: float = flag(
+        "share of the text not searched on, to choose among the last plans; 0: none", 0.25, group=SEARCH
+    )
+    router: str = flag("fused: the kernel for half-precision logits too", "auto", choices=ROUTERS, group=MEMORY)
     out: Path = flag("directory for plan.json, history and settings", short="-o")
 
 
@@ -61,7 +77,8 @@ def run(options: Options) -> tuple[Any, str]:
     budget = io.budget(options, options.model, scores.shapes)
     settings = replace(options.settings, sparsity=budget)
     space = SearchSpace.of(scores, settings, init_plans)  # with auto any order will do to refuse a budget
-    domains = io.load_domains(options, io.tokenizer_of(options.model))
+    io.say_resumed(options.out, settings.generations, "generations")
+    domains = io.load_domains(options, io.tokenizer_of(options.model), model=options.model)
     searched, held_out, note = _split(domains, options.held_out_share)
     model = io.load_model(options.model, options)
 
@@ -100,7 +117,16 @@ def run(options: Options) -> tuple[Any, str]:
         if ranking is not None:
             write_json(options.out / "held_out.json", ranking.as_json(), indent=1)
         plan.save(options.out / "plan.json")
+        scores.save(options.out / "scores.json")
+        _write_about(options, scores, evaluator)
     return _shown(options, found)
+
+
+def _write_about(options: Options, scores: ExpertScores, evaluator: CandidateEvaluator) -> None:
+    """Writes how the run was made, and the page about it."""
+    fingerprints = {"model": str(scores.model), "last text scored": evaluator.data_fingerprint}
+    record(options.out, model=options.model, seed=options.seed, data=options.data, fingerprints=fingerprints)
+    io.report(options.out)
 
 
 @dataclass(frozen=True)
@@ -182,8 +208,10 @@ def _shown(options: Options, found: _Found) -> tuple[Any, str]:
         sum(record[name] for record in outcome.history) for name in ("token_evaluations", "token_evaluations_saved")
     )
     chosen = ("table", "per_layer", "gain", "evaluations", "notes")
+    report = options.out / "report.html"
     result = {
         "plan": str(options.out / "plan.json"),
+        "report": str(report),
         "criterion": plan.criterion,
         "choice": choice and {name: value for name, value in choice.as_json().items() if name in chosen},
         "fitness": fitness,
@@ -200,16 +228,30 @@ def _shown(options: Options, found: _Found) -> tuple[Any, str]:
         "method": found.method,
     }
     beside = "" if found.uniform is None else f" (uniform plan: {found.uniform:.5f})"
-    raced = f", {saved / (spent + saved):.0%} saved by racing" if saved else ""
     named = fitness if objective == "mean" else f"{fitness} of the worst domain"
     esap = ", ".join(f"{name} {value:.4f}" for name, value in found.esap.items())
     lines = [
-        f"{named} {outcome.score:.5f}{beside}, by criterion {plan.criterion}",
+        f"{named} {outcome.score:.5f}{beside} on the text searched on, by criterion {plan.criterion}",
         *(choice.notes if choice else ()),
         found.note,
         f"ESAP on {'held-out' if found.ranking else 'the'} text: {esap}",
         f"kept per layer: {' '.join(map(str, kept.values()))}",
-        f"{spent:,} token evaluations{raced}; {found.method}",
-        f"plan: {options.out / 'plan.json'}",
+        f"{options.out / 'plan.json'}: {io.removed(plan)}{_gained(found)}",
+        f"report: {report}",
+        io.next_command("export", options.model, "--plan", options.out, "-o", "pruned"),
     ]
     return result, "\n".join(lines)
+
+
+def _gained(found: _Found) -> str:
+    """Returns what the plan gains over the simpler one, if text was held out to measure it."""
+    ranking = found.ranking
+    if ranking is None:
+        return ""
+    metric, scores = ranking.metric, ranking.scores
+    if ranking.winner == ranking.baseline:
+        return f"; it is the {ranking.baseline} plan, {metric} {scores[ranking.winner]:.4f} on held-out text"
+    return (
+        f"; {metric} {scores[ranking.winner]:.4f} on held-out text, where the {ranking.baseline} plan has "
+        f"{scores[ranking.baseline]:.4f}"
+    )

@@ -2,12 +2,15 @@
 
 A source is a file; a folder of `.parquet` or `.jsonl` files, or one saved by the `datasets` library's save_to_disk; or
 `hf:NAME[:CONFIG][:SPLIT]`, a dataset of the Hugging Face hub or such a folder. `*W` behind it is its weight. A `.jsonl`
-file is read line by line, `.parquet` batch by batch, a dataset of the hub as a stream, a saved one from mapped memory.
+file is read line by line, `.csv` and `.tsv` row by row, `.parquet` batch by batch, a dataset of the hub as a stream, a
+saved one from mapped memory; `.json`, an array of records, is read whole.
 """
 
 from __future__ import annotations
 
+import csv
 import importlib
+import json
 import math
 import os
 import re
@@ -29,7 +32,16 @@ from moeprune_ext.files import read_json_lines
 T = TypeVar("T")
 
 HUB = "hf:"
-KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".safetensors": "tokens"}  # any other file: text
+KINDS = {  # any other file: text
+    ".jsonl": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".safetensors": "tokens",
+}
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+LONGEST_CELL = 2**31 - 1  # characters; Python's csv stops at 131,072 unless told
 SPLIT = re.compile(r"(train|validation|valid|val|dev|test)([_.-].*)?")  # hf:NAME:WORD: a split rather than a config
 ROWS_AT_ONCE = 64  # of a parquet file, decoded together
 BUFFER = 2**20  # bytes read together, of a column of a parquet file
@@ -41,7 +53,7 @@ class Source:
 
     Attributes:
         word: what the user gave, without the weight.
-        kind: tokens, jsonl, parquet, text, folder or hub.
+        kind: tokens, jsonl, json, csv, tsv, parquet, text, folder or hub.
         location: a path, or a dataset's name on the hub.
         config: of a dataset of the hub; None: its only one.
         split: of a dataset; None: train, or the only one.
@@ -188,10 +200,49 @@ def records(source: Source) -> Iterator[Record]:
 def _file_records(path: Path, kind: str) -> Iterator[Record]:
     if kind == "jsonl":
         yield from read_json_lines(path)
+    elif kind == "json":
+        yield from _json_records(path)
+    elif kind in DELIMITERS:
+        yield from _table_records(path, DELIMITERS[kind])
     elif kind == "parquet":
         yield from _parquet_records(path)
     else:
         yield {"text": _read_text(path)}, str(path)
+
+
+def _json_records(path: Path) -> Iterator[Record]:
+    """Yields the objects of a JSON array; a file of JSON lines may have the same ending."""
+    text = _read_text(path)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if "Extra data" not in str(error):
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        yield from read_json_lines(path)
+        return
+    rows = content if isinstance(content, list) else [content]
+    for number, record in enumerate(rows):
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}: record {number} is a {type(record).__name__}, where an object with fields is needed; give an "
+                'array of records, such as [{"text": "..."}, ...]'
+            )
+        yield record, f"{path}: record {number}"
+
+
+def _table_records(path: Path, delimiter: str) -> Iterator[Record]:
+    """Yields the rows of a table, whose first row names the fields."""
+    csv.field_size_limit(LONGEST_CELL)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=delimiter)
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                if None in row:
+                    raise ValueError(f"{place} has more cells than the first row, which must name the fields")
+                yield {name: cell for name, cell in row.items() if cell is not None}, place
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a readable table: {error}") from None
 
 
 def _read_text(path: Path) -> str:

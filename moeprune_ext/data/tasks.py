@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.files import read_json_lines
+
+NEWLINE = "\n"
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,13 @@ class Task:
 def load_task(path: str | os.PathLike[str], tokenizer: Any) -> Task:
     """Reads a JSONL task.
 
-    Lines: {"prompt", "choices": [text, ...], "answer": index}, or {"prompt", "answer": text} with an optional "stop" (a
-    text of one token that ends the answer; the end-of-text token when absent). Tokens = tokenizer(prompt) +
-    tokenizer(answer without special tokens) + terminator; no space is inserted.
+    Lines: {"prompt", "choices": [text, ...], "answer": index}, or {"prompt", "answer": text} with an optional "stop",
+    a text of one token that ends the answer; null: the end-of-text token. Tokens = tokenizer(prompt) + tokenizer(answer
+    without special tokens) + terminator; no space is inserted.
+
+    An answer is right only if its terminator follows, so a task without "stop" needs the right one. Where no line has a
+    "stop" and the prompts show solved examples one a line, answers end with a newline, as in lm-evaluation-harness;
+    elsewhere with the end-of-text token. A warning says which is assumed.
 
     Args:
         path: of the file.
@@ -55,18 +62,62 @@ def load_task(path: str | os.PathLike[str], tokenizer: Any) -> Task:
         ValueError: naming the line.
     """
     path = Path(path)
-    examples = [_example(record, place, tokenizer) for record, place in read_json_lines(path)]
-    if not examples:
-        raise ValueError(f"{path} holds no examples")
-    return Task(path.stem, tuple(examples))
+    return _task(path.stem, str(path), list(read_json_lines(path)), tokenizer)
 
 
 def make_task(name: str, records: Iterable[dict[str, Any]], tokenizer: Any) -> Task:
     """Makes a Task of records in the form of load_task's lines."""
-    examples = tuple(_example(record, f"{name}[{number}]", tokenizer) for number, record in enumerate(records))
-    if not examples:
-        raise ValueError(f"task {name} holds no examples")
-    return Task(name, examples)
+    placed = [(record, f"{name}[{number}]") for number, record in enumerate(records)]
+    return _task(name, f"task {name}", placed, tokenizer)
+
+
+def _task(name: str, source: str, records: Sequence[tuple[dict[str, Any], str]], tokenizer: Any) -> Task:
+    """Makes a task of records, each with its place for messages; `source` names all of them."""
+    if not records:
+        raise ValueError(f"{source} holds no examples")
+    stop = _assumed_stop(source, [record for record, _ in records], tokenizer)
+    return Task(name, tuple(_example({"stop": stop, **record}, place, tokenizer) for record, place in records))
+
+
+def _assumed_stop(source: str, records: Sequence[dict[str, Any]], tokenizer: Any) -> str | None:
+    """Returns what ends the answers of records that do not say it, None for the end-of-text token; warns of it."""
+    exact = [one for one in records if isinstance(one.get("answer"), str) and isinstance(one.get("prompt"), str)]
+    exact = [one for one in exact if one.get("choices") is None]
+    if not exact or any("stop" in one for one in exact):
+        return None
+    stop, because = None, "the prompts show no solved examples one a line"
+    if all(_shows_answers(one["prompt"]) for one in exact):
+        if all(_ends_apart(one["answer"], NEWLINE, tokenizer) for one in exact):
+            stop, because = NEWLINE, "the prompts show solved examples one a line"
+        else:
+            because = "this tokenizer has no token for a newline behind every answer"
+    assumed = "the end-of-text token" if stop is None else "a newline"
+    if stop is not None or tokenizer.eos_token_id is not None:  # without one the first record is refused
+        warnings.warn(
+            f'{source}: no example says with "stop" what ends its answer; {assumed} is assumed, because {because}. A '
+            'model that ends answers otherwise scores about 0: say "stop": "\\n", or null for the end-of-text token',
+            stacklevel=4,
+        )
+    return stop
+
+
+def _shows_answers(prompt: str) -> bool:
+    """Tells whether what ends a prompt stands in an earlier line with an answer behind it, as in "1+1=2\\n2+3="."""
+    *earlier, last = prompt.rstrip().split("\n")
+    words = last.split()
+    if not earlier or not words:
+        return False
+    named = re.fullmatch(r"[^\W\d]+\W*", words[-1])  # a word, such as "Answer:", or the sign behind a problem
+    cue = words[-1] if named else words[-1][-1]
+    return any(line.partition(cue)[2].strip() for line in earlier)
+
+
+def _ends_apart(answer: str, stop: str, tokenizer: Any) -> bool:
+    """Tells whether a stop text behind an answer is one token of its own."""
+    alone, both, end = (
+        list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (answer, answer + stop, stop)
+    )
+    return len(end) == 1 and both == alone + end
 
 
 def _example(record: dict[str, Any], place: str, tokenizer: Any) -> Example:

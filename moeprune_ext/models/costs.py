@@ -185,6 +185,18 @@ def experts_that_fit(
     return kept
 
 
+def expert_weights(layer: MoeLayer) -> int:
+    """Returns the weights of the matrices of one expert of a layer."""
+    return sum(prod(t.shape[1:]) for t, _ in _places(layer, False) if t.ndim > 2)
+
+
+def head_weights(model: nn.Module | MoeModel) -> int:
+    """Returns the weights of the embedding and of the head, a shared one once."""
+    whole = MoeModel.of(model).model
+    ends = [whole.get_input_embeddings(), whole.get_output_embeddings()]
+    return sum({id(end.weight): end.weight.numel() for end in ends if end is not None}.values())
+
+
 def bytes_of(size: str) -> int:
     """Returns the bytes of a size with its unit: "24GiB" (of 2^30 bytes), "24GB" (of 10^9), "16000 MiB".
 
@@ -229,7 +241,7 @@ def _layer_bytes(layer: MoeLayer, kept: int, mapped: bool) -> int:
 def _layer_weights(layer: MoeLayer, kept: int, mapped: bool, active: int) -> int:
     """Weights that a token passes in a layer's router and experts."""
     count = layer.shape.num_experts
-    one = sum(prod(t.shape[1:]) for t, _ in _places(layer, False) if t.ndim > 2)
+    one = expert_weights(layer)
     matrices = [(t, axis) for t, axis in _places(layer, True) if min(t.shape) > 1 and t.ndim > 1]
     router = sum(_part(t, axis, 0 if mapped else count - kept) for t, axis in matrices)
     return router + active * one + (kept * count if mapped else 0)

@@ -9,18 +9,73 @@ yet. `backend="native"` insists on the kernels, the CUDA ones included, and rais
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+PACKAGE, COMPILED = "moeprune_ext", "moeprune_ext._C"
+
+
+def _load_compiled(source: Path) -> ModuleType:
+    """Imports the compiled module, which torch must precede, so that both share one OpenMP pool.
+
+    Python started inside a source checkout takes the package from there, where nothing is compiled. Then the module of
+    the installed package is taken, if its version is the checkout's.
+
+    Args:
+        source: the folder of this package.
+
+    Raises:
+        ImportError: with what to do, where there is no module, or one of another version.
+    """
+    try:
+        return importlib.import_module(COMPILED)
+    except ImportError as error:
+        reason = str(error)
+    advice = f"run `pip install .` in {source.parent}"
+    for installed in importlib.metadata.distributions(name=PACKAGE):
+        file = _compiled_file(installed)
+        if file is None:
+            continue
+        if (ours := _source_version(source)) not in (None, installed.version):
+            advice = f"the installed one is version {installed.version}, this source {ours}: {advice}"
+            continue
+        spec = importlib.util.spec_from_file_location(COMPILED, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[COMPILED] = module
+        return module
+    raise ImportError(f"{reason}; {advice}")
+
+
+def _compiled_file(installed: importlib.metadata.Distribution) -> Path | None:
+    """Returns the compiled module's file of an installed package; None where it has none."""
+    names = {f"{PACKAGE}/_C{suffix}" for suffix in EXTENSION_SUFFIXES}
+    files = [Path(str(file.locate())) for file in installed.files or () if file.as_posix() in names]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _source_version(source: Path) -> str | None:
+    """Returns the version in the pyproject.toml beside the package; None where there is none."""
+    file = source.parent / "pyproject.toml"
+    found = re.search(r'^version = "([^"]+)"$', file.read_text(encoding="utf-8"), re.M) if file.is_file() else None
+    return found[1] if found else None
+
+
 _C: ModuleType | None = None
 _import_error: ImportError | None = None
-try:  # after torch, so that both share one OpenMP pool
-    _C = importlib.import_module("moeprune_ext._C")
+try:
+    _C = _load_compiled(Path(__file__).resolve().parents[1])
 except ImportError as error:
     _import_error = error
 
@@ -89,8 +144,7 @@ def kernels(backend: str, *tensors: Tensor) -> ModuleType | None:
         if not _warned:
             _warned = True
             warnings.warn(
-                f"moeprune_ext._C cannot be imported ({_import_error}); using slower PyTorch code. Inside the source "
-                "checkout its moeprune_ext/ hides the installed package: work elsewhere, or `pip install -e .`",
+                f"moeprune_ext._C cannot be imported ({_import_error}); using slower PyTorch code",
                 stacklevel=3,
             )
         return None

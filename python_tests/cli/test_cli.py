@@ -164,7 +164,7 @@ def test_calibration_reports_rarely_routed_experts(work, capsys, tmp_path):
     for layer, counts in stats.tokens_per_expert.items():
         few = {str(e): n for e, n in enumerate(counts.tolist()) if n < 32}
         assert result["rarely_routed"].get(str(layer), {}) == few
-    main(["calibrate", str(work / "model"), *map(str, data), "-o", str(tmp_path / "stats.safetensors")])
+    main(["calibrate", str(work / "model"), *map(str, data), "-o", str(tmp_path / "stats.safetensors"), "--force"])
     assert "fewer than 32 tokens" in capsys.readouterr().out
 
 
@@ -359,7 +359,19 @@ def bad_requests(work):
         "sparsity of one": ([*search, "--sparsity", 1, *out], "below 1"),
         "unknown criterion": ([*search, "--criterion", "best", *out], "unknown criterion"),
         "impossible race": ([*search, "--fidelity", "race", "--race-level", 0.9, *out], "below 0.5"),
-        "no memory": ([*search, "--memory-budget", 1e-6, *out], "allow"),
+        "no memory": ([*search, "--search-memory", 1e-6, *out], "--search-memory is 0.0 MiB"),
+        "a sparsity of nothing": ([*search, "--sparsity", 0.01, *out], "removes 0 of 96 experts"),
+        "longer than the model's positions": (
+            ["calibrate", model, "--data", work / "long.safetensors", *out],
+            "2,100 tokens, but",
+        ),
+        "an example beyond the positions": (
+            ["eep", model, "--task", work / "long.jsonl", "--keep", 8, *out],
+            "2,048 positions",
+        ),
+        "a file that is there": (["calibrate", model, *data, "-o", stats], "give --force"),
+        "a plan that is there": (["allocate", model, "--stats", stats, "-o", plan], "give --force"),
+        "scores that are there": (["score", stats, "-o", plan], "give --force"),
         "unknown fitness": ([*search, "--fitness", "bleu", *out], "unknown fitness"),
         "plan for another model": (["export", work / "other", "--plan", plan, *out], "another model"),
         "top-k over kept": (["export", model, "--plan", work / "greedy.json", *out], "needs at least 4"),
@@ -371,7 +383,7 @@ def bad_requests(work):
         "a weight of nothing": (["eval", model, "--data", f"{text}*0"], "positive number"),
         "no share of the data": (["eval", model, "--data", text, text, "--sequences", 1], "too few"),
         "sequence of nothing": (["calibrate", model, "--data", text, "--sequence-length", 0, *out], "at least 1"),
-        "negative budget": ([*search, "--memory-budget", "-1", *out], "above 0"),
+        "negative budget": ([*search, "--search-memory", "-1", *out], "above 0"),
         "several criteria, one file": (["score", stats, "--criterion", "man", "ean", *out], "one criterion"),
         "nothing left to prune": (["score", stats, "--min-kept", 17], "cannot keep 17"),
         "dp by an unknown fitness": (
@@ -437,6 +449,9 @@ def wrong_models(work):
     (work / "empty").mkdir()
     shutil.copy(work / "model" / "config.json", work / "empty")
     (work / "empty.txt").write_text("")
+    save_file({"input_ids": torch.ones(1, 2100, dtype=torch.int64)}, work / "long.safetensors")
+    words = [{"prompt": "a " * 2100 + str(n), "answer": "b", "stop": "\n"} for n in range(8)]
+    (work / "long.jsonl").write_text("\n".join(map(json.dumps, words)))
     for name, change in (("other", lambda t: -t), ("broken", lambda t: t * float("nan"))):
         shutil.copytree(work / "model", work / name)
         tensors = load_file(work / name / "model.safetensors")
@@ -470,7 +485,14 @@ def wrong_models(work):
 @pytest.mark.parametrize("case", sorted(bad_requests(__import__("pathlib").Path("x"))))
 def test_bad_requests_get_one_line_and_leave_nothing(work, wrong_models, capsys, monkeypatch, case):
     arguments, message = bad_requests(work)[case]
-    early = {"infeasible budget", "init of another budget", "evenness above one", "dp by an unknown fitness"}
+    early = {
+        "longer than the model's positions",
+        "a sparsity of nothing",
+        "infeasible budget",
+        "init of another budget",
+        "evenness above one",
+        "dp by an unknown fitness",
+    }
     if case in early or arguments[0] == "eep":
         load = "moeprune_ext.cli.io.load_model"
         monkeypatch.setattr(load, lambda *_: pytest.fail("the model was loaded"))
@@ -493,7 +515,8 @@ def test_every_verb_has_help_with_an_example(capsys, verb):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["serch"], "invalid choice: 'serch'"),
+        (["serch"], "did you mean search?"),
+        (["info", "m", "--sead", "3"], "unrecognized arguments: --sead 3; did you mean --seed?"),
         (["search", "m"], "required: --data, -o/--out"),
         (["search", "m", "--data", "-o", "x"], "--data: expected at least one"),
         (["eep", "m", "--task", "t", "--keep", "four", "-o", "x"], "'four' is not a whole number"),

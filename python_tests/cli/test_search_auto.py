@@ -93,10 +93,10 @@ def test_the_plan_written_is_the_winner_on_text_that_was_not_searched_on(work, c
     ],
 )
 def test_other_settings_are_refused_and_nothing_is_changed(work, capsys, change, message):
-    before = {file: file.read_bytes() for file in (work / "run").iterdir()}
+    before = {file: file.read_bytes() for file in (work / "run").rglob("*") if file.is_file()}
     with_worst = [*asked(work), "--objective", "worst", "-o", work / "run", *change]
     assert re.search(message, refusal(capsys, *with_worst))
-    assert {file: file.read_bytes() for file in (work / "run").iterdir()} == before
+    assert {file: file.read_bytes() for file in (work / "run").rglob("*") if file.is_file()} == before
 
 
 def test_a_directory_of_a_named_criterion_is_refused_for_auto(work, capsys, tmp_path):

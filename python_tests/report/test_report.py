@@ -239,3 +239,16 @@ def test_a_plain_export_says_how_it_was_made_but_not_what_it_is_worth(finished, 
     out = mp.export(finished / "model", plan, tmp_path / "out")
     card = (out / "README.md").read_text()
     assert "## What it is worth" not in card and "| command |" in card and "| versions |" in card
+
+
+@pytest.mark.parametrize("kind", ["eep", "search"])
+def test_an_export_of_a_runs_plan_says_what_the_run_found(finished, tmp_path, kind):
+    run = tmp_path / "run"
+    shutil.copytree(finished / kind, run)
+    if kind == "search":  # as the verb leaves it
+        shutil.copy(finished / "pruned" / "25" / "moeprune" / "held_out.json", run)
+    main(["export", str(finished / "model"), "--plan", str(run), "-o", str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    result = json.loads((run / ("held_out.json" if kind == "search" else "result.json")).read_text())
+    found = result["says"] if kind == "search" else f"{result['accuracy']['best']['test']:.1%} right"
+    assert found in card and card.count("## What it is worth") == 1
