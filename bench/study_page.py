@@ -13,8 +13,8 @@ ABOUT = {
     "a": """\
 How much does it matter by which criterion experts are ranked, and how many each layer loses? EvoESAP (arXiv
 2603.06003) searches the counts; `prune` chooses the criterion by measurement, searches, and repairs the experts that
-stay (target hidden, without the sequential way). `prune` with each criterion named was not run:
-it takes too much time. naee is the subset search of arXiv 2402.14800, as an order.""",
+stay (target hidden, without the sequential way). `prune` with each criterion named was not run: it takes too much
+time. naee is the subset search of arXiv 2402.14800, as an order.""",
     "b": """\
 The unified formulation (arXiv 2606.15716) says: for general use average over the routed tokens and leave the gate out
 (man, msan); for one task frequency and gate weight may stay in (reap, seer, frequency). All plans are uniform.
@@ -32,8 +32,8 @@ searches score {eep_iterations[0]} masks and {eep_iterations[1]} merges.""",
 A search can only be as good as what it maximises. Each random plan has the order of a criterion drawn at random and
 random shares of the budget for the layers.""",
     "f": """\
-How much text does the repair of a pruned model need? Ridges are chosen on other text, the one by which
-`prune` chooses.""",
+How much text does the repair of a pruned model need? Ridges are chosen on other text, the one
+by which `prune` chooses.""",
 }
 
 LIMITS = """## Limits
@@ -46,8 +46,8 @@ LIMITS = """## Limits
   outside its interval. "The best other row" is chosen by the same numbers that it is compared by, which flatters it.
 - With few seeds an interval is wide, and "not to be told from" does not mean "equal to".
 - Shares near 0 % and 100 % have little room to differ, and t-intervals there may reach beyond them.
-- Searches are the demo's short ones, of {population} plans and {generations} generations with screened children; the
-  published search has {published[0]} plans and {published[1]} generations.
+- Searches are the demo's short ones, of {population} plans and {generations} generations with screened
+  children; the published search has {published[0]} plans and {published[1]} generations.
 """
 
 INTRODUCTION = """# The study
@@ -61,7 +61,7 @@ says something else. Negative results stay.
 - ESAP: the expected share of tokens that the full model accepts from the pruned one. KL: of the full model from the
   pruned one, in nats. Both are of test text that no choice has seen.
 - generation: the share of arithmetic problems answered exactly, token by token. choice: the share of questions of which
-  the right one of four word orders is the likeliest. No model was trained on these problems, nor on their modules.
+  the right one of four word orders is the likeliest. The model was trained neither on these problems nor on that text.
 - Better and worse: the 95 % interval of the difference, seed by seed, lies on one side of 0.
 - Command: `{command}`. A killed run goes on.
 - Machine: {machine}; {date}; Python {python}, {versions}.

@@ -104,7 +104,14 @@ def bootstrap(
     return Interval(value, low, high, float(drawn[~drawn.isnan()].std()))
 
 
-def bootstrap_interval(sums: Tensor, weights: Tensor | None = None, *, draws: int = DRAWS, seed: int = 0) -> Interval:
+def bootstrap_interval(
+    sums: Tensor,
+    weights: Tensor | None = None,
+    *,
+    groups: Sequence[Sequence[int]] | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Interval:
     """Returns the interval of a token-weighted mean, sum(sums) / sum(weights).
 
     For a difference of accuracies: one value in {-1, 0, 1} an example, without weights.
@@ -112,25 +119,42 @@ def bootstrap_interval(sums: Tensor, weights: Tensor | None = None, *, draws: in
     Args:
         sums: [N], over each sequence's positions.
         weights: [N], each sequence's positions; None: 1.
+        groups: see `resamples`; of text whose share of each domain was chosen, the domains.
         draws: see `resamples`.
         seed: see `resamples`.
     """
     sums = torch.as_tensor(sums, dtype=torch.float64)
     weights = torch.ones_like(sums) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-    return bootstrap(lambda times: (times @ sums) / (times @ weights), len(sums), draws=draws, seed=seed)
+
+    def mean(times: Tensor) -> Tensor:
+        return (times @ sums) / (times @ weights)
+
+    return bootstrap(mean, len(sums), groups=groups, draws=draws, seed=seed)
 
 
-def exp_interval(sums: Tensor, weights: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Interval:
+def exp_interval(
+    sums: Tensor,
+    weights: Tensor,
+    *,
+    groups: Sequence[Sequence[int]] | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Interval:
     """Returns the interval of exp(sum(sums) / sum(weights)), such as a perplexity or a ratio of two.
 
     Args:
         sums: [N], over each sequence's positions: of the negative log-likelihood, or of a difference of two.
         weights: [N], each sequence's positions.
+        groups: see `bootstrap_interval`.
         draws: see `resamples`.
         seed: see `resamples`.
     """
     sums, weights = (torch.as_tensor(tensor, dtype=torch.float64) for tensor in (sums, weights))
-    return bootstrap(lambda times: torch.exp((times @ sums) / (times @ weights)), len(sums), draws=draws, seed=seed)
+
+    def exp_mean(times: Tensor) -> Tensor:
+        return torch.exp((times @ sums) / (times @ weights))
+
+    return bootstrap(exp_mean, len(sums), groups=groups, draws=draws, seed=seed)
 
 
 def paired_gain(

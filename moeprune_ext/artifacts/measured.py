@@ -84,9 +84,9 @@ def cells(row: Row) -> list[str]:
     """Returns a row's cells under HEADER."""
     return [
         row.model,
-        f"{row.esap.value:.4f} ({row.esap.low:.3f} to {row.esap.high:.3f})",
-        f"{row.perplexity.value:.2f} ({row.perplexity.low:.2f} to {row.perplexity.high:.2f})",
-        f"{row.ratio.value:.3f} ({row.ratio.low:.3f} to {row.ratio.high:.3f})",
+        f"{row.esap:.4f}",
+        f"{row.perplexity:.2f}",
+        f"{row.ratio:.3f}",
         size_text(row.disk),
         size_text(row.memory),
         count_text(row.active),

@@ -36,7 +36,7 @@ VERBS = {
     "grape": "GRAPE: prunes where experts are most alike, over all layers",
     "eep": "EEP: which experts a task needs, and how the others merge into them; resumes RUN_DIR if it exists",
     "export": "write the pruned checkpoint",
-    "eval": "accuracy on task files, perplexity on text",
+    "eval": "one model, or two side by side: accuracy on task files, perplexity on text, agreement, speed",
     "report": "one self-contained page about a run: what was kept, what it is worth, how it was made",
     "serve-check": "which runtimes load an export, how, and why others do not",
 }

@@ -22,7 +22,7 @@ class Options(Common):
 def run(options: Options) -> tuple[Any, str]:
     """Writes the page, and its pictures beside it."""
     if options.out is not None:
-        io.check_new_file(options.out)
+        io.check_new_file(options.out, force=True)  # a page can be made again
     out = write_report(options.run, options.out)
     pictures = out.with_name(f"{out.stem}-pictures")
     result = {"report": str(out), "pictures": sorted(str(path) for path in pictures.glob("*.png"))}

@@ -32,7 +32,7 @@ from moeprune_ext.data.tasks import Task, make_task
 from moeprune_ext.demo import corpus
 from moeprune_ext.demo.tasks import arithmetic_records, word_order_records, write_tasks
 from moeprune_ext.evaluate.quality import accuracy_interval, perplexity_interval
-from moeprune_ext.intervals import Interval, bootstrap
+from moeprune_ext.intervals import Interval, bootstrap_interval
 from moeprune_ext.pipeline.prune import prune_to
 from moeprune_ext.pipeline.run import Source
 from moeprune_ext.pipeline.settings import PruneSettings, SearchSettings
@@ -232,8 +232,7 @@ def _held_out_esap(reporter: CandidateEvaluator, plan: PruningPlan) -> Interval:
     """Returns a plan's ESAP; each domain's sequences are drawn among themselves."""
     sums = reporter.sequence_sums([plan], ("esap",)).sums["esap"][0]
     weights = torch.tensor(reporter.weights("esap"), dtype=torch.float64)
-    groups = list(reporter.domains.values())
-    return bootstrap(lambda times: (times @ sums) / (times @ weights), len(sums), groups=groups)
+    return bootstrap_interval(sums, weights, groups=list(reporter.domains.values()))
 
 
 def format_table(rows: list[DemoRow]) -> str:

@@ -28,8 +28,8 @@ from moeprune_ext.pipeline.settings import PruneSettings, TextSizes
 from moeprune_ext.repair.repair import PASSES, RIDGES, TARGETS
 from moeprune_ext.tables import text_table
 
-# Share of the measured rate that each stage reached on the demo model with one thread, and seconds of two stages that do
-# not grow with the model (packages, text; the report). By `python bench/costs.py --measure` (bench/results/
+# Share of the measured rate that each stage reached on the demo model with one thread, and seconds of two stages that
+# depend little on the model (packages, text; the report). By `python bench/costs.py --measure` (bench/results/
 # costs-demo.md); calls of small operations take part of the time there, and less of it in larger models.
 SHARE = {"calibrate": 0.4, "criterion": 0.5, "search": 0.4, "select": 0.3, "repair": 0.45, "measure": 0.3}
 FIXED = {"calibrate": 5.0, "measure": 4.0}
@@ -324,13 +324,13 @@ def measured_machine(model: Any, length: int, dtype: str, device: torch.device, 
 
 
 def _product_rate(rows: int, hidden: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Returns operations a second of [rows, H] x [H, I], with weights that change as experts do."""
+    """Returns operations a second of [rows, H] x [I, H]^T, as an expert computes it, with weights that change."""
     states = torch.ones(rows, hidden, dtype=dtype, device=device)
-    weights = torch.ones(8, hidden, inner, dtype=dtype, device=device)
+    weights = torch.ones(8, inner, hidden, dtype=dtype, device=device)
 
     def products() -> None:
         for one in weights:
-            states @ one
+            torch.nn.functional.linear(states, one)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

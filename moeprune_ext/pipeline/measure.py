@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from moeprune_ext.artifacts.measured import Measured, Row
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.candidates.evaluator import CandidateEvaluator
 from moeprune_ext.checkpoint.read import read_config, read_hf_config, skeleton
-from moeprune_ext.intervals import Interval, bootstrap, bootstrap_interval
+from moeprune_ext.intervals import bootstrap_interval, exp_interval
 from moeprune_ext.models.apply import full_plan
 from moeprune_ext.models.costs import CONTEXT, costs, kv_cache_bytes
 
@@ -43,7 +41,7 @@ def measure(
         plans["this plan, repaired"] = repaired
     sums = reporter.sequence_sums(list(plans.values()), ("esap", "nll")).sums
     weights, predicted = (torch.tensor(reporter.weights(name), dtype=torch.float64) for name in ("esap", "nll"))
-    strata = list(reporter.domains.values())
+    groups = list(reporter.domains.values())  # how much text there is of each was chosen, not drawn
     empty = skeleton(read_hf_config(source), read_config(source))
     cache, before, after = kv_cache_bytes(empty, CONTEXT), _disk(source), _disk(out)
     rows = []
@@ -56,9 +54,9 @@ def measure(
         rows.append(
             Row(
                 model=name,
-                esap=_mean(esap, weights, strata),
-                perplexity=_exp(_mean(nll, predicted, strata)),
-                ratio=_exp(_mean(nll - sums["nll"][0], predicted, strata)),
+                esap=bootstrap_interval(esap, weights, groups=groups),
+                perplexity=exp_interval(nll, predicted, groups=groups),
+                ratio=exp_interval(nll - sums["nll"][0], predicted, groups=groups),
                 domains=domains,
                 experts=cost.experts,
                 disk=before if name == "full" else after,
@@ -66,20 +64,8 @@ def measure(
                 active=cost.flops_per_token // 2,
             )
         )
-    gain = _mean(sums["esap"][-1] - sums["esap"][1], weights, strata)
+    gain = bootstrap_interval(sums["esap"][-1] - sums["esap"][1], weights, groups=groups)
     return Measured(rows, gain, len(weights))
-
-
-def _mean(sums: Tensor, weights: Tensor, strata: list[list[int]]) -> Interval:
-    """Returns a token-weighted mean with its interval; each domain's sequences are drawn among themselves.
-
-    How much text of each domain there is was chosen, not drawn.
-    """
-    return bootstrap(lambda times: (times @ sums) / (times @ weights), len(sums), groups=strata)
-
-
-def _exp(interval: Interval) -> Interval:
-    return Interval(*(math.exp(end) for end in (interval.value, interval.low, interval.high)))
 
 
 def _disk(folder: Path) -> int:

@@ -64,15 +64,12 @@ def _verdict(measured: Measured) -> str:
     full, last, uniform = measured.rows[0], measured.rows[-1], _baseline(measured)
     size, loss = 1 - last.disk / full.disk, last.ratio.value - 1
     first = (
-        f"With {last.experts} of {full.experts} experts, {size:.0%} smaller on disk, the model keeps "
-        f"{last.esap.value:.1%} of the full model's behaviour (ESAP, 95 % interval {_range(last.esap)})"
+        f"With {last.experts} of {full.experts} experts, {size:.0%} smaller on disk: the full model would accept "
+        f"{last.esap.value:.1%} of the pruned model's next tokens (95 % interval {_range(last.esap)})"
     )
     if uniform is not None:
-        gain = measured.gain
-        if gain.above_zero:
-            first += f"; uniform pruning by REAP would keep {uniform.esap.value:.1%}"
-        else:
-            first += f", no more than chance above uniform pruning by REAP ({uniform.esap.value:.1%})"
+        same = "" if measured.gain.above_zero else ", which may be no difference"
+        first += f", against {uniform.esap.value:.1%} after uniform pruning by REAP{same}"
     return f"{first}. Its perplexity is {abs(loss):.1%} {'higher' if loss >= 0 else 'lower'}."
 
 
@@ -80,15 +77,11 @@ def _range(interval: Interval) -> str:
     return f"{interval.low:.1%} to {interval.high:.1%}"
 
 
-def _times(interval: Interval) -> str:
-    return f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f}) times"
-
-
 def _facts(measured: Measured) -> list[Fact]:
     full, last = measured.rows[0], measured.rows[-1]
     return [
         Fact("ESAP, held out", f"{last.esap.value:.4f}", f"{last.esap.low:.3f} to {last.esap.high:.3f}"),
-        Fact("perplexity", f"{last.perplexity.value:.2f}", f"{_times(last.ratio)} the full model's"),
+        Fact("perplexity", f"{last.perplexity.value:.2f}", f"{last.ratio:.3f} times the full model's"),
         Fact("experts", f"{last.experts:,}", f"of {full.experts:,}"),
         Fact("on disk", size_text(last.disk), f"before: {size_text(full.disk)}"),
         Fact("memory, served", size_text(last.memory), f"before: {size_text(full.memory)}"),

@@ -91,7 +91,7 @@ def eep_table_page(out: Path) -> Page:
             "all" if row["keep"] is None else str(row["keep"]),
             str(row["active"]),
             *(f"{nan_if_none(row['accuracy'][split]):.1%}" for split in ("train", "valid")),
-            _with_interval(row),
+            f"{_interval(row):.1%}",
             f"{row['experts']:,}",
             f"{row['bytes'] / 1e6:,.1f}",
             f"{row['flops_per_token'] / 1e6:,.2f}",
@@ -127,11 +127,6 @@ def _interval(row: dict[str, Any]) -> Interval:
     if row.get("interval") is not None:
         return Interval.from_json(row["interval"])
     return Interval(nan_if_none(row["accuracy"]["test"]), math.nan, math.nan)
-
-
-def _with_interval(row: dict[str, Any]) -> str:
-    interval = _interval(row)
-    return f"{interval.value:.1%}" + ("" if math.isnan(interval.low) else f" ({_range(interval)})")
 
 
 def _range(interval: Interval) -> str:

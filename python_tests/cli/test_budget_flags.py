@@ -95,7 +95,7 @@ def test_impossible_budgets_are_refused_before_any_work(work, capsys, tmp_path, 
 
 def test_as_many_experts_stay_as_fit_with_the_cache(work, model, capsys, tmp_path):
     whole = costs(model).bytes + kv_cache_bytes(model, 512)
-    flags = ["--fit", f"{whole * 0.7 / 1000}kB", "--context", 512]
+    flags = ["--fit", f"{whole * 0.7 / 1000}kB", "--context", 512, "--force"]
     kept = run(capsys, *plans(work, tmp_path)["uniform"], *flags)["kept_per_layer"]
     plan = mp.PruningPlan.load(tmp_path / "plan.json")
     assert sum(kept.values()) == experts_that_fit(model, int(whole * 0.7), context=512) < 96
@@ -103,7 +103,8 @@ def test_as_many_experts_stay_as_fit_with_the_cache(work, model, capsys, tmp_pat
     taken = costs(model, plan).bytes + kv_cache_bytes(model, 512)
     assert taken <= whole * 0.7 < taken + one
     size = costs(model, plan).bytes + kv_cache_bytes(model, 4096)
-    by_default = run(capsys, *plans(work, tmp_path)["uniform"], "--fit", f"{size / 1000}kB")["kept_per_layer"]
+    again = [*plans(work, tmp_path)["uniform"], "--force"]
+    by_default = run(capsys, *again, "--fit", f"{size / 1000}kB")["kept_per_layer"]
     assert by_default == kept
 
 
@@ -125,7 +126,7 @@ def test_of_quantised_weights_those_fit_whose_export_takes_no_more(work, capsys,
 def test_scores_carry_their_limits(work, capsys, tmp_path):
     limits = ["--multiple-of", 4, "--max-kept", 12]
     run(capsys, "score", work / "stats.safetensors", *limits, "-o", tmp_path / "scores.json")
-    flags = ["allocate", work / "model", "--scores", tmp_path / "scores.json", "-o", tmp_path / "plan.json"]
+    flags = ["allocate", work / "model", "--scores", tmp_path / "scores.json", "-o", tmp_path / "plan.json", "--force"]
     assert set(run(capsys, *flags, "--method", "global")["kept_per_layer"].values()) <= {4, 8, 12}
     assert "at least 24 must go" in refusal(capsys, *flags, "--sparsity", 0.1)
 
