@@ -27,6 +27,7 @@ METRICS = {  # {metric: (head of its column, digits, whether it is a share to sh
     "valid": ("valid", 1, True),
     "test": ("test", 1, True),
 }
+SAME = 1e-5  # below the differences that shares of examples can have, above what rounding makes
 VERDICTS = {1: "better than", -1: "worse than", 0: "not to be told from"}  # by `side`
 
 # ---- numbers
@@ -79,7 +80,13 @@ def difference(values: Sequence[float], baseline: Sequence[float]) -> Interval:
 
 
 def side(gain: Interval) -> int:
-    """Returns 1 for an interval above 0, -1 for one below, 0 for one that holds 0 or is not known."""
+    """Returns 1 for an interval above 0, -1 for one below, 0 for one that holds 0 or says nothing.
+
+    An interval without width says nothing: shares of a few hundred examples that differ by the same number of them in
+    each of a few seeds give no estimate of how much the difference varies.
+    """
+    if not gain.high - gain.low > SAME:
+        return 0
     return (gain.low > 0) - (gain.high < 0)
 
 
@@ -120,6 +127,8 @@ def says(metric: str, gain: Interval) -> str:
     _, digits, share = METRICS[metric]
     value, low, high = ((100 if share else 1) * number for number in (gain.value, gain.low, gain.high))
     interval = "one seed" if math.isnan(low) else f"{low:+.{digits}f} to {high:+.{digits}f}"
+    if gain.high - gain.low <= SAME:
+        interval = "the same for all seeds"
     return f"{value:+.{digits}f}{' points' if share else ''}, {interval}"
 
 

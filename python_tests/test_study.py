@@ -11,7 +11,7 @@ import study
 import torch
 from scipy.stats import spearmanr
 from study_cells import QUICK, Bench, Sizes, cells_of, random_plan
-from study_numbers import Study, compared, counted, difference, interval_of, mean_interval, rank_correlation, side
+from study_numbers import Study, compared, counted, difference, interval_of, mean_interval, rank_correlation, says, side
 from study_page import FORMAT, render
 from study_tables import principle, tables_of
 
@@ -49,6 +49,12 @@ def test_one_seed_has_no_interval_and_decides_nothing():
     interval = mean_interval([0.7])
     assert interval.value == 0.7 and math.isnan(interval.low) and math.isnan(interval.high)
     assert side(difference([0.9], [0.1])) == 0
+
+
+def test_a_difference_that_is_the_same_for_all_seeds_decides_nothing():
+    gain = difference([0.986667, 0.983333, 0.99], [0.993333, 0.99, 0.996667])
+    assert side(gain) == 0
+    assert says("test", gain) == "-0.7 points, the same for all seeds"
 
 
 def test_rank_correlation_is_spearmans_with_ties():
@@ -101,8 +107,9 @@ def test_criteria_are_counted_on_the_side_where_their_interval_is():
 @pytest.mark.parametrize(("general", "specific", "holds"), [(0.9, 0.5, 1), (0.5, 0.9, -1), (0.7, 0.7, 0)])
 def test_the_principle_is_judged_in_its_own_direction(general, specific, holds):
     def rows(seed):
-        values = dict.fromkeys(("man", "msan"), general) | dict.fromkeys(("reap", "seer", "frequency"), specific)
-        return {f"50% {name}": {"generation": value + 0.01 * (-1) ** seed} for name, value in values.items()}
+        values = dict.fromkeys(("man", "msan"), general + 0.01 * (-1) ** seed)
+        values |= dict.fromkeys(("reap", "seer", "frequency"), specific)
+        return {f"50% {name}": {"generation": value} for name, value in values.items()}
 
     for calibration, sign in (("mixed text", 1), ("arithmetic answers", -1)):
         cells = [cell("b", calibration, seed, **rows(seed)) for seed in range(4)]
