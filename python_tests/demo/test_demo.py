@@ -91,6 +91,7 @@ def test_the_demos_table_holds_what_prune_promises(run):
 
 def test_a_directory_that_is_there_is_refused_before_any_work(tmp_path, capsys):
     (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "mine.txt").touch()
     with pytest.raises(SystemExit) as ended:
         main(["demo", "-o", str(tmp_path / "demo")])
     assert ended.value.code == 2 and "already exists" in capsys.readouterr().err
