@@ -91,6 +91,7 @@ class Chart:
         from matplotlib.figure import Figure
 
         style: dict[Any, Any] = {
+            "text.parse_math": False,  # a name may have dollar signs
             "svg.fonttype": "none",  # text stays text, in the page's font
             "svg.hashsalt": f"{self.name}-{narrow}",  # same numbers, same file; no id twice in a page
             "font.family": "sans-serif",

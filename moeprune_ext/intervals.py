@@ -19,6 +19,7 @@ from moeprune_ext.files import finite_or_none, nan_if_none
 
 DRAWS = 2000
 PERCENTILES = (0.025, 0.975)
+LEAST_IN_GROUP = 4
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Interval:
         """Whether all of the interval lies above 0."""
         return self.low > 0
 
+    @property
+    def below_zero(self) -> bool:
+        """Whether all of the interval lies below 0."""
+        return self.high < 0
+
     def as_json(self) -> dict[str, float | None]:
         """Returns the numbers, None for those that are not finite."""
         return {name: finite_or_none(number) for name, number in vars(self).items()}
@@ -69,13 +75,17 @@ def resamples(
 
     Args:
         count: sequences, N.
-        groups: numbers of the sequences of each group; a group's are drawn among themselves. None: one group.
+        groups: numbers of the sequences of each group; a group's are drawn among themselves, those of all groups
+            smaller than LEAST_IN_GROUP together, because so few show no spread. None: one group.
         draws: how often.
         seed: same seed, same draws.
     """
     generator = torch.Generator().manual_seed(seed)
     times = torch.zeros(draws, count, dtype=torch.float64)
-    for group in [range(count)] if groups is None else groups:
+    parts = [range(count)] if groups is None else [group for group in groups if len(group) >= LEAST_IN_GROUP]
+    if groups is not None and (rest := [i for group in groups if len(group) < LEAST_IN_GROUP for i in group]):
+        parts = [*parts, rest]
+    for group in parts:
         members = torch.tensor(list(group))
         chosen = members[torch.randint(len(members), (draws, len(members)), generator=generator)]
         times.scatter_add_(1, chosen, torch.ones(chosen.shape, dtype=torch.float64))

@@ -52,10 +52,10 @@ def test_what_is_hard_for_both_drops_out_of_a_paired_gain():
 
 
 def test_draws_are_seeded_and_stay_in_their_groups():
-    groups = [[0, 3, 4], [1, 2]]
-    times = resamples(5, groups=groups, draws=50, seed=1)
-    assert torch.equal(times, resamples(5, groups=groups, draws=50, seed=1))
-    assert not torch.equal(times, resamples(5, groups=groups, draws=50, seed=2))
+    groups = [[0, 3, 4, 6], [1, 2, 5, 7]]
+    times = resamples(8, groups=groups, draws=50, seed=1)
+    assert torch.equal(times, resamples(8, groups=groups, draws=50, seed=1))
+    assert not torch.equal(times, resamples(8, groups=groups, draws=50, seed=2))
     for group in groups:
         assert bool((times[:, group].sum(1) == len(group)).all())
     assert bool((resamples(5, draws=50).sum(1) == 5).all())
@@ -106,3 +106,11 @@ def test_an_interval_is_written_behind_its_value():
     assert f"{Interval(0.6333, 0.5781, 0.6887):.1%}" == "63.3% (57.8 to 68.9)"
     assert f"{Interval(4.5, 4.25, 5):.2f}" == "4.50 (4.25 to 5.00)"
     assert f"{Interval(4.5, math.nan, math.nan):.2f}" == "4.50"
+
+
+def test_groups_too_small_to_show_spread_are_drawn_together():
+    sums, groups = torch.arange(8.0), [[i] for i in range(8)]
+    alone, together = (bootstrap_interval(sums, groups=its) for its in (groups, None))
+    assert (alone.low, alone.high) == (together.low, together.high) and alone.low < alone.value < alone.high
+    large = [list(range(4)), list(range(4, 8))]
+    assert bootstrap_interval(sums, groups=large).high < together.high  # the spread between groups is not drawn

@@ -19,7 +19,6 @@ from moeprune_ext.files import read_json, write_json
 
 ABOUT = "about.json"
 PACKAGES = ("moeprune_ext", "torch", "transformers", "safetensors", "numpy")
-ENTRY_POINTS = ("moeprune", "__main__.py", "main.py")  # how Python names the command line
 
 
 def record(
@@ -44,11 +43,10 @@ def record(
     before = read_about(folder).get("commands", [])
     commands = before + [entry for entry in [_this_command()] if entry["command"] not in _texts(before)]
     content = {
-        "model": str(model),
+        "model": str(model.resolve()),
         "seed": seed,
         "data": [str(source) for source in data],
         "fingerprints": dict(fingerprints or {}),
-        "versions": versions(),
         "commands": commands,
     }
     write_json(folder / ABOUT, content, indent=1)
@@ -58,6 +56,11 @@ def read_about(folder: Path) -> dict[str, Any]:
     """Returns what `record` wrote; an empty dict where it wrote nothing."""
     file = folder / ABOUT
     return dict(read_json(file)) if file.exists() else {}
+
+
+def model_name(folder: Path) -> str:
+    """Returns the name of a run's model, that of its directory; of a run without a record, the run's own."""
+    return Path(str(read_about(folder).get("model", folder.resolve()))).name
 
 
 def versions() -> dict[str, str]:
@@ -73,14 +76,15 @@ def versions() -> dict[str, str]:
 
 def command_line() -> str:
     """Returns this process's command as a user would type it."""
-    program = Path(sys.argv[0] or "python").name
-    words = ["moeprune" if program in ENTRY_POINTS else program, *sys.argv[1:]]
-    return shlex.join(words)
+    program = Path(sys.argv[0] or "python")
+    ours = program.name == "moeprune" or program.parent.parts[-2:] == ("moeprune_ext", "cli")
+    start = ["moeprune"] if ours else ["python", program.name] if program.suffix == ".py" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def _this_command() -> dict[str, Any]:
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return {"command": command_line(), "started": now, "processes": distributed.world()[1]}
+    return {"command": command_line(), "started": now, "processes": distributed.world()[1], "versions": versions()}
 
 
 def _texts(commands: Sequence[Mapping[str, Any]]) -> list[str]:

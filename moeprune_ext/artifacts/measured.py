@@ -51,6 +51,25 @@ class Measured:
     gain: Interval
     sequences: int
 
+    @property
+    def against(self) -> str:
+        """What the gain is over; empty where the last row has nothing to be compared with."""
+        if len(self.rows) < 3:
+            return ""
+        return "uniform pruning by REAP" if self.rows[1].model.startswith("uniform") else "the plan before repair"
+
+    @property
+    def gained(self) -> str:
+        """Says in a sentence what was gained; empty where there is nothing to compare with."""
+        if not self.against:
+            return ""
+        gain = self.gain
+        known = "more than chance" if gain.above_zero else "a loss beyond chance" if gain.below_zero else "maybe chance"
+        return (
+            f"Against {self.against} the checkpoint gains {gain.value:+.4f} ESAP (95 % interval {gain.low:+.4f} to "
+            f"{gain.high:+.4f}, the same sequences for both): {known}."
+        )
+
     def as_json(self) -> dict[str, Any]:
         """Returns everything as JSON values."""
         rows = [
@@ -67,9 +86,18 @@ class Measured:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Measured:
-        """Reads what `as_json` returned."""
+        """Reads what `as_json` returned.
+
+        Raises:
+            ValueError: for figures without intervals, which an earlier version wrote.
+        """
         rows = []
         for row in content["rows"]:
+            if "ratio" not in row:
+                raise ValueError(
+                    "the figures are of an earlier version of this package; remove measured.json and result.json from "
+                    "the run's directory, and the same prune command measures again"
+                )
             domains = {domain: Interval.from_json(esap) for domain, esap in row["domains"].items()}
             read = {name: Interval.from_json(row[name]) for name in ("esap", "perplexity", "ratio")}
             rows.append(Row(**{**row, **read, "domains": domains}))

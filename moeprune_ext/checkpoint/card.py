@@ -82,14 +82,12 @@ def add_measured(folder: Path, measured: Measured, says: str, about: Mapping[str
         says: how the plan was chosen, in sentences.
         about: see `complete`.
     """
-    gain = measured.gain
     text = (
         f"{format_table(measured)}\n\n"
         "ESAP is the share of its tokens that the full model would accept in speculative decoding: the mean over "
         "positions of the sum of min(p, q). ESAP and perplexity are measured on "
         f"{measured.sequences} sequences that no choice depended on; intervals are of a bootstrap over sequences. "
-        f"Against the second row the checkpoint gains {gain.value:+.4f} ESAP ({gain.low:+.4f} to {gain.high:+.4f}). "
-        f"{says}"
+        f"{measured.gained} {says}"
     )
     complete(folder, text, about)
 
@@ -103,9 +101,9 @@ def complete(folder: Path, text: str, about: Mapping[str, Any]) -> None:
         about: what `artifacts.about.record` wrote for the run; may be empty.
     """
     file = folder / "README.md"
-    card = file.read_text(encoding="utf-8")
+    card = file.read_text(encoding="utf-8") if file.exists() else ""
     if MEASURED not in card or MEASURED_END not in card:
-        return  # a card that its owner has written anew
+        return  # its owner has removed it or written it anew
     section = f"## What it is worth\n\n{text}"
     if about.get("commands"):
         commands = "\n".join(entry["command"] for entry in about["commands"])

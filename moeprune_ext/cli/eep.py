@@ -15,7 +15,8 @@ from moeprune_ext.checkpoint.read import read_checkpoint
 from moeprune_ext.checkpoint.routers import stored_routers
 from moeprune_ext.cli import io
 from moeprune_ext.cli.arguments import DATA, SEARCH, Common, Memory, Streaming, flag, model_argument, part, setting
-from moeprune_ext.data.tasks import Task, load_task, split_task
+from moeprune_ext.data.batches import data_fingerprint
+from moeprune_ext.data.tasks import SPLITS, Task, answer_batches, load_task, split_task
 from moeprune_ext.eep.eep import PLAN, check_folder, check_mergeable, check_request, eep
 from moeprune_ext.eep.settings import PAPER, EepSettings
 from moeprune_ext.eep.table import TableRow, eep_table, format_table, judges_of, measured_row, result_rows
@@ -85,21 +86,27 @@ def run(options: Options) -> tuple[Any, str]:
         return _fewer_active(model, splits, options, measuring)
     common: dict[str, Any] = {"valid": splits[1], "test": splits[2], "out": options.out}
     common |= {"progress": distributed.is_first(), "memory_budget": options.memory_bytes}
+    _record(options, splits)
     if options.table:
         rows = eep_table(model, splits[0], list(options.keep), settings, **common)
-        _write_about(options)
+        _write_report(options)
         return _shown(options, rows, splits, {"table": str(options.out / "table.md"), **_report(options)})
     outcome = eep(model, splits[0], options.keep[0], **settings.arguments(), **common)
     rows = result_rows(model, outcome, options.keep[0])
-    _write_about(options)
+    _write_report(options)
     return _shown(options, rows, splits, {**outcome.as_json(), "plan": str(options.out / PLAN), **_report(options)})
 
 
-def _write_about(options: Options) -> None:
-    """Writes how the run was made, and the page about it."""
+def _record(options: Options, splits: Sequence[Task]) -> None:
+    """Writes how the run is made."""
+    files = [str(path) for path in (options.task, options.valid, options.test) if path is not None]
+    fingerprints = {"model": read_checkpoint(options.model).fingerprint}
+    fingerprints |= {name: data_fingerprint(answer_batches(split)) for name, split in zip(SPLITS, splits, strict=True)}
+    record(options.out, model=options.model, seed=options.seed, data=files, fingerprints=fingerprints)
+
+
+def _write_report(options: Options) -> None:
     if distributed.is_first():
-        files = [str(path) for path in (options.task, options.valid, options.test) if path is not None]
-        record(options.out, model=options.model, seed=options.seed, data=files)
         io.report(options.out)
 
 

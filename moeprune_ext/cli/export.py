@@ -36,7 +36,7 @@ def run(options: Options) -> tuple[Any, str]:
     plan = PruningPlan.load(file)
     notes: list[str] = []
     out = export(options.model, plan, options.out, pad=options.pad, drop_mtp=options.drop_mtp, say=notes.append)
-    add_found(file.parent, out)
+    add_found(file, plan, out)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     stock = CONFIG_KEY not in read_config(out)
     result = {"out": str(out), "bytes": size, "sparsity": plan.sparsity, "active": plan.active, "uniform": stock}

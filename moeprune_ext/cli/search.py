@@ -94,6 +94,7 @@ def run(options: Options) -> tuple[Any, str]:
     if choice is not None:
         joining = [simple["global"]] if "global" in simple else []
         space = SearchSpace.of(scores, settings, [*init_plans, *joining][: settings.population])
+    _record(options, scores, evaluator)
     outcome = search(evaluator, space, out=options.out, progress=distributed.is_first())
     plans = simple | {f"search {i}": found for i, found in enumerate(outcome.finalists, 1)}
     plan = outcome.plan
@@ -118,15 +119,14 @@ def run(options: Options) -> tuple[Any, str]:
             write_json(options.out / "held_out.json", ranking.as_json(), indent=1)
         plan.save(options.out / "plan.json")
         scores.save(options.out / "scores.json")
-        _write_about(options, scores, evaluator)
+        io.report(options.out)
     return _shown(options, found)
 
 
-def _write_about(options: Options, scores: ExpertScores, evaluator: CandidateEvaluator) -> None:
-    """Writes how the run was made, and the page about it."""
-    fingerprints = {"model": str(scores.model), "last text scored": evaluator.data_fingerprint}
+def _record(options: Options, scores: ExpertScores, evaluator: CandidateEvaluator) -> None:
+    """Writes how the run is made, unless the directory is of another search, which the search refuses."""
+    fingerprints = {"model": str(scores.model), "text searched on": evaluator.data_fingerprint}
     record(options.out, model=options.model, seed=options.seed, data=options.data, fingerprints=fingerprints)
-    io.report(options.out)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ def load_task(path: str | os.PathLike[str], tokenizer: Any) -> Task:
     without special tokens) + terminator; no space is inserted.
 
     An answer is right only if its terminator follows, so a task without "stop" needs the right one. Where no line has a
-    "stop" and the prompts show solved examples one a line, answers end with a newline, as in lm-evaluation-harness;
-    elsewhere with the end-of-text token. A warning says which is assumed.
+    "stop" and the prompts show solved examples one a line, answers end with a newline; elsewhere with the end-of-text
+    token. A warning says which is assumed.
 
     Args:
         path: of the file.

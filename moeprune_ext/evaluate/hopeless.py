@@ -42,8 +42,8 @@ def hopeless_reason(model: nn.Module | MoeModel, task: Task, share: float) -> st
         )
     return (
         f"{start}, so that nothing can be learnt from it; the likely cause is the prompt's format (examples in the "
-        'prompt, the space before the answer, the chat template) or a missing "stop": without one the '
-        "end-of-text token must follow the answer"
+        'prompt, the space before the answer, the chat template) or what has to follow the answer: "stop" says it, '
+        "see data.tasks.load_task"
     )
 
 

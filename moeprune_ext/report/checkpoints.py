@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moeprune_ext.artifacts.about import read_about
+from moeprune_ext.artifacts.about import model_name
 from moeprune_ext.artifacts.measured import HEADER, QUALITY, Measured, Row, cells, count_text, size_text
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.charts import Point, intervals, scatter
@@ -29,8 +29,7 @@ def prune_page(out: Path) -> Page:
     folder = out / PRODUCTS
     result, request = read_json(folder / "result.json"), read_json(folder / "request.json")
     measured = Measured.from_json(result)
-    model = Path(str(read_about(folder).get("model", out))).name
-    title = f"{model}, {_removed(measured)} of its experts removed"
+    title = f"{model_name(out / PRODUCTS)}, {_removed(measured)} of its experts removed"
     found = _sections(out, measured, request)
     return Page(title, _verdict(measured), _facts(measured), found, result)
 
@@ -68,7 +67,8 @@ def _verdict(measured: Measured) -> str:
         f"{last.esap.value:.1%} of the pruned model's next tokens (95 % interval {_range(last.esap)})"
     )
     if uniform is not None:
-        same = "" if measured.gain.above_zero else ", which may be no difference"
+        gain = measured.gain
+        same = "" if gain.above_zero or gain.below_zero else ", which may be no difference"
         first += f", against {uniform.esap.value:.1%} after uniform pruning by REAP{same}"
     return f"{first}. Its perplexity is {abs(loss):.1%} {'higher' if loss >= 0 else 'lower'}."
 
@@ -90,15 +90,8 @@ def _facts(measured: Measured) -> list[Fact]:
 
 
 def _worth_section(measured: Measured) -> Section:
-    gain = measured.gain
     points = [Point(row.model, row.esap.value, row.esap.low, row.esap.high) for row in measured.rows]
-    over = "uniform pruning by REAP" if _baseline(measured) is not None else "the plan before repair"
-    verdict = "more than chance" if gain.above_zero else "which may be chance"
-    paragraph = (
-        f"Measured on {measured.sequences} sequences that no choice depended on. Over {over} the checkpoint gains "
-        f"{gain.value:+.4f} ESAP (95 % interval {gain.low:+.4f} to {gain.high:+.4f}, the same sequences for both), "
-        f"{verdict}."
-    )
+    paragraph = f"Measured on {measured.sequences} sequences that no choice depended on. {measured.gained}"
     table = Table(HEADER, [cells(row) for row in measured.rows], strong=len(measured.rows) - 1)
     says = "How often the full model would accept what each model proposes; the lines are 95 % intervals."
     chart = intervals("esap", "ESAP on held-out text", says, points, "ESAP")
@@ -130,6 +123,15 @@ def budgets(out: Path) -> list[Path]:
     return sorted(runs, key=lambda path: -_measured(path).rows[-1].experts)
 
 
+def _check_same(runs: list[Path]) -> None:
+    """Raises ValueError for runs of different models or texts, which do not belong into one table."""
+    requests = [read_json(run / PRODUCTS / "request.json") for run in runs]
+    for run, request in zip(runs, requests, strict=True):
+        for part in ("model", "test"):
+            if request.get(part) != requests[0].get(part):
+                raise ValueError(f"{runs[0]} and {run} are of another {part}; name one of them, or remove the other")
+
+
 def _measured(out: Path) -> Measured:
     return Measured.from_json(read_json(out / PRODUCTS / "result.json"))
 
@@ -137,9 +139,10 @@ def _measured(out: Path) -> Measured:
 def sizes_page(out: Path) -> Page:
     """Makes the page of several budgets: size against quality, and the smallest checkpoint in full."""
     runs = budgets(out)
+    _check_same(runs)
     smallest = prune_page(runs[-1])
     return Page(
-        f"{smallest.title.split(',')[0]} at {len(runs)} sizes",
+        f"{model_name(runs[-1] / PRODUCTS)} at {len(runs)} sizes",
         smallest.verdict,
         smallest.facts,
         [_sizes_section(runs), *smallest.sections],

@@ -12,7 +12,7 @@ from typing import Any
 
 from moeprune_ext.allocation.choice import CriterionChoice
 from moeprune_ext.allocation.selection import HeldOut
-from moeprune_ext.artifacts.about import read_about
+from moeprune_ext.artifacts.about import model_name, read_about
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.artifacts.scores import ExpertScores
 from moeprune_ext.candidates.metrics import LOWER_IS_BETTER, to_maximise
@@ -50,7 +50,8 @@ def choice_section(file: Path) -> Section | None:
     if not file.exists():
         return None
     choice = CriterionChoice.load(file)
-    fitness = str(read_json(file).get("request", {}).get("fitness", "esap"))
+    asked = read_json(file).get("request", {})
+    fitness, objective = str(asked.get("fitness", "esap")), str(asked.get("objective", "mean"))
     best = max(choice.table, key=lambda row: to_maximise(fitness, row["score"]))
     points = [Point(str(row["criterion"]), row["score"], group=str(row["allocation"])) for row in choice.table]
 
@@ -75,7 +76,7 @@ def choice_section(file: Path) -> Section | None:
             f"A mix of criteria over the layers gains {choice.gain.value:+.4f} ({choice.gain.low:+.4f} to "
             f"{choice.gain.high:+.4f}) on sequences that it was not chosen on, and was not taken."
         )
-    chart = intervals("criteria", "Criteria compared", says, points, _axis(fitness))
+    chart = intervals("criteria", "Criteria compared", says, points, _axis(fitness, objective))
     return Section("The criterion", notes, charts=[chart])
 
 
@@ -84,7 +85,8 @@ def search_section(folder: Path) -> Section | None:
     records = _history(folder)
     if not records:
         return None
-    fitness = str(read_json(folder / "search.json").get("fitness", "esap"))
+    settings = read_json(folder / "search.json")
+    fitness, objective = str(settings.get("fitness", "esap")), str(settings.get("objective", "mean"))
     best, median, spent, saved = [], [], [], []
     so_far = -math.inf
     for record in records:
@@ -110,7 +112,12 @@ def search_section(folder: Path) -> Section | None:
     paragraphs = [f"{evaluated} plans were scored, on {sum(spent):,} tokens in all.{raced}"]
     over = ("generation", generations)
     progress = lines(
-        "search-progress", "Search progress", says, over, {"best so far": best, "median": median}, _axis(fitness)
+        "search-progress",
+        "Search progress",
+        says,
+        over,
+        {"best so far": best, "median": median},
+        _axis(fitness, objective),
     )
     columns = (*progress.header, "tokens_scored", "tokens_saved")
     rows = [(*row, *tokens) for row, tokens in zip(progress.rows, zip(spent, saved, strict=True), strict=True)]
@@ -140,7 +147,7 @@ def held_out_section(file: Path, name: str, title: str, what: str) -> Section | 
         return None
     points = [Point(plan, score, strong=plan == ranked.winner) for plan, score in ranked.scores.items()]
     says = f"{what}, on {ranked.sequences} held-out sequences; the one in orange was taken."
-    chart = intervals(name, "Plans on held-out text", says, points, _axis(ranked.metric))
+    chart = intervals(name, "Plans on held-out text", says, points, _axis(ranked.metric, ranked.objective))
     return Section(title, [ranked.says], charts=[chart])
 
 
@@ -152,20 +159,19 @@ def made_section(folder: Path, request: Mapping[str, Any]) -> Section:
         rows += [["model", str(about.get("model"))], ["seed", str(about.get("seed"))]]
         rows += [["text", ", ".join(about.get("data", []))]] if about.get("data") else []
         rows += [[f"fingerprint, {part}", value] for part, value in about.get("fingerprints", {}).items()]
-        rows += [["versions", ", ".join(f"{name} {number}" for name, number in about.get("versions", {}).items())]]
-        rows += [
-            ["started", f"{entry.get('started')}, {entry.get('processes', 1)} process(es)"]
-            for entry in about.get("commands", [])
-        ]
+        for entry in about.get("commands", []):
+            rows.append(["started", f"{entry.get('started')}, {entry.get('processes', 1)} process(es)"])
+            rows.append(["versions", ", ".join(f"{name} {one}" for name, one in entry.get("versions", {}).items())])
     known = {part: value for part, value in request.items() if part not in about.get("fingerprints", {})}
     rows += [[name.replace("_", " "), _plain(value)] for name, value in known.items()]
     commands = "\n".join(str(entry.get("command")) for entry in about.get("commands", []))
     return Section("How it was made", tables=[Table((), rows)], code=commands)
 
 
-def _axis(metric: str) -> str:
+def _axis(metric: str, objective: str = "mean") -> str:
     """Returns a metric's name as an axis shows it."""
-    return {"esap": "ESAP", "nll": "negative log-likelihood", "kl_pq": "KL(full, pruned)"}.get(metric, metric)
+    name = {"esap": "ESAP", "nll": "negative log-likelihood", "kl_pq": "KL(full, pruned)"}.get(metric, metric)
+    return name if objective == "mean" else f"{name} of the worst domain"
 
 
 def _plain(value: Any) -> str:
@@ -197,9 +203,11 @@ def search_page(out: Path) -> Page:
         score, gain = ranked["scores"][ranked["winner"]], Interval.from_json(ranked["gain"])
         verdict += f" {ranked['says']}"
         facts += [
-            Fact(f"{fitness}, held out", f"{score:.4f}", f"{ranked['sequences']} sequences"),
-            Fact(f"gain over {ranked['baseline']}", f"{gain.value:+.4f}", f"{gain.low:+.4f} to {gain.high:+.4f}"),
+            Fact(f"{_axis(fitness, ranked['objective'])}, held out", f"{score:.4f}", f"{ranked['sequences']} sequences")
         ]
+        if ranked["winner"] != ranked["baseline"]:
+            about = f"{gain.low:+.4f} to {gain.high:+.4f}"
+            facts.append(Fact(f"better than {ranked['baseline']} by", f"{gain.value:+.4f}", about))
     else:
         verdict += " Nothing was held out, so that its score, of the text that was searched on, is too good."
     sections = [
@@ -209,6 +217,5 @@ def search_page(out: Path) -> Page:
         held_out_section(held, "held-out", "The choice of the plan", "The last plans"),
         made_section(out, request),
     ]
-    model = Path(str(read_about(out).get("model", out))).name
     data = {"plan": {str(layer): len(ids) for layer, ids in plan.kept.items()}, "held_out": ranked}
-    return Page(f"A search on {model}", verdict, facts, [one for one in sections if one is not None], data)
+    return Page(f"A search on {model_name(out)}", verdict, facts, [one for one in sections if one is not None], data)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from moeprune_ext.artifacts.about import read_about
+from moeprune_ext.artifacts.about import model_name
 from moeprune_ext.artifacts.plan import PruningPlan
 from moeprune_ext.charts import Point, intervals, lines
 from moeprune_ext.files import nan_if_none, read_json
@@ -46,8 +46,8 @@ def eep_page(out: Path) -> Page:
         _search_section(out, str(result["fitness"])),
         made_section(out, request),
     ]
-    title = f"{Path(str(read_about(out).get('model', out))).name} for one task"
-    return Page(title, verdict, facts, [one for one in sections if one is not None], result)
+    found = [section for section in sections if section is not None]
+    return Page(f"{model_name(out)} for one task", verdict, facts, found, result)
 
 
 def _search_section(out: Path, fitness: str) -> Section | None:
@@ -79,10 +79,10 @@ def eep_table_page(out: Path) -> Page:
     budgets = list(dict.fromkeys(row["keep"] for row in rows if row["keep"] is not None))
     full = rows[0]
     last = [row for row in rows if row["keep"] == budgets[-1]]
-    best = max(last, key=lambda row: nan_if_none(row["accuracy"]["test"]))
+    best = max(last, key=lambda row: nan_if_none(row["accuracy"]["valid"]))
     verdict = (
-        f"With {budgets[-1]} experts in every layer, {best['model']} answers most test examples right: "
-        f"{best['accuracy']['test']:.1%}; the full model answers {full['accuracy']['test']:.1%}."
+        f"With {budgets[-1]} experts in every layer, {best['model']}, the best on the validation split, answers "
+        f"{_interval(best):.1%} of the test examples right; the full model {_interval(full):.1%} (95 % intervals)."
     )
     header = ["model", "kept", "active", "train", "valid", "test (95 %)", "experts", "MB", "MFLOPs per token"]
     cells = [
@@ -109,7 +109,7 @@ def eep_table_page(out: Path) -> Page:
         says = "Test examples answered right, with 95 % intervals."
         charts.append(intervals(f"keep-{keep}", f"{keep} experts in every layer", says, points, "share right"))
     facts = [
-        Fact("best, test", f"{best['accuracy']['test']:.1%}", best["model"]),
+        Fact("right, test", f"{best['accuracy']['test']:.1%}", best["model"]),
         Fact("full model", f"{full['accuracy']['test']:.1%}"),
         Fact("experts", f"{best['experts']:,}", f"of {full['experts']:,}"),
         Fact("weights", f"{best['bytes'] / 1e6:,.1f} MB", f"before: {full['bytes'] / 1e6:,.1f} MB"),
@@ -118,8 +118,7 @@ def eep_table_page(out: Path) -> Page:
         Section("EEP beside its baselines", tables=[Table(header, cells)], charts=charts),
         made_section(out, {}),
     ]
-    title = f"{Path(str(read_about(out).get('model', out))).name} for one task: EEP and baselines"
-    return Page(title, verdict, facts, sections, {"rows": rows})
+    return Page(f"{model_name(out)} for one task: EEP and baselines", verdict, facts, sections, {"rows": rows})
 
 
 def _interval(row: dict[str, Any]) -> Interval:

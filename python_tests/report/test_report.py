@@ -11,6 +11,7 @@ import runs
 from torch import tensor
 
 import moeprune_ext as mp
+from moeprune_ext.artifacts.about import command_line
 from moeprune_ext.artifacts.measured import HEADER, Measured, cells
 from moeprune_ext.charts import COLOURS, Point, heat_map, intervals, kept_per_layer
 from moeprune_ext.cli.main import main
@@ -245,10 +246,83 @@ def test_a_plain_export_says_how_it_was_made_but_not_what_it_is_worth(finished, 
 def test_an_export_of_a_runs_plan_says_what_the_run_found(finished, tmp_path, kind):
     run = tmp_path / "run"
     shutil.copytree(finished / kind, run)
-    if kind == "search":  # as the verb leaves it
+    shutil.copy(finished / "pruned" / "25" / "moeprune" / "about.json", run)  # as the verbs leave it
+    if kind == "search":
         shutil.copy(finished / "pruned" / "25" / "moeprune" / "held_out.json", run)
     main(["export", str(finished / "model"), "--plan", str(run), "-o", str(tmp_path / "out")])
     card = (tmp_path / "out" / "README.md").read_text()
     result = json.loads((run / ("held_out.json" if kind == "search" else "result.json")).read_text())
-    found = result["says"] if kind == "search" else f"{result['accuracy']['best']['test']:.1%} right"
+    found = result["says"] if kind == "search" else f"answers {result['accuracy']['best']['test']:.1%} ("
     assert found in card and card.count("## What it is worth") == 1
+    if kind == "eep":  # the mask alone has figures of its own
+        main(["export", str(finished / "model"), "--plan", str(run / "pruned_plan.json"), "-o", str(tmp_path / "mask")])
+        card = (tmp_path / "mask" / "README.md").read_text()
+        assert f"answers {result['accuracy']['pruned']['test']:.1%} (" in card
+
+
+def test_an_export_of_another_plan_of_a_run_does_not_take_its_figures(finished, tmp_path):
+    run = tmp_path / "moeprune"
+    shutil.copytree(finished / "pruned" / "50" / "moeprune", run)
+    plan = mp.PruningPlan.load(run / "plan.json")
+    main(["export", str(finished / "model"), "--plan", str(run), "-o", str(tmp_path / "same")])
+    assert "## What it is worth" in (tmp_path / "same" / "README.md").read_text()
+    for name, other in (("searched.json", None), ("plan.json", {**plan.kept, 0: plan.kept[0][:2]})):
+        if other is not None:
+            mp.PruningPlan(other, plan.num_experts, model=plan.model).save(run / name)
+        main(["export", str(finished / "model"), "--plan", str(run / name), "-o", str(tmp_path / name)])
+        assert "## What it is worth" not in (tmp_path / name / "README.md").read_text()
+
+
+def edited(run, rows=None, gain=None):
+    """A pruned run's directory with other figures."""
+    for name in ("result.json", "measured.json"):
+        content = json.loads((run / "moeprune" / name).read_text())
+        content |= ({} if rows is None else {"rows": rows(content["rows"])}) | ({} if gain is None else {"gain": gain})
+        (run / "moeprune" / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "low, high, says",
+    [(0.1, 0.2, "more than chance"), (-0.1, 0.2, "maybe chance"), (-0.2, -0.1, "a loss beyond chance")],
+)
+def test_a_gain_is_called_what_its_interval_says(finished, tmp_path, low, high, says):
+    shutil.copytree(finished / "pruned" / "50", tmp_path / "run")
+    edited(tmp_path / "run", gain={"value": (low + high) / 2, "low": low, "high": high})
+    text = page_of(tmp_path / "run", tmp_path / "page.html")
+    assert says in text and ("which may be no difference" in text) == (low < 0 < high)
+
+
+def test_nothing_is_said_of_a_gain_where_there_is_nothing_to_compare_with(finished, tmp_path):
+    shutil.copytree(finished / "pruned" / "50", tmp_path / "run")
+    edited(tmp_path / "run", rows=lambda rows: [rows[0], rows[-1]])
+    assert "gains" not in page_of(tmp_path / "run", tmp_path / "page.html").split("The search")[0].split("What was")[0]
+
+
+def test_figures_of_an_earlier_version_are_refused_by_name(finished, tmp_path):
+    shutil.copytree(finished / "pruned" / "50", tmp_path / "run")
+    edited(tmp_path / "run", rows=lambda rows: [{**row, "perplexity": 3.0, "ratio": None} for row in rows])
+    edited(tmp_path / "run", rows=lambda rows: [{k: v for k, v in row.items() if k != "ratio"} for row in rows])
+    with pytest.raises(ValueError, match="earlier version"):
+        write_report(tmp_path / "run")
+
+
+def test_runs_of_other_text_are_not_put_into_one_table(finished, tmp_path):
+    shutil.copytree(finished / "pruned", tmp_path / "runs")
+    file = tmp_path / "runs" / "25" / "moeprune" / "request.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"test": "other"}))
+    with pytest.raises(ValueError, match="another test"):
+        write_report(tmp_path / "runs")
+
+
+def test_names_may_have_dollar_signs():
+    assert "a$x_{b$" in intervals("x", "title", "", [Point("a$x_{b$", 1.0), Point("$b$", 2.0)], "$y").svg()
+
+
+@pytest.mark.parametrize(
+    "program, command",
+    [("/usr/bin/moeprune", "moeprune info ."), ("/x/moeprune_ext/cli/__main__.py", "moeprune info .")]
+    + [("/home/me/main.py", "python main.py info ."), ("-c", "-c info .")],
+)
+def test_a_command_is_recorded_as_it_was_typed(monkeypatch, program, command):
+    monkeypatch.setattr("sys.argv", [program, "info", "."])
+    assert command_line() == command
