@@ -18,6 +18,7 @@ from moeprune_ext import distributed
 from moeprune_ext.files import read_json, write_json
 
 ABOUT = "about.json"
+STARTED = datetime.now(timezone.utc)  # of this process, as soon as it needs to know
 PACKAGES = ("moeprune_ext", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -83,8 +84,12 @@ def command_line() -> str:
 
 
 def _this_command() -> dict[str, Any]:
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return {"command": command_line(), "started": now, "processes": distributed.world()[1], "versions": versions()}
+    return {
+        "command": command_line(),
+        "started": f"{STARTED:%Y-%m-%d %H:%M} UTC",
+        "processes": distributed.world()[1],
+        "versions": versions(),
+    }
 
 
 def _texts(commands: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -18,6 +18,7 @@ from moeprune_ext.cli.arguments import DATA, SEARCH, Common, Memory, Streaming, 
 from moeprune_ext.data.batches import data_fingerprint
 from moeprune_ext.data.tasks import SPLITS, Task, answer_batches, load_task, split_task
 from moeprune_ext.eep.eep import PLAN, check_folder, check_mergeable, check_request, eep
+from moeprune_ext.eep.fitness import warn_if_hopeless
 from moeprune_ext.eep.settings import PAPER, EepSettings
 from moeprune_ext.eep.table import TableRow, eep_table, format_table, judges_of, measured_row, result_rows
 from moeprune_ext.models.apply import full_plan
@@ -86,26 +87,22 @@ def run(options: Options) -> tuple[Any, str]:
         return _fewer_active(model, splits, options, measuring)
     common: dict[str, Any] = {"valid": splits[1], "test": splits[2], "out": options.out}
     common |= {"progress": distributed.is_first(), "memory_budget": options.memory_bytes}
-    _record(options, splits)
     if options.table:
         rows = eep_table(model, splits[0], list(options.keep), settings, **common)
-        _write_report(options)
+        _finish(options, splits)
         return _shown(options, rows, splits, {"table": str(options.out / "table.md"), **_report(options)})
     outcome = eep(model, splits[0], options.keep[0], **settings.arguments(), **common)
     rows = result_rows(model, outcome, options.keep[0])
-    _write_report(options)
+    _finish(options, splits)
     return _shown(options, rows, splits, {**outcome.as_json(), "plan": str(options.out / PLAN), **_report(options)})
 
 
-def _record(options: Options, splits: Sequence[Task]) -> None:
-    """Writes how the run is made."""
+def _finish(options: Options, splits: Sequence[Task]) -> None:
+    """Writes how the run was made, and the page about it."""
     files = [str(path) for path in (options.task, options.valid, options.test) if path is not None]
     fingerprints = {"model": read_checkpoint(options.model).fingerprint}
     fingerprints |= {name: data_fingerprint(answer_batches(split)) for name, split in zip(SPLITS, splits, strict=True)}
     record(options.out, model=options.model, seed=options.seed, data=files, fingerprints=fingerprints)
-
-
-def _write_report(options: Options) -> None:
     if distributed.is_first():
         io.report(options.out)
 
@@ -160,6 +157,7 @@ def _check_measurement(options: Options, active: int | None) -> None:
 def _fewer_active(model: Any, splits: Sequence[Task], options: Options, measuring: dict[str, Any]) -> tuple[Any, str]:
     """Measures the full model and the same with fewer experts active, and writes the latter as a plan."""
     judges = judges_of(model, splits, **measuring)
+    warn_if_hopeless(judges["train"])
     plans = [full_plan(model), full_plan(model, options.active)]
     rows = [measured_row(model, judges, "full", None, [plan]) for plan in plans]
     if distributed.is_first():
@@ -184,7 +182,10 @@ def _shown(
         lines.append(f"{fitness} on test: {', '.join(shown)}")
     lines += [f"{name}: {about[name]}" for name in ("plan", "table") if name in about]
     planned = [row for row in rows if row.plan is not None]
-    best = max(planned, key=lambda row: row.accuracy["valid"]) if planned else rows[-1]
+    if "table" not in about:  # the plan that the search chose
+        planned = [row for row in planned if row.plan == PLAN]
+    finite = [row for row in reversed(planned) if math.isfinite(row.accuracy["valid"])]
+    best = max(finite, key=lambda row: row.accuracy["valid"]) if finite else rows[-1]
     plan = options.out if best.plan is None else options.out / best.plan
     lines.append(
         f"{plan}: {best.model} keeps {best.experts:,} of {rows[0].experts:,} experts and answers "

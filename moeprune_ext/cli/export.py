@@ -53,4 +53,10 @@ def run(options: Options) -> tuple[Any, str]:
 def _plan_file(path: Path) -> Path:
     """Returns the plan's file where a run's directory is named, which is where `search`, `eep` and `prune` leave it."""
     places = (path / "plan.json", path / "moeprune" / "plan.json")
-    return next((place for place in places if place.is_file()), path)
+    if not path.is_dir():
+        return path
+    if found := next((place for place in places if place.is_file()), None):
+        return found
+    below = sorted(str(place.parent) for place in path.glob("*/moeprune/plan.json"))
+    hint = f"; name one of {', '.join(below)}" if below else "; name a plan file, or the directory of a finished run"
+    raise ValueError(f"{path} holds neither plan.json nor moeprune/plan.json{hint}")

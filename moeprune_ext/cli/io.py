@@ -116,7 +116,7 @@ def check_removes(sparsity: float, shapes: Mapping[int, LayerShape]) -> None:
     least = math.ceil(min(steps, default=1) / 2 * 1e4) / 1e4
     raise ValueError(
         f"--sparsity {sparsity:g} removes 0 of {experts:,} experts: each layer's share is rounded, and the smallest "
-        f"that removes something is {least:g}; for fewer say --experts, the number that stays, such as {experts - 1:,}"
+        f"that removes something is {least:g}; for fewer say how many stay, --experts"
     )
 
 
@@ -144,6 +144,10 @@ def check_new_file(path: Path, force: bool = False) -> None:
         path: the file.
         force: whether it may exist, to be overwritten.
     """
+    distributed.from_first(lambda: _check_new(path, force))  # before the first process writes it
+
+
+def _check_new(path: Path, force: bool) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a directory; name a file")
     if path.exists() and not force:
@@ -252,7 +256,12 @@ def check_task(model: Path, task: Task) -> None:
 
 def check_longest(model: Path, longest: int, subject: str, advice: str) -> None:
     """Raises ValueError if a model has fewer positions than the longest sequence, as far as its configuration says."""
-    positions = getattr(read_hf_config(model).get_text_config(), "max_position_embeddings", None)
+    config = read_hf_config(model).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if isinstance(positions, int) and isinstance(factor, int | float) and isinstance(original, int):
+        positions = max(positions, int(factor * original))  # as YaRN and its kin extend them
     if isinstance(positions, int) and longest > positions > 0:
         raise ValueError(
             f"{subject}, but {model} has {positions:,} positions (max_position_embeddings in config.json), beyond "

@@ -85,6 +85,16 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the console script."""
     words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        _run(words)
+    except KeyboardInterrupt:
+        verb = words[0] if words else ""
+        resumes = "; the same command goes on where it was" if verb in RESUMED else ""
+        _end(f"moeprune {verb}".strip(), f"interrupted{resumes}", 130)
+
+
+def _run(words: Sequence[str]) -> None:
+    """Runs the verb that comes first."""
     with _starting(words):
         parser = _parser(words)
     if not words:
@@ -109,9 +119,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(command, error, 2)
     except (OSError, MemoryError) as error:
         _end(command, error, 1)
-    except KeyboardInterrupt:
-        resumes = "; the same command goes on where it was" if values.verb in RESUMED else ""
-        _end(command, f"interrupted{resumes}", 130)
     if distributed.is_first():
         print(json.dumps(result) if values.json else text)
     distributed.leave()
@@ -123,9 +130,11 @@ def _starting(words: Sequence[str]) -> Iterator[None]:
     shown = words[:1] and words[0] in VERBS and "torch" not in sys.modules and sys.stderr.isatty()
     if shown:
         print(f"moeprune {words[0]}: starting ...", end="\r", file=sys.stderr, flush=True)
-    yield
-    if shown:
-        print("\x1b[2K", end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\x1b[2K", end="\r", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from moeprune_ext.cli.arguments import (
     model_argument,
     part,
 )
+from moeprune_ext.data.sources import Source
 from moeprune_ext.models.routers import ROUTERS
 from moeprune_ext.pipeline.estimate import Asked, estimate, estimate_text, measured_machine
 from moeprune_ext.pipeline.prune import PruneResult, open_source, prune_to, report_text
@@ -181,16 +182,19 @@ def _estimated(options: Options, settings: PruneSettings) -> tuple[Any, str]:
     """Estimates what the run of every budget costs; only the model's headers are read."""
     checkpoint = read_checkpoint(options.model)
     shapes = settings.limited(unscored(_shapes(checkpoint)), None).shapes
-    length = options.sequence_length
-    io.check_longest(options.model, length, f"{length:,} tokens a sequence were asked for", "ask for fewer")
+    for word in options.data:
+        Source.parse(word)  # refuses a file that is not there
+    positions = getattr(read_hf_config(options.model).get_text_config(), "max_position_embeddings", None)
+    length = min(options.sequence_length, positions or options.sequence_length)
     device = io.device_of(options.device)
     dtype = io.stored_dtype(options.model) if options.dtype == "auto" else options.dtype
     empty = skeleton(read_hf_config(options.model), checkpoint.config)
-    machine = measured_machine(empty, options.sequence_length, dtype, device, find_shards(options.model))
-    asked = Asked(settings, options.texts, options.sequence_length, dtype, options.stream)
+    machine = measured_machine(empty, length, dtype, device, find_shards(options.model))
+    asked = Asked(settings, options.texts, length, dtype, options.stream)
     found = {budget: estimate(empty, asked, machine, budget, shapes) for budget in _budgets(options, shapes)}
     result = {str(budget): one.as_json() for budget, one in found.items()}
     text = "\n\n".join(estimate_text(one, f"{options.model}, budget {budget}") for budget, one in found.items())
+    text += "\nCounted for as much text as the run may use; it takes less time where --data holds less."
     return result, text
 
 

@@ -94,6 +94,7 @@ def run(options: Options) -> tuple[Any, str]:
     if choice is not None:
         joining = [simple["global"]] if "global" in simple else []
         space = SearchSpace.of(scores, settings, [*init_plans, *joining][: settings.population])
+    check_known(options.out, space.recorded(evaluator))
     _record(options, scores, evaluator)
     outcome = search(evaluator, space, out=options.out, progress=distributed.is_first())
     plans = simple | {f"search {i}": found for i, found in enumerate(outcome.finalists, 1)}
@@ -124,7 +125,7 @@ def run(options: Options) -> tuple[Any, str]:
 
 
 def _record(options: Options, scores: ExpertScores, evaluator: CandidateEvaluator) -> None:
-    """Writes how the run is made, unless the directory is of another search, which the search refuses."""
+    """Writes how the run is made."""
     fingerprints = {"model": str(scores.model), "text searched on": evaluator.data_fingerprint}
     record(options.out, model=options.model, seed=options.seed, data=options.data, fingerprints=fingerprints)
 

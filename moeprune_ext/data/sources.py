@@ -102,7 +102,7 @@ def _located(word: str, weight: float) -> Source:
     if os.path.isdir(word):
         return Source(word, "folder", word, weight=weight)
     if os.path.exists(word):
-        return Source(word, KINDS.get(Path(word).suffix, "text"), word, weight=weight)
+        return Source(word, KINDS.get(Path(word).suffix.lower(), "text"), word, weight=weight)
     if not word.startswith(HUB):
         raise ValueError(f"there is no data file {word}")
     parts = word[len(HUB) :].split(":")
@@ -235,7 +235,10 @@ def _table_records(path: Path, delimiter: str) -> Iterator[Record]:
     csv.field_size_limit(LONGEST_CELL)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path}: two columns have one name; the first row must name the fields")
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in row:
@@ -247,7 +250,7 @@ def _table_records(path: Path, delimiter: str) -> Iterator[Record]:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable text file: {error}") from None
     if not text.strip():

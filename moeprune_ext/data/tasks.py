@@ -17,6 +17,7 @@ import torch
 from moeprune_ext.data.batches import TokenBatch
 from moeprune_ext.files import read_json_lines
 
+SHOWN = 2  # solved examples that a prompt must show for its format to say how answers end
 NEWLINE = "\n"
 
 
@@ -51,8 +52,8 @@ def load_task(path: str | os.PathLike[str], tokenizer: Any) -> Task:
     without special tokens) + terminator; no space is inserted.
 
     An answer is right only if its terminator follows, so a task without "stop" needs the right one. Where no line has a
-    "stop" and the prompts show solved examples one a line, answers end with a newline; elsewhere with the end-of-text
-    token. A warning says which is assumed.
+    "stop" and the prompts show solved examples one a line, answers end with a newline, or with the blank line between
+    examples if that is one token; elsewhere with the end-of-text token. A warning says which is assumed.
 
     Args:
         path: of the file.
@@ -86,12 +87,14 @@ def _assumed_stop(source: str, records: Sequence[dict[str, Any]], tokenizer: Any
     if not exact or any("stop" in one for one in exact):
         return None
     stop, because = None, "the prompts show no solved examples one a line"
-    if all(_shows_answers(one["prompt"]) for one in exact):
-        if all(_ends_apart(one["answer"], NEWLINE, tokenizer) for one in exact):
-            stop, because = NEWLINE, "the prompts show solved examples one a line"
+    if all(_shows_answers(one["prompt"]) and NEWLINE not in one["answer"].strip() for one in exact):
+        apart = [NEWLINE * 2, NEWLINE] if all(NEWLINE * 2 in one["prompt"].strip() for one in exact) else [NEWLINE]
+        fitting = [end for end in apart if all(_ends_apart(one["answer"], end, tokenizer) for one in exact)]
+        if fitting:
+            stop, because = fitting[0], "the prompts show solved examples one a line"
         else:
             because = "this tokenizer has no token for a newline behind every answer"
-    assumed = "the end-of-text token" if stop is None else "a newline"
+    assumed = {None: "the end-of-text token", NEWLINE: "a newline"}.get(stop, "a blank line")
     if stop is not None or tokenizer.eos_token_id is not None:  # without one the first record is refused
         warnings.warn(
             f'{source}: no example says with "stop" what ends its answer; {assumed} is assumed, because {because}. A '
@@ -102,14 +105,15 @@ def _assumed_stop(source: str, records: Sequence[dict[str, Any]], tokenizer: Any
 
 
 def _shows_answers(prompt: str) -> bool:
-    """Tells whether what ends a prompt stands in an earlier line with an answer behind it, as in "1+1=2\\n2+3="."""
-    *earlier, last = prompt.rstrip().split("\n")
+    """Tells whether what ends a prompt stands in SHOWN earlier lines with an answer behind it: "1+1=2\\n2*2=4\\n2+3="."""
+    *earlier, last = prompt.strip().split("\n")
     words = last.split()
     if not earlier or not words:
         return False
     named = re.fullmatch(r"[^\W\d]+\W*", words[-1])  # a word, such as "Answer:", or the sign behind a problem
     cue = words[-1] if named else words[-1][-1]
-    return any(line.partition(cue)[2].strip() for line in earlier)
+    shows = re.compile(rf"(?<!\w){re.escape(cue)}\s*\S" if named else rf"{re.escape(cue)}\s*\S")
+    return sum(bool(shows.search(line)) for line in earlier) >= SHOWN
 
 
 def _ends_apart(answer: str, stop: str, tokenizer: Any) -> bool:

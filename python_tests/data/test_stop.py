@@ -8,7 +8,10 @@ from moeprune_ext.data.tasks import load_task
 
 SHOWN = [{"prompt": f"1+1=2\n2+3=5\n{a}+{a}=", "answer": str(2 * a)} for a in range(3)]
 ALONE = [{"prompt": f"{a}+{a}=", "answer": str(2 * a)} for a in range(3)]
-LABELLED = [{"prompt": f"Q: {a}?\nA: {a}\n\nQ: {a + 1}?\nA:", "answer": f" {a + 1}"} for a in range(3)]
+LABELLED = [{"prompt": f"Q: 7?\nA: 7\n\nQ: {a}?\nA: {a}\n\nQ: {a + 1}?\nA:", "answer": f" {a + 1}"} for a in range(3)]
+IN_A_WORD = [{"prompt": "Thesis.\nParis x\nThe answer is", "answer": " no"}]
+ONE_FORMAT = [{"prompt": "Use the format Answer: X\nWhat is 2+2?\nAnswer:", "answer": " 4"}]
+SEVERAL_LINES = [{"prompt": "Q: a\nA: b\nQ: c\nA: d\nQ: e\nA:", "answer": " one\ntwo"}]
 ZERO_SHOT = [{"prompt": f"Question: what is {a}?\nAnswer:", "answer": f" {a}"} for a in range(3)]
 
 
@@ -20,7 +23,10 @@ def ends(task):
     ("records", "stop", "says"),
     [
         (SHOWN, "\n", "a newline is assumed"),
-        (LABELLED, "\n", "a newline is assumed"),
+        (LABELLED, "\n\n", "a blank line is assumed"),
+        (IN_A_WORD, None, "the end-of-text token is assumed"),
+        (ONE_FORMAT, None, "the end-of-text token is assumed"),
+        (SEVERAL_LINES, None, "the end-of-text token is assumed"),
         (ALONE, None, "the end-of-text token is assumed"),
         (ZERO_SHOT, None, "the end-of-text token is assumed"),
     ],
@@ -49,7 +55,7 @@ def test_choices_end_with_nothing_and_need_no_word(lines, tokenizer):
 
 
 def test_an_answer_that_swallows_the_newline_ends_with_the_end_of_text(lines, tokenizer, monkeypatch):
-    records = [{"prompt": "1+1=2\n2+2=", "answer": "4\n"}]  # the newlines of answer and stop may be one token
+    records = [{"prompt": "1+1=2\n1+2=3\n2+2=", "answer": "4\n"}]  # the newlines of answer and stop may be one token
     joined = type("Joined", (), {"eos_token_id": tokenizer.eos_token_id})
     joined.__call__ = lambda self, text, **options: {
         "input_ids": [7] if text == "4\n\n" else tokenizer(text)["input_ids"]
