@@ -105,7 +105,7 @@ def _assumed_stop(source: str, records: Sequence[dict[str, Any]], tokenizer: Any
 
 
 def _shows_answers(prompt: str) -> bool:
-    """Tells whether what ends a prompt stands in SHOWN earlier lines with an answer behind it: "1+1=2\\n2*2=4\\n2+3="."""
+    """Tells whether what ends a prompt stands in SHOWN earlier lines with an answer behind it, as in "1+1=2\\n2+3="."""
     *earlier, last = prompt.strip().split("\n")
     words = last.split()
     if not earlier or not words:
