@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import moeprune_ext as mp
+from moeprune_ext.cli import io
 from moeprune_ext.cli.main import VERBS, main
 from moeprune_ext.demo import corpus
 from moeprune_ext.demo.run import demo_folder
@@ -143,3 +144,34 @@ def test_files_are_overwritten_by_force_alone(work, capsys, tmp_path):
     assert mp.PruningPlan.load(plan).sparsity == 0.25
     run(capsys, *ask, 0.5, "--force")
     assert mp.PruningPlan.load(plan).sparsity == 0.5
+
+
+def test_a_refused_search_leaves_the_record_of_the_run_that_is_there(work, capsys, tmp_path):
+    run(capsys, *search(work, tmp_path / "run"))
+    before = (tmp_path / "run" / "about.json").read_bytes()
+    with pytest.raises(SystemExit):
+        run(capsys, *search(work, tmp_path / "run"), "--sparsity", 0.25)
+    assert "belongs to another search" in capsys.readouterr().err
+    assert (tmp_path / "run" / "about.json").read_bytes() == before
+
+
+def test_a_directory_without_a_plan_is_refused_with_those_below_it_that_have_one(work, capsys, tmp_path):
+    (tmp_path / "out" / "25" / "moeprune").mkdir(parents=True)
+    (tmp_path / "out" / "25" / "moeprune" / "plan.json").touch()
+    with pytest.raises(SystemExit) as ended:
+        run(capsys, "export", work / "the model", "--plan", tmp_path / "out", "-o", tmp_path / "new")
+    assert ended.value.code == 2 and str(tmp_path / "out" / "25" / "moeprune") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("factor, fits", [(8, True), (2, False), (None, False)])
+def test_positions_that_rope_scaling_adds_count(work, tmp_path, factor, fits):
+    shutil.copytree(work / "the model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"max_position_embeddings": 32}
+    if factor:
+        yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+        config["rope_parameters"] = yarn
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    if fits:
+        return io.check_longest(tmp_path / "model", 128, "the data", "shorten it")
+    with pytest.raises(ValueError, match="positions"):
+        io.check_longest(tmp_path / "model", 128, "the data", "shorten it")

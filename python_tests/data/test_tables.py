@@ -60,3 +60,22 @@ def test_what_is_no_records_is_refused_by_name(tmp_path, tokenizer, name, text, 
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         load_batches([tmp_path / name], tokenizer, sequence_length=8, sequences=1)
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("open.csv", 'text\n"one\ntwo\nthree\n', "not a readable table"),
+        ("quote.tsv", 'text\n"Hello" he said\nfine\n', "not a readable table"),
+        ("twice.csv", "text,text\na,b\n", "two columns have one name"),
+    ],
+)
+def test_a_stray_quote_or_a_name_given_twice_loses_nothing_silently(tmp_path, tokenizer, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        fingerprint(tmp_path / name, tokenizer)
+
+
+def test_endings_may_be_large_letters_and_a_file_may_begin_with_a_mark(tmp_path, tokenizer, as_lines):
+    (tmp_path / "pairs.JSON").write_text(json.dumps(PAIRS), encoding="utf-8-sig")
+    assert fingerprint(tmp_path / "pairs.JSON", tokenizer) == as_lines
