@@ -76,11 +76,13 @@ def test_qwen3_30b_counts_to_what_the_repair_bench_counted():
 
 def test_a_dry_run_says_that_it_estimates_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("moeprune_ext.cli.io.load_model", lambda *_: pytest.fail("the weights were loaded"))
-    ask = ["prune", str(demo_folder()), "--data", "none.txt", "--dry-run", "--dtype", "float32"]
+    (tmp_path / "text.txt").write_text("some text")
+    ask = ["prune", str(demo_folder()), "--data", "text.txt", "--dry-run", "--dtype", "float32"]
     monkeypatch.chdir(tmp_path)
     main(ask)
     shown = capsys.readouterr().out
-    assert "ESTIMATE, nothing was run" in shown and list(tmp_path.iterdir()) == []
+    assert "ESTIMATE, nothing was run" in shown and [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    assert "as much text as the run may use" in shown
     for name in ("calibrate", "criterion", "search", "repair", "export", "in all", "memory:", "disk:"):
         assert name in shown
     main([*ask, "--sparsity", "0.25", "0.5", "--json"])
@@ -90,8 +92,8 @@ def test_a_dry_run_says_that_it_estimates_and_writes_nothing(capsys, tmp_path, m
     assert all(stage["seconds"] > 0 for one in result.values() for stage in one["stages"])
 
 
-def test_a_run_needs_a_directory_and_a_dry_run_positions_enough(capsys):
-    for words, says in (([], "give -o"), (["--dry-run", "--sequence-length", "4096"], "2,048 positions")):
+def test_a_run_needs_a_directory_and_a_dry_run_text_that_is_there(capsys):
+    for words, says in (([], "give -o"), (["--dry-run"], "there is no data file none.txt")):
         with pytest.raises(SystemExit) as stop:
             main(["prune", str(demo_folder()), "--data", "none.txt", *words])
         assert stop.value.code == 2 and says in capsys.readouterr().err
