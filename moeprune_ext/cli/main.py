@@ -27,7 +27,7 @@ from moeprune_ext.cli.arguments import add_flags, read_flags
 # the file of the verb that is asked for is imported, so that `moeprune --help` does not wait for torch.
 VERBS = {
     "prune": "the whole way to the best pruned checkpoint: calibrate, choose, search, repair, measure; resumes OUT",
-    "demo": "prune on the embedded model, beside what others do, in a minute and a half on two cores",
+    "demo": "prune on the embedded model, beside what others do, in about two minutes on two cores",
     "info": "MoE layers, experts, router kind, memory by part, what pruning would save",
     "calibrate": "one pass over text: routing and activation statistics of every expert",
     "score": "statistics to one score per expert, and how far the criteria agree",
